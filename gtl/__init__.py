@@ -1,0 +1,32 @@
+"""gtl: generative transfer learning on Ray.
+
+    import gtl
+
+    recipe = gtl.load_recipe("recipe.yaml", ["train.steps=200"])
+    published = gtl.train(recipe, "dog")
+    gtl.generate(adapters=[str(published)], prompt="a photo of sks dog", out="pictures")
+
+Nothing heavy is imported before it is called.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gtl.config import load_recipe
+    from gtl.generate.command import run as generate
+    from gtl.train.launch import train
+    from gtl.types import UserError
+
+__version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "generate", "load_recipe", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("train", "generate"):  # packages that can be called, see gtl/verb.py
+        return importlib.import_module(f"gtl.{name}")
+    if name == "load_recipe":
+        return importlib.import_module("gtl.config").load_recipe
+    if name == "UserError":
+        return importlib.import_module("gtl.types").UserError
+    raise AttributeError(f"module 'gtl' has no attribute {name!r}")

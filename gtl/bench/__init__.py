@@ -1,0 +1,1 @@
+"""Benchmarks: both sides on one machine in one run."""

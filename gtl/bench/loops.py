@@ -1,0 +1,106 @@
+"""Two loops over the same model, data and optimizer: this project's, and the shortest in plain PyTorch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gtl.data.plan import Plan
+from gtl.train.loop import Lane, train
+from gtl.train.track import Tracker
+from gtl.train.worker import assemble, make_engines, make_loader, settle
+
+if TYPE_CHECKING:
+    from gtl.config import Recipe
+    from gtl.data.dataset import Dataset
+
+
+class Ours:
+    """`gtl.train.loop.train` as a worker runs it, with its loader, engine and tracker; it saves nothing."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: str, tracker: Tracker) -> None:
+        """Load the model and wrap it. Collective."""
+        self._recipe, self._dataset, self._device, self._tracker = recipe, dataset, device, tracker
+        self.batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
+        self.trainee = assemble(recipe, dtype)
+        self.plan = settle(recipe, self.trainee, device, self.batches.steps_per_epoch)
+        self._engines = make_engines(self.trainee, recipe, self.plan, device)
+        self._done = 0
+        self.rows: list[dict[str, float]] = []
+        """Metrics of the last call, a row a step."""
+
+    def __call__(self, steps: int) -> list[float]:
+        """Make steps, from where the last call ended; their losses."""
+        self.rows = []
+        plan = replace(self.plan, steps=self._done + steps)
+        seed, every = self._recipe.train.seed, self._recipe.train.checkpoints.every
+        lane = Lane(seed, every, save=lambda step: None, report=self._report, device=self._device, done=self._done)
+        loader = make_loader(self._dataset, self.batches, self.trainee, plan, self._recipe.data.seed, self._done)
+        self._done = train(self._engines, loader, lane)
+        return [row["loss"] for row in self.rows]
+
+    def _report(self, row: dict[str, float]) -> bool:
+        self._tracker.log(row)
+        self.rows.append(row)
+        return False
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the last call's time that passed waiting for data."""
+        return statistics.fmean(row["data_wait"] for row in self.rows)
+
+
+class Bare:
+    """What one would write by hand: all data in the device's memory, noise drawn there, no metric but the loss."""
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: str) -> None:
+        """Load the model and the data."""
+        trainee = assemble(recipe, dtype)
+        self._family, self._device, self._mixed = trainee.family, device, dtype == "bf16"
+        (player,) = trainee.players.values()
+        self._unet: nn.Module = player.get_submodule("main").to(device)
+        self._parameters = list(trainee.parameters.values())
+        self._max_grad_norm = recipe.train.max_grad_norm
+        self._batch_size = recipe.train.batch_size
+        self._rng = torch.Generator().manual_seed(recipe.data.seed)
+        asked = recipe.train.optimizer
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, recipe.train.learning_rate, betas=asked.betas, eps=asked.eps,
+            weight_decay=asked.weight_decay, fused=device.type == "cuda",
+        )  # fmt: skip
+        items = [dataset.item(entry, 0, 0) for entry in range(len(dataset.entries))]
+        self._moments = {
+            name: torch.stack([item.latents[name] for item in items]).to(device) for name in ("mean", "logvar")
+        }
+        self._states = torch.stack([item.conditions["encoder_hidden_states"] for item in items]).to(device)
+
+    def __call__(self, steps: int) -> list[float]:
+        """Make steps; their losses."""
+        losses = [self.step(*self._draw()) for _ in range(steps)]
+        return torch.stack(losses).tolist()
+
+    def step(self, clean: Tensor, noise: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """One optimizer step on latents and noise [B, C, h, w], times [B] and embeddings [B, tokens, D]; its loss."""
+        path = self._family.path
+        noisy = path.add_noise(clean, noise, t)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._mixed):
+            prediction = self._unet(noisy, t, encoder_hidden_states=states, return_dict=False)[0]
+        loss = nn.functional.mse_loss(prediction.float(), path.target(clean, noise, t))
+        loss.backward()
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.detach()
+
+    def _draw(self) -> Sequence[Tensor]:
+        chosen = torch.randint(len(self._states), (self._batch_size,), generator=self._rng).to(self._device)
+        moments = {name: values[chosen] for name, values in self._moments.items()}
+        clean = self._family.sample_latents(moments, torch.randn_like(moments["mean"]))
+        t = self._family.path.time(torch.rand(self._batch_size, device=self._device))
+        return clean, torch.randn_like(clean), t, self._states[chosen]

@@ -1,0 +1,168 @@
+"""Makes `builtin:tiny` from nothing: random weights, two recipes of `gtl/recipes/builtin/`, the files of the package.
+
+    python -m gtl.builtin
+
+Every stage leaves its result in the work folder and a run saves as it goes, so the same command goes on after an
+interruption at any moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from gtl.adapters import Registry, apply
+from gtl.config import load_recipe
+from gtl.data.scenes.sets import SceneSet
+from gtl.families import open_family
+from gtl.families.files import INDEX
+from gtl.families.source import builtin_folder
+from gtl.storage import Store
+from gtl.types import Progress, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gtl.families.base import DiffusionFamily
+
+RECIPES = Path(__file__).parent / "recipes" / "builtin"
+CAPTIONS = 4000
+"""Captions of the training set whose words get a token of their own; it holds all of them."""
+MEASURED = 512
+"""Pictures whose latents say how the model has to scale them."""
+TELL_SECONDS = 5.0
+
+
+def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) -> Path:
+    """Do what is not done yet; the folder of the finished model, stored in half precision.
+
+    Args:
+        work: Keeps runs, cache, registry and the model after each stage.
+        out: Where the model goes.
+        overrides: `key=value` for both recipes.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: a recipe, or a file that an earlier call left, is not what it has to be.
+        KeyboardInterrupt: it was stopped; the same call goes on.
+    """
+    from gtl.families.blank import write_blank
+
+    blank = once(work / "blank", lambda folder: write_blank(folder, vocabulary()))
+    coded = once(work / "autoencoder", lambda folder: learn_codec(blank, folder, work, overrides, progress))
+    drawing = once(work / "denoiser", lambda folder: learn_drawing(coded, folder, work, overrides, progress))
+    return once(out, lambda folder: halve(drawing, folder))
+
+
+def once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """The model folder, written if it is not there; what was only half written is written again."""
+    if not (folder / INDEX).is_file():
+        partial = folder.with_name(f"{folder.name}.partial")
+        for old in (partial, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        partial.rename(folder)
+    return folder
+
+
+def vocabulary() -> set[str]:
+    """The words of the training captions."""
+    scenes = SceneSet()
+    return {word for i in range(CAPTIONS) for word in re.findall("[a-z]+", scenes.scene(i)[1].lower())}
+
+
+def learn_codec(model: Path, folder: Path, work: Path, overrides: Sequence[str], progress: Progress) -> None:
+    """Train the codec, and write the model with it and with the scale of its latents."""
+    family, parts = trained("autoencoder", model, work, overrides, progress)
+    codec = cast(Any, parts["vae"])
+    codec.register_to_config(scaling_factor=round(1 / latent_std(family, codec), 5))
+    family.export({"vae": codec}, folder)
+
+
+def learn_drawing(model: Path, folder: Path, work: Path, overrides: Sequence[str], progress: Progress) -> None:
+    """Train UNet and text encoder, and write the model with them."""
+    family, parts = trained("denoiser", model, work, overrides, progress)
+    family.export(parts, folder)
+
+
+def trained(
+    name: str, model: Path, work: Path, overrides: Sequence[str], progress: Progress
+) -> tuple[DiffusionFamily, dict[str, nn.Module]]:
+    """A model's parts after a recipe; trains, or goes on with a run that was stopped, unless that is done."""
+    import torch
+
+    from gtl.train.launch import train
+
+    run, places = f"builtin-{name}", [f"storage.{place}={work}/{place}" for place in ("runs", "cache", "registry")]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [f"model.source={model}", *places, *overrides])
+    registry = Registry(recipe.storage.registry)
+    if not registry.versions(run):
+        runs = Store(f"{recipe.storage.runs}/{run}")
+        train(recipe, run, resume=any(runs.exists(f"{v}/recipe.yaml") for v in runs.folders()), progress=progress)
+    family = open_family(str(model))
+    parts = {part: family.load(part, torch.float32) for part in ("vae", "unet", "text_encoder")}
+    apply(parts, registry.fetch(run))
+    return family, parts
+
+
+def latent_std(family: DiffusionFamily, codec: nn.Module) -> float:
+    """Standard deviation of latents over pictures of the training set, as the codec draws them; its scale undone."""
+    import torch
+
+    from gtl.data.fill import to_pixels
+
+    scenes = SceneSet()
+    pictures = to_pixels([scenes.picture(i)[0] for i in range(MEASURED)])
+    with torch.inference_mode():
+        moments = family.encode_images(codec, pictures)
+    variance = moments["mean"].var() + moments["logvar"].exp().mean()
+    return float(variance.sqrt())
+
+
+def halve(model: Path, folder: Path) -> None:
+    """Write a model with its weights in half precision."""
+    import torch
+
+    family = open_family(str(model))
+    family.export({part: family.load(part, torch.float16) for part in ("vae", "unet", "text_encoder")}, folder)
+
+
+class Lines:
+    """Progress as lines of text, one every few seconds and one at the end of each phase, for a log that is kept."""
+
+    def __init__(self) -> None:
+        self._last = ("", 0.0)
+
+    def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """See `Progress`."""
+        before, when = self._last
+        now = time.monotonic()
+        if phase != before or now - when >= TELL_SECONDS or (total and done == total):
+            self._last = phase, now
+            print(f"{phase} {done}/{total} {detail}" if total else f"{phase} {detail}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m gtl.builtin", description="Make builtin:tiny from nothing.")
+    parser.add_argument("--work", type=Path, default=Path("out/builtin"), help="keeps what is done (%(default)s)")
+    parser.add_argument("--out", type=Path, default=builtin_folder("tiny"), help="the model (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both recipes")
+    given = parser.parse_args()
+    try:
+        print(make(given.work.absolute(), given.out.absolute(), given.set, Lines()))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as error:
+        sys.exit(str(error) or "interrupted; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Reading and writing a recipe: YAML and `--set a.b=c`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from gtl.config.explain import explain
+from gtl.config.recipe import Recipe
+from gtl.types import UserError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply `key=value` overrides, check it.
+
+    Relative paths inside the file are relative to the working directory, as on any command line.
+
+    Raises:
+        UserError: the file or a key is wrong; the message is one line.
+    """
+    file = Path(path)
+    try:
+        values = read_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {file}: {error.strerror or error}; expected a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {file}: not text in UTF-8 ({error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {file}: not valid YAML: {explain_yaml(error)}") from error
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(f"recipe {file}: expected sections such as `model:` and `data:`, found {found}")
+    for override in overrides:
+        set_key(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Check a recipe given as nested dicts and make its paths absolute.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, values, Recipe)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to the same value."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def set_key(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` in place; c is read as YAML, so that numbers, lists and null keep their types.
+
+    Raises:
+        UserError: it has no `=`, a section on the way is none, or the value is not YAML.
+    """
+    key, equals, text = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example train.steps=100")
+    node: Any = values
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {parent} is {node!r}, not a section with keys")
+    try:
+        node[last] = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {explain_yaml(error)}") from error
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the safe loader silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: a key is given twice.
+        """
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice; keep one", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        yaml.YAMLError: it is none, or gives a key twice.
+    """
+    return yaml.load(text, Loader=UniqueKeyLoader)  # noqa: S506 - a safe loader
+
+
+def explain_yaml(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}: {problem}" if mark and problem else " ".join(str(error).split())

@@ -1,0 +1,72 @@
+"""Objectives: what the moving weights learn."""
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from gtl.config.base import Section, type_of
+
+
+class Timesteps(Section):
+    """How training times are drawn, one per sample."""
+
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """logit_normal: Esser et al. 2024, arXiv 2403.03206, section 3.1."""
+    mean: float = 0.0
+    """Location of logit_normal."""
+    std: Annotated[float, Field(gt=0)] = 1.0
+    """Scale of logit_normal."""
+    shift: Annotated[float, Field(gt=0)] | Literal["model"] = 1.0
+    """t' = s t / (1 + (s - 1) t), towards noise for s > 1; `model` takes the scheduler's own shift."""
+
+
+class PriorPreservation(Section):
+    """Class images made once by the base model and learned beside the subject (DreamBooth, arXiv 2208.12242)."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    """What the base model draws, for example `a photo of a dog`."""
+    images: Annotated[int, Field(ge=1)] = 100
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of a class image's loss beside a subject image's 1."""
+    steps: Annotated[int, Field(ge=1)] = 25
+    """Denoising steps of the class images."""
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance of the class images."""
+
+
+class DenoiseObjective(Section):
+    """Predict what the model's own noise path asks for: noise, velocity or flow."""
+
+    type: Literal["denoise"] = "denoise"
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Loss weight min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556); not for flow matching."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of samples trained on the empty caption, for classifier-free guidance."""
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0
+    """Adds offset_noise * N(0, 1) per sample and channel to the noise."""
+    timesteps: Timesteps = Timesteps()
+    prior: PriorPreservation | None = None
+
+
+class AutoencodeObjective(Section):
+    """Encode pixels, decode them again, stay near the standard normal (Kingma & Welling 2013, arXiv 1312.6114)."""
+
+    type: Literal["autoencode"] = "autoencode"
+    l1: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the mean absolute error, with pixels in [-1, 1]."""
+    l2: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean squared error."""
+    kl: Annotated[float, Field(ge=0)] = 1e-6
+    """Weight of the divergence of the posterior from the standard normal, in nats an image."""
+
+    @model_validator(mode="after")
+    def _check_reconstruction(self) -> "AutoencodeObjective":
+        if self.l1 == self.l2 == 0:
+            raise ValueError("l1 and l2 are both 0; one of them has to be above, or nothing asks for the picture back")
+        return self
+
+
+Objective = Annotated[
+    Annotated[DenoiseObjective, Tag("denoise")] | Annotated[AutoencodeObjective, Tag("autoencode")],
+    Discriminator(type_of("denoise")),
+]

@@ -1,0 +1,57 @@
+"""Which tuner goes with which objective, what the pair needs and which ZeRO stage it bears: the one table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gtl.types import UserError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What training reads. What is not live is encoded once, into the cache, and never loaded beside training."""
+
+    images: Literal["latents", "pixels"]
+    text: Literal["embeddings", "tokens", "none"]
+    """tokens: the text encoders run inside the training process. none: captions are not looked at."""
+    live: tuple[str, ...] = ()
+    """Frozen or trained components that must run inside the training process, beside the objective's own part."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One allowed combination."""
+
+    needs: Needs
+    max_zero_stage: int
+
+
+PAIRS: dict[tuple[str, str], Pair] = {
+    ("lora", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
+    ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
+    ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3),
+    ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
+}
+TEXT_ENCODER = "text_encoder"
+"""What the names of text encoders begin with, in every model in diffusers layout."""
+
+
+def pair(tuner: str, objective: str) -> Pair:
+    """The table's row.
+
+    Raises:
+        UserError: the two do not go together.
+    """
+    found = PAIRS.get((tuner, objective))
+    if found is None:
+        allowed = ", ".join(sorted(o for t, o in PAIRS if t == tuner)) or "none"
+        raise UserError(
+            f"objective.type: {objective!r} does not go with tuner.type {tuner!r}; allowed with it: {allowed}"
+        )
+    return found
+
+
+def with_trained(needs: Needs, parts: Sequence[str]) -> Needs:
+    """A row's needs where these parts are trained: a text encoder that learns cannot be replaced by a cache."""
+    encodes = needs.text == "embeddings" and any(part.startswith(TEXT_ENCODER) for part in parts)
+    return replace(needs, text="tokens") if encodes else needs

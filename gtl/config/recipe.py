@@ -1,0 +1,219 @@
+"""The recipe: everything that decides a run, in one frozen value."""
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from gtl.config.base import ModelSource, Place, Section
+from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
+from gtl.config.pairs import Needs, Pair, pair, with_trained
+from gtl.config.tuners import LoraTuner, Tuner
+
+
+class Model(Section):
+    """The pretrained model."""
+
+    source: ModelSource
+    """A hub id, a local folder in diffusers layout, or a bucket URL of one."""
+    family: str = "auto"
+    """auto: read from model_index.json. A name is only checked against it."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Weight-file variant, for example fp16."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of frozen weights and of the arithmetic; what is trained stays fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+
+
+class Source(Section):
+    """One of several data sources."""
+
+    source: Place
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of its images' loss."""
+
+
+class Data(Section):
+    """The images and their captions."""
+
+    source: Place | Annotated[list[Source], Field(min_length=1)]
+    """A folder, Parquet, WebDataset (.tar) or bucket URL, or a list of {source, weight}."""
+    captions: Literal["auto", "metadata", "sidecar", "folder", "template"] = "auto"
+    """auto: metadata.jsonl, then a .txt beside the image, then caption_template, then the folder's name."""
+    caption_template: str | None = None
+    """One caption for every image; {folder} and {file} are filled in. For example `a photo of sks {folder}`."""
+    resolution: Annotated[int, Field(ge=8)] = 512
+    """Side of a square crop, in pixels; buckets keep its area."""
+    buckets: bool = True
+    """Group images by aspect ratio instead of cropping all to a square."""
+    flip: bool = False
+    """Also cache each image mirrored."""
+    crops: Annotated[int, Field(ge=1)] = 1
+    """Crop variants an image; the first is the centre crop."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the images that is held out, by their bytes, to measure val_loss on; above 0 it is at least one."""
+    max_broken: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fail when more than this share of the files can't be read."""
+    seed: int = 0
+    """Order of the images, crops, and the noise drawn for them."""
+
+
+class Optimizer(Section):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101)."""
+
+    type: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit needs bitsandbytes."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+
+
+class Schedule(Section):
+    """The learning rate over the run, as a factor of train.learning_rate."""
+
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to zero at the last step."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO sharding (Rajbhandari et al. 2020, arXiv 1910.02054)."""
+
+    stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """0 none, 1 optimizer, 2 and gradients, 3 and weights. auto: what fits without sharding runs unsharded."""
+
+
+class Checkpoints(Section):
+    """Saved states of a run."""
+
+    every: Annotated[int, Field(ge=1)] = 200
+    """Steps between two."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """The newest that stay."""
+
+
+class EarlyStopping(Section):
+    """End a run that no longer gets better on held-out images, and publish its best weights (Prechelt 1998)."""
+
+    metric: Literal["val_loss"] = "val_loss"
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Validations without a new best before the run ends."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """By how much a new best has to be lower."""
+
+
+def default_steps(given: dict[str, Any]) -> int | None:
+    """train.steps when it is left out."""
+    return 1000 if given.get("epochs") is None else None
+
+
+class Train(Section):
+    """The optimisation and where it runs."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    """Passes over the images; give this or steps."""
+    steps: Annotated[int, Field(ge=1)] | None = Field(default_factory=default_steps)
+    """Optimizer steps; give this or epochs. 1000 when neither is given."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Images per optimizer step, over all workers."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Images per forward pass of one worker; accumulation follows."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Schedule = Schedule()
+    optimizer: Optimizer = Optimizer()
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm."""
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Training processes. auto: one per GPU of the cluster, else one."""
+    gpus_per_worker: Literal["auto", 0, 1] = "auto"
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    zero: Zero = Zero()
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the trained weights, which is then what is published."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    compile: bool = False
+    """torch.compile the model's blocks."""
+    checkpoints: Checkpoints = Checkpoints()
+    early_stopping: EarlyStopping | None = None
+    """Needs data.validation."""
+    seed: int = 0
+    """Initial adapter weights and dropout."""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> "Train":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; keep one and set the other to null")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps and epochs are both null; give one")
+        return self
+
+
+class Evaluate(Section):
+    """What is measured and drawn while a run goes on, at the start, every so often and at the end."""
+
+    every: Annotated[int, Field(ge=1)] = 200
+    """Steps between two looks."""
+    prompts: Literal["auto"] | list[Annotated[str, Field(min_length=1)]] = "auto"
+    """A grid of them is drawn at every look. auto: captions of four images, held-out ones first; []: none."""
+    negative_prompt: str = ""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    """Denoising steps of a picture."""
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Classifier-free guidance of a picture."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the first prompt's picture; the next has the next."""
+
+
+class Storage(Section):
+    """Where things are kept: local folders or bucket URLs."""
+
+    runs: Place = Field(default_factory=lambda: os.environ.get("GTL_RUNS", "./runs"), validate_default=True)
+    cache: Place = Field(default_factory=lambda: os.environ.get("GTL_CACHE", "./cache"), validate_default=True)
+    registry: Place = Field(default_factory=lambda: os.environ.get("GTL_REGISTRY", "./registry"), validate_default=True)
+
+
+class Recipe(Section):
+    """A training run."""
+
+    model: Model
+    tuner: Tuner = LoraTuner()
+    objective: Objective = DenoiseObjective()
+    data: Data
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    storage: Storage = Field(default_factory=Storage)
+
+    @property
+    def pair(self) -> Pair:
+        """The table's row of this tuner and this objective."""
+        return pair(self.tuner.type, self.objective.type)
+
+    @property
+    def needs(self) -> Needs:
+        """What training reads, with the parts that the tuner moves."""
+        return with_trained(self.pair.needs, self.tuner.train or ())
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> "Recipe":
+        stage, limit = self.train.zero.stage, self.pair.max_zero_stage
+        if stage != "auto" and stage > limit:
+            raise ValueError(
+                f"train.zero.stage: {stage}: {self.tuner.type} with {self.objective.type} bears at most {limit}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stopping(self) -> "Recipe":
+        if self.train.early_stopping is not None and not self.data.validation:
+            raise ValueError("train.early_stopping: there is nothing to judge by; set data.validation, such as 0.05")
+        return self
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> "Recipe":
+        for key in ("activation_checkpointing", "compile"):
+            if isinstance(self.objective, AutoencodeObjective) and getattr(self.train, key):
+                raise ValueError(f"train.{key}: true: goes block by block, which an autoencoder is not divided into")
+        return self

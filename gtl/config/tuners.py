@@ -1,0 +1,121 @@
+"""Tuners: which weights move."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, StrictFloat, StrictInt, Tag, model_validator
+
+from gtl.config.base import Section, type_of
+from gtl.config.names import NAME
+
+LoraTargets = Literal["attention", "attention+ff", "all-linear", "all-linear+conv"]
+
+
+def check_freeze_depth(value: int | float) -> int | float:
+    """Refuse a depth whose meaning would depend on how YAML spells the number."""
+    if value < 0:
+        raise ValueError("should be a whole number of blocks from 0, or a fraction in [0, 1)")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"should be a fraction in [0, 1), or a whole number of blocks, which is written {value:.0f}")
+    return value
+
+
+FreezeDepth = Annotated[StrictInt | StrictFloat, AfterValidator(check_freeze_depth)]
+"""The first k blocks: a whole number of them, or a fraction of their count in [0, 1)."""
+
+
+def check_init(text: str) -> str:
+    """Refuse what is no adapter's name, and a scale: one continues from the whole of an adapter."""
+    name, at, version = text.partition("@")
+    if not all(NAME.fullmatch(part) for part in ([name, version] if at else [name])):
+        raise ValueError("should be NAME, NAME@VERSION or NAME@ALIAS of a published adapter, without a scale")
+    return text
+
+
+Init = Annotated[str, AfterValidator(check_init)]
+"""A published adapter: NAME (its newest version), NAME@VERSION or NAME@ALIAS."""
+
+
+def check_parts(parts: list[str]) -> list[str]:
+    """Refuse a part that is named twice."""
+    if len(set(parts)) < len(parts):
+        raise ValueError("should name each part once")
+    return parts
+
+
+Parts = Annotated[list[str], Field(min_length=1), AfterValidator(check_parts)]
+"""Parts of the model by their folders' names, such as unet and text_encoder."""
+
+
+class LoraTuner(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), with DoRA and rsLoRA."""
+
+    type: Literal["lora"] = "lora"
+    train: Parts | None = None
+    """Parts that get adapters, for example [unet, text_encoder]. null: the one the objective is about."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank r of every update B A."""
+    alpha: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """The update is scaled by alpha / rank (alpha / sqrt(rank) with rslora). auto: alpha = rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapters' input."""
+    targets: LoraTargets | Annotated[list[str], Field(min_length=1)] = "attention"
+    """Which layers get an adapter: a named set, or a list of module-name endings such as `to_q`."""
+    freeze_depth: FreezeDepth = 0
+    """The first k blocks get no adapter: a whole number, or a fraction of the block count in [0, 1)."""
+    dora: bool = False
+    """Weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353)."""
+    rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
+    initialization: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How A and B start. default: Kaiming A, zero B. pissa and olora start from the base weight's principal part."""
+    init: Init | None = None
+    """Continue from a published LoRA of the same rank and layers."""
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> "LoraTuner":
+        if self.initialization == "orthogonal" and self.rank % 2:
+            raise ValueError(f"rank: {self.rank}: initialization orthogonal halves it; take an even rank")
+        return self
+
+    @model_validator(mode="after")
+    def _check_init(self) -> "LoraTuner":
+        if self.init is not None and self.initialization != "default":
+            raise ValueError(
+                f"init: {self.init!r}: gives the initial weights, and so does initialization: {self.initialization}; "
+                "keep one"
+            )
+        return self
+
+    @property
+    def resolved_alpha(self) -> float:
+        """alpha as a number."""
+        return float(self.rank) if self.alpha == "auto" else self.alpha
+
+
+class FullTuner(Section):
+    """Every weight of the named parts."""
+
+    type: Literal["full"] = "full"
+    train: Parts | None = None
+    """Parts whose weights all move, for example [unet, text_encoder]. null: the one the objective is about."""
+    init: Init | None = None
+    """Continue from a published adapter; a LoRA is merged into the weights first."""
+
+
+class FreezeTuner(Section):
+    """The weights behind the first blocks of the main part, or some kinds of them."""
+
+    train: ClassVar[None] = None
+    type: Literal["freeze"] = "freeze"
+    freeze_depth: FreezeDepth
+    """The first k blocks do not move: a whole number, or a fraction of the block count in [0, 1)."""
+    only: Annotated[list[Literal["norm", "bias", "cross_attention"]], Field(min_length=1)] | None = None
+    """Of what is not frozen only these move: normalisation layers, biases, attention to the condition."""
+    init: Init | None = None
+    """Continue from a published adapter; a LoRA is merged into the weights first."""
+
+
+Tuner = Annotated[
+    Annotated[LoraTuner, Tag("lora")] | Annotated[FullTuner, Tag("full")] | Annotated[FreezeTuner, Tag("freeze")],
+    Discriminator(type_of("lora")),
+]

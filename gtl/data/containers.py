@@ -1,0 +1,217 @@
+"""Looking into source files: what images they hold, and the bytes of one of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import tarfile
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from gtl.data.captions import split_lines
+from gtl.data.index import Seen, SeenFile
+from gtl.images import EXTENSIONS, BrokenImage, probe
+from gtl.storage import Store, explained
+from gtl.types import UserError
+
+CONTAINERS = frozenset({".parquet", ".tar"})
+MAX_BYTES = 2**28
+"""A compressed image larger than this is refused unread."""
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
+TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
+
+
+class Place(NamedTuple):
+    """Where an image's bytes are."""
+
+    root: str
+    key: str
+    offset: int
+    length: int
+    row: int
+
+
+def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
+    """Read a source file once: hashes, sizes and captions of its images, or the text of a caption file.
+
+    Nothing is decoded but headers, and a file that cannot be understood is an image with an error.
+
+    Raises:
+        UserError: the store cannot be reached, or a table lacks an image column.
+    """
+    store, extension = Store(root), posixpath.splitext(key)[1].lower()
+    try:
+        if extension == ".txt":
+            text = store.read(key).decode("utf-8-sig", errors="replace")
+            return SeenFile(store.url(key), num_bytes, mtime, text=text)
+        if extension == ".tar":
+            images = inspect_tar(store, key)
+        elif extension == ".parquet":
+            images = inspect_parquet(store, key)
+        elif num_bytes > MAX_BYTES:
+            images = [broken(f"{num_bytes} bytes, more than the allowed {MAX_BYTES}")]
+        else:
+            images = [look(store.read(key), "", None)]
+    except FileNotFoundError:
+        images = [broken("gone since it was listed")]
+    return SeenFile(store.url(key), num_bytes, mtime, tuple(images))
+
+
+def look(
+    data: bytes, name: str, captions: tuple[str, ...] | None, offset: int = 0, length: int = -1, row: int = -1
+) -> Seen:
+    """Hash and header of one image."""
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        height, width = probe(data)
+    except BrokenImage as error:
+        return Seen(name, digest, 0, 0, str(error), captions, offset, length, row)
+    return Seen(name, digest, height, width, "", captions, offset, length, row)
+
+
+def broken(reason: str, name: str = "") -> Seen:
+    """An image that cannot be read at all."""
+    return Seen(name, "", 0, 0, reason, None)
+
+
+def inspect_tar(store: Store, key: str) -> list[Seen]:
+    """Images of a WebDataset shard in one pass; `a.jpg` takes its captions from `a.txt` or `a.json`."""
+    images: dict[str, Seen] = {}
+    captions: dict[str, tuple[str, ...]] = {}
+    with explained(store.url(key)), store.fs.open_input_stream(store.path(key)) as stream:
+        try:
+            # r| never seeks: a shard in a bucket is read in one go.
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    _take_member(tar, member, images, captions)
+        except (tarfile.TarError, EOFError) as error:
+            images["\0"] = broken(f"not a whole tar file ({error})")
+    return [image._replace(captions=captions.get(stem)) for stem, image in images.items()]
+
+
+def _take_member(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, images: dict[str, Seen], captions: dict[str, tuple[str, ...]]
+) -> None:
+    folder, base = posixpath.split(member.name)
+    name, _, extension = base.partition(".")
+    stem, extension = posixpath.join(folder, name), f".{extension.lower()}"
+    if not member.isfile() or base.startswith(".") or extension not in EXTENSIONS | {".txt", ".json"}:
+        return
+    if member.size > MAX_BYTES:
+        images[stem] = broken(f"{member.size} bytes, more than the allowed {MAX_BYTES}", member.name)
+        return
+    file = tar.extractfile(member)
+    assert file is not None
+    data = file.read()
+    if extension in EXTENSIONS:
+        images[stem] = look(data, member.name, None, member.offset_data, member.size)
+    elif extension == ".txt":
+        captions[stem] = tuple(split_lines(data.decode("utf-8-sig", errors="replace"))) or ("",)
+    elif (found := _json_captions(data)) is not None:
+        captions.setdefault(stem, found)
+
+
+def _json_captions(data: bytes) -> tuple[str, ...] | None:
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return None
+    found = next((values[name] for name in TEXT_COLUMNS if name in values), None) if isinstance(values, dict) else None
+    return _as_captions(found)
+
+
+def _as_captions(value: Any) -> tuple[str, ...] | None:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return None
+
+
+def inspect_parquet(store: Store, key: str) -> list[Seen]:
+    """Images of a table: a column of bytes, or of structs with `bytes` as Hugging Face writes them."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with explained(store.url(key)), store.fs.open_input_file(store.path(key)) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            image, text = _columns(table.schema_arrow, store.url(key))
+            images: list[Seen] = []
+            for batch in table.iter_batches(batch_size=64, columns=[image, *([text] if text else [])]):
+                captions = batch.column(text).to_pylist() if text else [None] * batch.num_rows
+                for value, caption in zip(batch.column(image).to_pylist(), captions, strict=True):
+                    images.append(_look_at_row(value, _as_captions(caption), len(images)))
+            return images
+        except pa.ArrowInvalid as error:
+            return [broken(f"not a whole Parquet file ({' '.join(str(error).split())[:200]})")]
+
+
+def _look_at_row(value: Any, captions: tuple[str, ...] | None, row: int) -> Seen:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not data:
+        return broken("no bytes in this row", f"row {row}")
+    return look(data, f"row {row}", captions, row=row)
+
+
+def _columns(schema: Any, url: str) -> tuple[str, str | None]:
+    import pyarrow.types as kinds
+
+    def is_image(kind: Any) -> bool:
+        inner = kind.field("bytes").type if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        return bool(kinds.is_binary(inner) or kinds.is_large_binary(inner))
+
+    images = [field.name for field in schema if is_image(field.type)]
+    if not images:
+        raise UserError(f"{url}: no column of images (bytes, or structs with bytes), only {', '.join(schema.names)}")
+    image = next((name for name in IMAGE_COLUMNS if name in images), images[0])
+    text = next((name for name in TEXT_COLUMNS if name in schema.names and name != image), None)
+    return image, text
+
+
+def fetch(place: Place) -> bytes:
+    """The bytes of one image.
+
+    Raises:
+        FileNotFoundError: its file is gone.
+        UserError: the store cannot be reached.
+    """
+    store = Store(place.root)
+    if place.row >= 0:
+        return _read_row(place.root, place.key, place.row)
+    if place.length >= 0:
+        return store.read_range(place.key, place.offset, place.length)
+    return store.read(place.key)
+
+
+def _read_row(root: str, key: str, row: int) -> bytes:
+    starts = _row_groups(root, key)
+    group = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
+    value = _row_group(root, key, group)[row - starts[group]].as_py()
+    return bytes(value["bytes"] if isinstance(value, dict) else value)
+
+
+@lru_cache(maxsize=64)
+def _row_groups(root: str, key: str) -> tuple[int, ...]:
+    from pyarrow import parquet
+
+    store = Store(root)
+    with explained(store.url(key)), store.fs.open_input_file(store.path(key)) as file:
+        metadata = parquet.read_metadata(file)
+    starts = [0]
+    for i in range(metadata.num_row_groups):
+        starts.append(starts[-1] + metadata.row_group(i).num_rows)
+    return tuple(starts)
+
+
+@lru_cache(maxsize=1)
+def _row_group(root: str, key: str, group: int) -> Any:
+    """The image column of one row group; images of a table are asked for in order."""
+    from pyarrow import parquet
+
+    store = Store(root)
+    with explained(store.url(key)), store.fs.open_input_file(store.path(key)) as file:
+        table = parquet.ParquetFile(file)
+        image, _ = _columns(table.schema_arrow, store.url(key))
+        return table.read_row_group(group, columns=[image]).column(0)

@@ -1,0 +1,173 @@
+"""A prepared dataset: entries, and their tensors in the cache."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from gtl.data.buckets import geometry, variants
+from gtl.data.cache import Space, prompt_key
+from gtl.storage import Store
+from gtl.types import Entry, Item, Record, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "datasets"
+PIXELS = "pixels"
+"""Name of a crop's tensor in a space of pixels."""
+PIXEL_SPACE = f"images-{PIXELS}-uint8"
+"""The space of crops that no codec has encoded: they are the same for every model."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How many ways there are to cut an image, and the seed of their places."""
+
+    crops: int
+    flip: bool
+    seed: int
+
+
+class Dataset:
+    """Images with captions, encoded by one model; kept in the cache under a fingerprint of all that is in it."""
+
+    def __init__(self, store: Store, entries: Sequence[Entry], images: str, prompts: str | None, cuts: Cuts) -> None:
+        """`store` is the cache's root, `images` and `prompts` name its spaces; no prompts, no conditions."""
+        self.entries = list(entries)
+        self.images = Space(store, images)
+        self.prompts = None if prompts is None else Space(store, prompts)
+        self.cuts = cuts
+        self._store = store
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of images, captions, weights, crops and encoders; where the files lie does not count."""
+        digest = hashlib.sha256(json.dumps(self._header()).encode())
+        for entry in self.entries:
+            record = entry.record
+            digest.update(json.dumps([record.sha256, record.captions, record.weight, entry.variants]).encode())
+        return digest.hexdigest()
+
+    def _header(self) -> dict[str, Any]:
+        cuts = {"crops": self.cuts.crops, "flip": self.cuts.flip, "seed": self.cuts.seed}
+        prompts = None if self.prompts is None else self.prompts.name
+        return {"images": self.images.name, "prompts": prompts, "cuts": cuts}
+
+    def item(self, entry: int, variant: int, caption: int) -> Item:
+        """What training reads of one variant of one image with one of its captions."""
+        found = self.entries[entry]
+        record = found.record
+        cut = variants(record.sha256, record.size, found.bucket, **vars(self.cuts))[variant]
+        tensors = self.images.read(found.variants[variant])
+        pixels = tensors.pop(PIXELS, None)
+        return Item(
+            latents=tensors,
+            conditions={} if self.prompts is None else self.prompts.read(prompt_key(record.captions[caption])),
+            null_conditions=self._null_conditions,
+            geometry=geometry(record.size, found.bucket, cut),
+            caption=record.captions[caption] if record.captions else "",
+            pixels=pixels,
+        )
+
+    @cached_property
+    def _null_conditions(self) -> dict[str, Tensor]:
+        return {} if self.prompts is None else self.prompts.read(prompt_key(""))
+
+    def split(self, share: float, never: str) -> tuple[Dataset, Dataset]:
+        """What is trained on, and the share of the images that is held out, at least one.
+
+        Which ones depends on their bytes, so copies of an image are on one side and few change when images come or go.
+
+        Args:
+            share: Of the images, in [0, 1); 0 holds none out.
+            never: Images whose URI begins so are trained on.
+
+        Raises:
+            UserError: nothing would be left to train on.
+        """
+        if not share:
+            return self, self._part([])
+        given = {entry.record.sha256 for entry in self.entries if not entry.record.uri.startswith(never)}
+        ordered = sorted(given, key=lambda sha256: hashlib.sha256(f"validation {sha256}".encode()).digest())
+        held_out = set(ordered[: max(1, round(share * len(ordered)))])
+        if len(held_out) == len(given):
+            raise UserError(f"data.validation: {share:g}: of {len(given)} different images none is left to train on")
+        sides: tuple[list[Entry], list[Entry]] = [], []
+        for entry in self.entries:
+            sides[entry.record.sha256 in held_out].append(entry)
+        return self._part(sides[0]), self._part(sides[1])
+
+    def _part(self, entries: list[Entry]) -> Dataset:
+        part = copy.copy(self)
+        part.entries = entries
+        return part
+
+    def save(self) -> None:
+        """Keep it in the cache, for workers and for later; marks it as used now."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        key = f"{FOLDER}/{self.fingerprint}"
+        if not self._store.exists(f"{key}.parquet"):
+            rows = [
+                {
+                    "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
+                    "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
+                }
+                for e in self.entries
+            ]  # fmt: skip
+            table = pa.Table.from_pylist(rows).replace_schema_metadata({"gtl": json.dumps(self._header())})
+            sink = io.BytesIO()
+            parquet.write_table(table, sink, compression="zstd")
+            self._store.write(f"{key}.parquet", sink.getvalue())
+        self._store.write(f"{key}.used", b"")
+
+    @classmethod
+    def load(cls, store: Store, fingerprint: str) -> Dataset:
+        """Read back what `save` kept in the cache whose root is `store`.
+
+        Raises:
+            UserError: it is not in the cache.
+        """
+        dataset = read(store, fingerprint)
+        dataset.refresh()
+        return dataset
+
+    def refresh(self) -> None:
+        """Learn where its tensors are."""
+        self.images.refresh()
+        if self.prompts is not None:
+            self.prompts.refresh()
+
+
+def read(store: Store, fingerprint: str) -> Dataset:
+    """The dataset without the places of its tensors.
+
+    Raises:
+        UserError: it is not in the cache.
+    """
+    from pyarrow import parquet
+
+    key = f"{FOLDER}/{fingerprint}.parquet"
+    try:
+        data = store.read(key)
+    except FileNotFoundError:
+        raise UserError(f"storage.cache: {store.url(key)}: not there; `gtl cache RECIPE` makes it again") from None
+    table = parquet.read_table(io.BytesIO(data))
+    header = json.loads(table.schema.metadata[b"gtl"])
+    entries = [
+        Entry(
+            Record(row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"]),
+            tuple(row["bucket"]),
+            tuple(row["variants"]),
+        )
+        for row in table.to_pylist()
+    ]
+    return Dataset(store, entries, header["images"], header["prompts"], Cuts(**header["cuts"]))

@@ -1,0 +1,39 @@
+"""Removing from the cache what no dataset needs."""
+
+from __future__ import annotations
+
+import time
+
+from gtl.data.cache import prompt_key, sweep
+from gtl.data.dataset import FOLDER, read
+from gtl.storage import Store
+
+
+def collect_garbage(cache: Store, keep_days: float = 30, grace_days: float = 1) -> tuple[int, int]:
+    """Forget datasets that no run has prepared for a while, and remove the shards that no dataset needs.
+
+    Args:
+        cache: Its root.
+        keep_days: A dataset used within so many days stays.
+        grace_days: A shard written within so many days stays: the fill that wrote it may still be running.
+
+    Returns:
+        Shards removed and their bytes.
+    """
+    now = time.time()
+    used = {key.removesuffix(".used"): mtime / 1e9 for key, _, mtime in cache.list(FOLDER) if key.endswith(".used")}
+    keys: set[str] = set()
+    for key, _, mtime in list(cache.list(FOLDER)):
+        name, _, kind = key.rpartition(".")
+        if kind != "parquet":
+            continue
+        if max(used.get(name, 0), mtime / 1e9) < now - keep_days * 86400:
+            cache.delete(key)
+            cache.delete(f"{name}.used")
+            continue
+        dataset = read(cache, name.rpartition("/")[2])
+        for entry in dataset.entries:
+            keys.update(f"{dataset.images.name}/{variant}" for variant in entry.variants)
+            if dataset.prompts is not None:
+                keys.update(f"{dataset.prompts.name}/{prompt_key(caption)}" for caption in ("", *entry.record.captions))
+    return sweep(cache, keys.__contains__, now - grace_days * 86400)

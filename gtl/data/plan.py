@@ -1,0 +1,113 @@
+"""Which images make up which step: a pure function of the dataset, the seed and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gtl.types import Entry, PlanItem
+
+Ints = NDArray[np.int64]
+
+
+class _Epoch(NamedTuple):
+    order: Ints
+    """Entries, batch after batch."""
+    starts: Ints
+    """Where batch i begins in `order`; one more than there are batches."""
+    variants: Ints
+    captions: Ints
+
+
+class Plan:
+    """The global batches of a run.
+
+    Every batch has exactly `batch_size` items of one bucket. Every entry is in an epoch exactly once with a weight
+    above 0; a short remainder is filled with repeats of weight 0.
+    """
+
+    def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int) -> None:
+        """Group the entries by bucket."""
+        if not entries or batch_size < 1:
+            raise ValueError(f"{len(entries)} entries in batches of {batch_size}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_entries = len(entries)
+        members: dict[tuple[int, int], list[int]] = {}
+        for i, entry in enumerate(entries):
+            members.setdefault(entry.bucket, []).append(i)
+        self._buckets = [np.array(members[bucket], dtype=np.int64) for bucket in sorted(members)]
+        self._weights = np.array([entry.record.weight for entry in entries], dtype=np.float64)
+        self._num_variants = np.array([len(entry.variants) for entry in entries], dtype=np.uint64)
+        # One draw an entry also where captions play no part.
+        self._num_captions = np.array([len(entry.record.captions) or 1 for entry in entries], dtype=np.uint64)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the entries."""
+        return sum(-(-len(bucket) // self.batch_size) for bucket in self._buckets)
+
+    def batch(self, step: int) -> list[PlanItem]:
+        """The global batch of a step, counted from 0 over all epochs."""
+        number, position = divmod(step, self.steps_per_epoch)
+        epoch = self._epoch(number)
+        entries = epoch.order[epoch.starts[position] : epoch.starts[position + 1]]
+        items = [
+            PlanItem(int(e), int(epoch.variants[e]), int(epoch.captions[e]), float(self._weights[e]) / len(entries))
+            for e in entries
+        ]
+        fillers = [items[i % len(items)]._replace(weight=0.0) for i in range(len(items), self.batch_size)]
+        return items + fillers
+
+    def _draw_epoch(self, number: int) -> _Epoch:
+        # Raw draws of a bit generator are the same in every numpy version; a Generator's shuffle is not.
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed & (2**64 - 1), number]))
+        parts: list[Ints] = []
+        for bucket in self._buckets:
+            shuffled = bucket[np.argsort(bits.random_raw(len(bucket)), kind="stable")]
+            parts += [shuffled[i : i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
+        parts = [parts[i] for i in np.argsort(bits.random_raw(len(parts)), kind="stable")]
+        return _Epoch(
+            order=np.concatenate(parts),
+            starts=np.cumsum([0, *map(len, parts)]),
+            variants=(bits.random_raw(self.num_entries) % self._num_variants).astype(np.int64),
+            captions=(bits.random_raw(self.num_entries) % self._num_captions).astype(np.int64),
+        )
+
+
+class Place(NamedTuple):
+    """One place of a rank's micro-batch."""
+
+    position: int
+    """In the global batch."""
+    is_real: bool
+    """False for a repeat that only fills the shape."""
+
+
+def places(num_items: int, rank: int, world: int, micro_batch: int) -> list[list[Place]]:
+    """A rank's share of a global batch as micro-batches of one size, the same on every rank and at most `micro_batch`.
+
+    Shares are contiguous and differ by at most one item before they are filled up.
+    """
+    share = -(-num_items // world)
+    count = -(-share // micro_batch)
+    size = -(-share // count)
+    whole, more = divmod(num_items, world)
+    start = rank * whole + min(rank, more)
+    mine = [Place(start + i, True) for i in range(whole + (rank < more))]
+    fill = Place(mine[-1].position if mine else 0, False)
+    mine += [fill] * (count * size - len(mine))
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
+def slice_for(items: Sequence[PlanItem], rank: int, world: int, micro_batch: int) -> list[list[PlanItem]]:
+    """The items of `places`; a fill has weight 0."""
+    return [
+        [items[p.position] if p.is_real else items[p.position]._replace(weight=0.0) for p in row]
+        for row in places(len(items), rank, world, micro_batch)
+    ]

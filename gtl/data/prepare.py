@@ -1,0 +1,211 @@
+"""From a recipe's data section to a dataset whose tensors are all in the cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from gtl.config.pairs import Needs
+from gtl.config.recipe import Data, Source
+from gtl.data.buckets import MAX_ASPECT, Size, bucket_sizes, choose_bucket, variant_key, variants
+from gtl.data.cache import prompt_key
+from gtl.data.captions import CaptionRule
+from gtl.data.dataset import PIXEL_SPACE, PIXELS, Cuts, Dataset
+from gtl.data.fill import ImageWork, fill
+from gtl.data.index import Index, SeenFile
+from gtl.data.sources import Broken, File, Located, Scan, scan, uri_of
+from gtl.storage import Store
+from gtl.types import Entry, Progress, UserError, quiet
+
+if TYPE_CHECKING:
+    from gtl.families.base import DiffusionFamily
+
+ENCODED = Needs(images="latents", text="embeddings")
+FILES_PER_CALL = 128
+"""Source files that a task looks into at a time."""
+NAMED = 20
+"""Broken files that are named one by one; the rest is counted."""
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    data: Data, family: DiffusionFamily, cache_url: str, *, dtype: str, needs: Needs = ENCODED,
+    prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), progress: Progress | None = None,
+) -> Dataset:  # fmt: skip
+    """Scan the sources, choose crops, encode what the cache lacks; without new images or captions this reads no file.
+
+    Args:
+        data: The recipe's section.
+        family: The opened model.
+        cache_url: Root of the cache.
+        dtype: fp32 or bf16, of the encoders and of what is stored.
+        needs: What of an image and of its captions training reads.
+        prior: Folder, prompt and loss weight of class images, learned beside the data.
+        prompts: Are encoded too, when captions are.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: a source, a caption or the cache is not what it has to be, or too many images are broken.
+    """
+    tell: Progress = progress or quiet
+    cache = Store(cache_url)
+    found = scan_all(data, cache, prior, tell)
+    if needs.text == "none":
+        found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
+    check_usable(found, data)
+    check_captioned(found, data, needs)
+    sizes = bucket_sizes(data.resolution, family.multiple, MAX_ASPECT if data.buckets else 1.0)
+    cuts = Cuts(data.crops, data.flip, data.seed)
+    images, texts = spaces(family, dtype, needs)
+    entries = [make_entry(located, sizes, cuts) for located in found.images]
+    dataset = Dataset(cache, entries, images, texts, cuts)
+    dataset.refresh()
+    work = list(missing_images(dataset, found.images))
+    failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
+                  lambda done, total: tell("encode", done, total))  # fmt: skip
+    if failed:
+        remember_broken(failed, found, cache)
+        found.broken += [Broken(uri, reason) for uri, reason in sorted(failed.items())]
+        found.images = [located for located in found.images if located.record.uri not in failed]
+        check_usable(found, data)
+        dataset = Dataset(cache, [e for e in entries if e.record.uri not in failed], images, texts, cuts)
+    name_broken(found.broken)
+    dataset.refresh()
+    dataset.save()
+    return dataset
+
+
+def spaces(family: DiffusionFamily, dtype: str, needs: Needs) -> tuple[str, str | None]:
+    """Names of the cache's spaces of images and of prompts, which say what made the tensors in them."""
+    codec = PIXELS if family.codec is None else family.fingerprint(family.codec)[:16]
+    images = PIXEL_SPACE if needs.images == "pixels" else f"images-{codec}-{dtype}"
+    if needs.text != "embeddings":
+        return images, None
+    return images, f"prompts-{family.fingerprint(*family.encoders)[:16]}-{dtype}"
+
+
+def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress) -> Scan:
+    """The images of every source, and of the prior.
+
+    Raises:
+        UserError: a source or a caption is not what it has to be.
+    """
+    rule = CaptionRule(data.captions, data.caption_template)
+    listed = data.source if isinstance(data.source, list) else [Source(source=data.source)]
+    parts = [(s.source, rule, s.weight) for s in listed]
+    if prior is not None:
+        parts.append((prior[0], CaptionRule.fixed(prior[1]), prior[2]))
+    found = Scan()
+    for source, captions, weight in parts:
+        found.extend(
+            scan(source, captions, weight, cache, lambda root, files: inspect_all(root, files, progress), progress)
+        )
+    return found
+
+
+def inspect_all(root: str, files: list[File], progress: Progress) -> Iterator[SeenFile]:
+    """Look into source files on the cluster."""
+    from gtl.data.stream import run
+    from gtl.session import session
+
+    rows = [[root, *file] for file in files]
+    with session():
+        for done, line in enumerate(run(rows, inspect_batch, calls=-(-len(rows) // FILES_PER_CALL)), 1):
+            progress("scan", done, len(rows))
+            yield SeenFile.parse(line)
+
+
+def inspect_batch(batch: dict[str, Any]) -> dict[str, list[str]]:
+    """The task behind `inspect_all`."""
+    from gtl.data.containers import inspect
+    from gtl.data.stream import each, pack, unpack
+
+    return pack(each(lambda row: inspect(*row).dump(), unpack(batch)))
+
+
+def make_entry(located: Located, sizes: tuple[Size, ...], cuts: Cuts) -> Entry:
+    """The image with its bucket and the cache keys of its crops."""
+    record = located.record
+    bucket = choose_bucket(record.size, sizes)
+    found = variants(record.sha256, record.size, bucket, **vars(cuts))
+    return Entry(record, bucket, tuple(variant_key(record.sha256, bucket, variant) for variant in found))
+
+
+def missing_images(dataset: Dataset, located: Sequence[Located]) -> Iterator[ImageWork]:
+    """What has to be encoded; an image that is there twice is encoded once."""
+    asked: set[str] = set()
+    for entry, (record, place) in zip(dataset.entries, located, strict=True):
+        lacking = [key for key in entry.variants if key not in dataset.images and key not in asked]
+        if lacking:
+            asked.update(lacking)
+            found = variants(record.sha256, record.size, entry.bucket, **vars(dataset.cuts))
+            wanted = {key: v for key, v in zip(entry.variants, found, strict=True) if key in lacking}
+            yield ImageWork(record.uri, record.sha256, place, entry.bucket, wanted)
+
+
+def missing_texts(dataset: Dataset, prompts: Sequence[str]) -> dict[str, str]:
+    """The captions and prompts that have to be encoded by cache key, the empty one among them; sorted."""
+    if dataset.prompts is None:
+        return {}
+    captions = {"", *prompts, *(caption for entry in dataset.entries for caption in entry.record.captions)}
+    return {key: caption for caption in sorted(captions) if (key := prompt_key(caption)) not in dataset.prompts}
+
+
+def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
+    """Refuse images without a caption where one is needed.
+
+    Raises:
+        UserError: there are some.
+    """
+    captionless = [located.record.uri for located in found.images if not located.record.captions]
+    if captionless and needs.text != "none":
+        raise UserError(
+            f"data.captions: {data.captions}: {len(captionless)} images have no such caption, the first: "
+            f"{captionless[0]}; caption them, or use captions: auto"
+        )
+
+
+def check_usable(found: Scan, data: Data) -> None:
+    """Refuse when too many images are broken, or none is left.
+
+    Raises:
+        UserError: so it is.
+    """
+    total, broken = len(found.images) + len(found.broken), len(found.broken)
+    if broken and (broken > data.max_broken * total or not found.images):
+        first = found.broken[0]
+        raise UserError(
+            f"data.max_broken: {broken} of {total} images can't be read, {data.max_broken:.0%} are allowed; "
+            f"the first: {first.uri}: {first.reason}"
+        )
+    if not found.images:
+        raise UserError(f"data.source: {data.source}: no image in it")
+
+
+def remember_broken(failed: dict[str, str], found: Scan, cache: Store) -> None:
+    """Put what turned out to be broken only when it was decoded into the index, so that the next run knows."""
+    urls: dict[str, set[str]] = {}
+    for record, place in found.images:
+        if record.uri in failed:
+            urls.setdefault(place.root, set()).add(Store(place.root).url(place.key))
+    for root, files in urls.items():
+        index = Index(cache, root)
+        known = index.load()
+        index.add(mark_broken(known[url], failed) for url in sorted(files))
+
+
+def mark_broken(file: SeenFile, failed: Mapping[str, str]) -> SeenFile:
+    """The file with the reasons (by URI) why its images are broken."""
+    images = (i._replace(error=failed.get(uri_of(file.url, i.name), i.error)) for i in file.images)
+    return replace(file, images=tuple(images))
+
+
+def name_broken(broken: Sequence[Broken]) -> None:
+    """Tell the user which images are left out."""
+    for uri, reason in broken[:NAMED]:
+        logger.warning("%s: %s; left out", uri, reason)
+    if len(broken) > NAMED:
+        logger.warning("and %d more images left out", len(broken) - NAMED)

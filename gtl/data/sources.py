@@ -1,0 +1,206 @@
+"""From a folder, a table, shards or a bucket of them to records: images with sizes, hashes and captions."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from gtl.data.captions import METADATA_FILES, CaptionRule, read_metadata, split_lines
+from gtl.data.containers import CONTAINERS, Place
+from gtl.data.index import Index, Seen, SeenFile
+from gtl.families.files import cache_home
+from gtl.images import EXTENSIONS
+from gtl.storage import Store
+from gtl.types import Progress, Record, UserError
+
+INDEX_PIECE = 4096
+"""Files that are remembered together."""
+
+Inspect = Callable[[str, list["File"]], Iterator[SeenFile]]
+"""Reads files of a root (see `gtl.data.containers.inspect`), on the cluster or here."""
+
+
+class File(NamedTuple):
+    """A source file as it is listed."""
+
+    key: str
+    size: int
+    """Bytes."""
+    mtime: int
+
+
+class Located(NamedTuple):
+    """A record and where its bytes are."""
+
+    record: Record
+    place: Place
+
+
+class Broken(NamedTuple):
+    """An image that can't be used, and why."""
+
+    uri: str
+    reason: str
+
+
+@dataclass
+class Scan:
+    """What a source holds."""
+
+    images: list[Located] = field(default_factory=list)
+    """Without captions where the rule gives none."""
+    broken: list[Broken] = field(default_factory=list)
+
+    def extend(self, other: Scan) -> None:
+        """Add another source's."""
+        self.images += other.images
+        self.broken += other.broken
+
+
+@dataclass
+class Listing:
+    """The files of a source, by what they are."""
+
+    store: Store
+    images: dict[str, File] = field(default_factory=dict)
+    containers: dict[str, File] = field(default_factory=dict)
+    texts: dict[str, File] = field(default_factory=dict)
+    metadata: list[str] = field(default_factory=list)
+
+
+def list_source(source: str) -> Listing:
+    """List a folder, recursively, or a single .parquet or .tar file. Hidden files and folders are left out.
+
+    Raises:
+        UserError: there is no such folder, it holds no images, or it cannot be reached.
+    """
+    store = Store(source)
+    extension = posixpath.splitext(source)[1].lower()
+    if store.is_local and not os.path.exists(store.root):
+        raise UserError(f"data.source: {source}: no such folder or file")
+    if extension in CONTAINERS and not (store.is_local and os.path.isdir(store.root)):
+        parent, _, name = store.root.rpartition("/")
+        store = Store(parent)
+        files = [file for file in store.list(recursive=False) if file[0] == name]
+    elif store.is_local and not os.path.isdir(store.root):
+        raise UserError(f"data.source: {source}: neither a folder nor a .parquet or .tar file")
+    else:
+        files = list(store.list())
+    listing = Listing(store)
+    for file in map(File._make, files):
+        _sort_in(listing, file)
+    if not listing.images and not listing.containers:
+        raise UserError(
+            f"data.source: {source}: no images there; looked for {', '.join(sorted(EXTENSIONS))}, .parquet and .tar"
+        )
+    return listing
+
+
+def _sort_in(listing: Listing, file: File) -> None:
+    if any(part.startswith(".") for part in file.key.split("/")):
+        return
+    extension = posixpath.splitext(file.key)[1].lower()
+    if posixpath.basename(file.key) in METADATA_FILES:
+        listing.metadata.append(file.key)
+    elif extension in EXTENSIONS:
+        listing.images[file.key] = file
+    elif extension in CONTAINERS:
+        listing.containers[file.key] = file
+    elif extension == ".txt":
+        listing.texts[file.key] = file
+
+
+def scan(
+    source: str, rule: CaptionRule, weight: float, cache: Store | None, inspect: Inspect,
+    progress: Progress | None = None,
+) -> Scan:  # fmt: skip
+    """Everything a source holds; of a cache, only files that its index does not know in this state are read.
+
+    A built-in set is drawn first, into the cache; without one, into the cache of this machine.
+
+    Raises:
+        UserError: the source, a metadata file or a table is not what it has to be.
+    """
+    if source.startswith("builtin:"):
+        from gtl.data.scenes.sets import SceneSet, draw_set
+
+        source = draw_set(SceneSet.parse(source), cache or Store(cache_home()), progress).root
+    listing = list_source(source)
+    metadata = collect_metadata(listing) if rule.reads_metadata else {}
+    texts = needed_sidecars(listing, metadata) if rule.reads_sidecars else {}
+    wanted = [*listing.images.values(), *listing.containers.values(), *texts.values()]
+    seen = look_up(listing.store, wanted, None if cache is None else Index(cache, listing.store.url()), inspect)
+    result = Scan()
+    for key in sorted([*listing.images, *listing.containers]):
+        sidecar = texts.get(posixpath.splitext(key)[0])
+        lines = None if sidecar is None else split_lines(seen[sidecar.key].text or "")
+        for image in seen[key].images:
+            _add(result, listing.store, key, image, rule, weight, metadata.get(key), lines)
+    return result
+
+
+def look_up(store: Store, wanted: list[File], index: Index | None, inspect: Inspect) -> dict[str, SeenFile]:
+    """What is in the files, by key: from the index, or read and then remembered."""
+    known = {} if index is None else index.load()
+    found = {file.key: known.get(store.url(file.key)) for file in wanted}
+    fresh = {f.key: s for f in wanted if (s := found[f.key]) is not None and (s.size, s.mtime) == (f.size, f.mtime)}
+    stale = [file for file in wanted if file.key not in fresh]
+    if stale:
+        skip = len(store.url()) + 1
+        coming = iter(inspect(store.url(), stale))
+        # In pieces, so that a scan that is cut off has not been for nothing.
+        while new := list(islice(coming, INDEX_PIECE)):
+            if index is not None:
+                index.add(new)
+            fresh.update({file.url[skip:]: file for file in new})
+    return fresh
+
+
+def collect_metadata(listing: Listing) -> dict[str, list[str]]:
+    """Captions by image key from every metadata file; it may lie in any folder, and names are relative to it.
+
+    Raises:
+        UserError: a line is wrong, or captions an image that is not there.
+    """
+    captions: dict[str, list[str]] = {}
+    for key in listing.metadata:
+        url = listing.store.url(key)
+        for line, name, texts in read_metadata(listing.store.read(key), url):
+            image = posixpath.normpath(posixpath.join(posixpath.dirname(key), name))
+            if image not in listing.images:
+                raise UserError(f"{url}:{line}: file_name {name!r}: no such image; remove the line or add the file")
+            captions.setdefault(image, []).extend(texts)
+    return captions
+
+
+def needed_sidecars(listing: Listing, captioned: Mapping[str, object]) -> dict[str, File]:
+    """Text files beside images that have no caption yet, by the path without its ending."""
+    texts = {posixpath.splitext(key)[0]: file for key, file in listing.texts.items()}
+    stems = (posixpath.splitext(key)[0] for key in listing.images if key not in captioned)
+    return {stem: texts[stem] for stem in stems if stem in texts}
+
+
+def uri_of(url: str, name: str) -> str:
+    """How an image is called in messages and records: its file, and its name in there."""
+    return f"{url}#{name}" if name else url
+
+
+def _add(
+    result: Scan, store: Store, key: str, image: Seen, rule: CaptionRule, weight: float,
+    metadata: list[str] | None, sidecar: list[str] | None,
+) -> None:  # fmt: skip
+    uri = uri_of(store.url(key), image.name)
+    if image.error:
+        result.broken.append(Broken(uri, image.error))
+        return
+    folder = posixpath.basename(posixpath.dirname(f"{store.url()}/{key}"))
+    if image.captions is not None:
+        metadata = sidecar = list(image.captions)
+    file = image.name if image.length >= 0 else key
+    captions = rule.choose(file, folder, metadata, sidecar)
+    record = Record(uri, image.sha256, (image.height, image.width), captions, weight)
+    result.images.append(Located(record, Place(store.root, key, image.offset, image.length, image.row)))

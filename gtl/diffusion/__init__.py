@@ -1,0 +1,1 @@
+"""Noise paths, training times and loss weights."""

@@ -1,0 +1,190 @@
+"""Noise paths: how clean data becomes noise, and what a network that learned the way back predicts.
+
+Diffusion (Ho et al. 2020, arXiv 2006.11239) and rectified flow (Liu et al. 2022, arXiv 2209.03003), the same verbs.
+Data has shape [B, ...]; times t are in the model's own units, always one per sample, [B].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+"""What the network predicts: the noise, the velocity of Salimans & Ho 2022 (arXiv 2202.00512), clean data, the flow."""
+
+
+class NoisePath(Protocol):
+    """From clean data to noise."""
+
+    prediction: Prediction
+    shift: float
+    """Shift towards noise with which the model was trained, see `gtl.config.objectives.Timesteps`; 1 is none."""
+
+    def time(self, u: Tensor) -> Tensor:
+        """Times of shares u in [0, 1] of the way to noise, in the model's own units; any shape."""
+        ...
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The point of the path at time t."""
+        ...
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict there."""
+        ...
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio, of variances, [B]."""
+        ...
+
+    def denoised(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean data that a prediction stands for."""
+        ...
+
+
+class VariancePreserving:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, at whole steps t in [0, T)."""
+
+    shift = 1.0
+
+    def __init__(self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> None:
+        """`alphas_cumprod` [T] are the a_t."""
+        self.alphas_cumprod = alphas_cumprod
+        self.prediction: Prediction = prediction
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def time(self, u: Tensor) -> Tensor:
+        """Whole steps, each for an equal share of [0, 1)."""
+        num = len(self.alphas_cumprod)
+        return (u * num).long().clamp_(0, num - 1)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The point of the path at time t."""
+        signal, sigma = self._coefficients(t, clean)
+        return signal * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Noise, velocity or clean data."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return clean
+        signal, sigma = self._coefficients(t, clean)
+        return signal * noise - sigma * clean
+
+    def snr(self, t: Tensor) -> Tensor:
+        """a_t / (1 - a_t)."""
+        alpha = self._alphas(t)
+        return alpha / (1 - alpha)
+
+    def denoised(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean data that a prediction stands for; not finite for epsilon at zero signal."""
+        if self.prediction == "sample":
+            return prediction
+        signal, sigma = self._coefficients(t, noisy)
+        if self.prediction == "epsilon":
+            return (noisy - sigma * prediction) / signal
+        return signal * noisy - sigma * prediction
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copies on devices."""
+        return {**self.__dict__, "_on_device": {}}
+
+    def _alphas(self, t: Tensor) -> Tensor:
+        # A copy per device: copying the table in every step would make the GPU wait.
+        if t.device not in self._on_device:
+            self._on_device[t.device] = self.alphas_cumprod.to(t.device)
+        return self._on_device[t.device][t]
+
+    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self._alphas(t)
+        shape = (-1, *[1] * (like.ndim - 1))
+        return (alpha**0.5).to(like.dtype).view(shape), ((1 - alpha) ** 0.5).to(like.dtype).view(shape)
+
+
+class RectifiedFlow:
+    """x_t = (1 - s) x_0 + s noise with s = t / T in [0, 1]; the network predicts noise - x_0."""
+
+    prediction: Prediction = "flow"
+
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
+        """T is `num_train_timesteps`."""
+        self.shift = shift
+        self.num_train_timesteps = num_train_timesteps
+
+    def time(self, u: Tensor) -> Tensor:
+        """T u."""
+        return u * self.num_train_timesteps
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The point of the path at time t."""
+        share = self._share(t, clean)
+        return (1 - share) * clean + share * noise
+
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The flow, the same at all times."""
+        return noise - clean
+
+    def snr(self, t: Tensor) -> Tensor:
+        """((1 - s) / s)^2."""
+        share = t / self.num_train_timesteps
+        return ((1 - share) / share) ** 2
+
+    def denoised(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """Back along the flow."""
+        return noisy - self._share(t, noisy) * prediction
+
+    def _share(self, t: Tensor, like: Tensor) -> Tensor:
+        return (t / self.num_train_timesteps).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def path_of(config: Mapping[str, Any]) -> NoisePath:
+    """The path that a diffusers scheduler config describes; a key that it lacks has its scheduler's own default.
+
+    Raises:
+        UserError: the scheduler or its prediction type is unknown.
+    """
+    resolved = make_scheduler(config).config
+    if "FlowMatch" in config["_class_name"]:
+        return RectifiedFlow(_flow_shift(resolved), resolved["num_train_timesteps"])
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    prediction = resolved.get("prediction_type", "epsilon")
+    if prediction not in get_args(Prediction) or prediction == "flow":
+        raise UserError(
+            f"scheduler_config.json: prediction_type: {prediction!r}: epsilon, v_prediction and sample are supported"
+        )
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    # DDPM's table, since some samplers change theirs to keep their own arithmetic finite.
+    ddpm = DDPMScheduler(**{key: resolved[key] for key in keys if key in resolved})
+    return VariancePreserving(ddpm.alphas_cumprod, prediction)
+
+
+def make_scheduler(config: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler that a scheduler config names, fresh.
+
+    Raises:
+        UserError: diffusers has none of this name.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name"))
+    scheduler = getattr(diffusers, name, None) if "Scheduler" in name else None
+    if scheduler is None:
+        version = diffusers.__version__
+        raise UserError(f"scheduler_config.json: _class_name: {name!r}: diffusers {version} has no such scheduler")
+    return scheduler.from_config(dict(config))
+
+
+def _flow_shift(config: Mapping[str, Any]) -> float:
+    """A model whose shift grows with the image was made for the size at which it is greatest."""
+    if not config.get("use_dynamic_shifting"):
+        return float(config["shift"])
+    greatest = float(config["max_shift"])
+    return math.exp(greatest) if config.get("time_shift_type", "exponential") == "exponential" else greatest

@@ -1,0 +1,56 @@
+"""Pictures of a model that is being trained, drawn by all ranks through the module that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from gtl.generate.engine import Engine, Request
+from gtl.generate.images import to_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import nn
+
+    from gtl.families.base import Conditions, DiffusionFamily
+
+MAX_BATCH = 4
+
+
+def draw_shares(
+    family: DiffusionFamily,
+    parts: Mapping[str, nn.Module],
+    requests: Sequence[Request],
+    *,
+    encoded: Mapping[str, Conditions] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Image.Image]:
+    """The requests' pictures, in their order, on rank 0; [] elsewhere. Collective.
+
+    Every rank draws its share in equally many forward passes, as weights that are spread over ranks demand.
+
+    Args:
+        family: The model's.
+        parts: Its main part as it is trained, the codec, and the encoders if `encoded` is None.
+        requests: All of one size, number of steps and kind of guidance.
+        encoded: Conditions of every prompt among the requests.
+        device: Where the parts are.
+        dtype: Of the arithmetic; other than fp32 it runs under autocast.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    padded = [*requests, *[requests[-1]] * (-len(requests) % world)]
+    engine = Engine(family, parts, device, torch.float32, MAX_BATCH, encoded)
+    mine = {engine.add(request): rank + world * turn for turn, request in enumerate(padded[rank::world])}
+    pictures: dict[int, Image.Image] = {}
+    while len(engine):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            finished = engine.step()
+        for item, pixels in zip(finished, engine.decode(finished), strict=True):
+            pictures[mine[item.handle]] = to_image(pixels)
+    shares: list[dict[int, Image.Image]] = [{}] * world
+    dist.gather_object(pictures, shares if rank == 0 else None)
+    return [shares[position % world][position] for position in range(len(requests))] if rank == 0 else []

@@ -1,0 +1,47 @@
+"""Model families: one file each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from gtl.families.files import INDEX, read_json
+from gtl.families.source import resolve
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from gtl.families.base import DiffusionFamily
+
+FAMILIES: dict[str, str] = {
+    "sd": "gtl.families.sd:StableDiffusion",
+}
+"""Families by name, imported when opened."""
+
+PIPELINES: dict[str, str] = {
+    "StableDiffusionPipeline": "sd",
+}
+"""Family by the pipeline class that model_index.json names."""
+
+
+def open_family(
+    source: str, family: str = "auto", revision: str | None = None, variant: str | None = None
+) -> DiffusionFamily:
+    """Find a model's files, downloading what is missing, and read its configs; no weight is loaded.
+
+    Raises:
+        UserError: there is no such model, its kind is not supported, or it is of another family than the given one.
+    """
+    if family not in ("auto", *FAMILIES):
+        raise UserError(f"model.family: {family!r}: known families: auto, {', '.join(FAMILIES)}")
+    folder = resolve(source, revision, variant)
+    pipeline = read_json(folder / INDEX).get("_class_name")
+    found = PIPELINES.get(str(pipeline))
+    if found is None:
+        supported = ", ".join(PIPELINES)
+        raise UserError(f"model.source: {source}: {INDEX} names a {pipeline}; supported: {supported}")
+    if family not in ("auto", found):
+        raise UserError(f"model.family: {family!r}: the model at {source} is of family {found!r} ({pipeline})")
+    module, _, name = FAMILIES[found].partition(":")
+    opened = getattr(importlib.import_module(module), name)(folder, variant)
+    opened.origin = (source, found, revision, variant)
+    return opened

@@ -1,0 +1,160 @@
+"""What a model family says. Everything that differs between model architectures is behind these verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from gtl.diffusion.path import NoisePath
+    from gtl.types import Geometry
+
+Conditions = dict[str, "Tensor"]
+"""Everything `predict` needs beside latents and time, by name. For one sample without a batch dimension."""
+
+
+class Family(Protocol):
+    """A model opened from a folder: its config files are read, no weight is loaded.
+
+    Parts are the folder names of the diffusers layout: unet, vae, text_encoder, ...
+    Methods take modules as arguments, so a family holds no weights and is cheap to make and to pickle.
+    """
+
+    name: ClassVar[str]
+    folder: Path
+    variant: str | None
+    """Of the weight files that are read, for example fp16."""
+
+    @property
+    def main(self) -> str:
+        """The part that is fine-tuned: unet, transformer, ..."""
+        ...
+
+    def build(self, part: str) -> nn.Module:
+        """The part from its config, with whatever weights the surrounding device context gives (meta, partitioned)."""
+        ...
+
+    def weights(self, part: str) -> Iterator[tuple[str, Tensor]]:
+        """Stored tensors one by one, keyed as in the module's state dict; one tensor is in memory at a time."""
+        ...
+
+    def load(self, part: str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+        """Build and fill a part, frozen and in eval mode. dtype None keeps the stored one.
+
+        Raises:
+            UserError: files are missing, damaged, or do not match the config.
+        """
+        ...
+
+    def fingerprint(self, *parts: str) -> str:
+        """Hash (hex) of the parts' weights and configs, for cache keys and cards; no parts means all of the model."""
+        ...
+
+    def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
+        """Blocks of the main part in execution order, each as the module-name prefixes that belong to it.
+
+        A block is the smallest unit that runs once in order: each ResNet and each transformer block. A down- or
+        upsampler belongs to the block before it, and so do an attention module's input and output projections.
+        """
+        ...
+
+    def embedders(self, main: nn.Module) -> tuple[str, ...]:
+        """Module-name prefixes in front of the blocks (input projection, time embedding); frozen when depth > 0."""
+        ...
+
+    def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
+        """Full names of the layers that a target set names (see `gtl.config.tuners.LoraTuner.targets`), in order.
+
+        Raises:
+            UserError: nothing matches.
+        """
+        ...
+
+    def encoder_targets(self, encoder: nn.Module, targets: str | Sequence[str]) -> list[str]:
+        """`lora_targets` for a text encoder: the same sets, inside its layers.
+
+        Raises:
+            UserError: nothing matches.
+        """
+        ...
+
+    def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
+        """Names of the modules of the main part that attend to the condition; () where it enters in other ways."""
+        ...
+
+    def export(self, parts: Mapping[str, nn.Module], folder: Path) -> None:
+        """Write a full diffusers-layout model: the given parts, everything else copied from `self.folder`."""
+        ...
+
+
+class DiffusionFamily(Family, Protocol):
+    """A family that generates by denoising."""
+
+    codec: ClassVar[str | None]
+    """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
+    encoders: ClassVar[tuple[str, ...]]
+    """Parts that encode prompts, in the order the model reads them."""
+
+    @property
+    def path(self) -> NoisePath:
+        """The noise path the model was trained on, from its scheduler config."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        ...
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels the model was made for."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape [C, h, w] of one sample's latents."""
+        ...
+
+    def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] to the codec's raw moments: mean and logvar, each [B, C, h, w]."""
+        ...
+
+    def sample_latents(self, moments: Mapping[str, Tensor], noise: Tensor) -> Tensor:
+        """Draw from the moments with standard normal `noise` of the mean's shape; shifted and scaled for the model."""
+        ...
+
+    def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """What `encode_tokens` reads of each prompt, without a batch dimension; all of one shape."""
+        ...
+
+    def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
+        """Conditions of stacked tokens, [B, ...]; differentiable in the encoders' weights."""
+        ...
+
+    def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
+        """Conditions of each prompt, unbatched and without padding where the model has a mask."""
+        ...
+
+    def size_conditions(self, geometry: Geometry) -> Conditions:
+        """Conditions that depend on the crop (SDXL's time ids); {} for most models."""
+        ...
+
+    def collate(self, conditions: Sequence[Conditions]) -> Conditions:
+        """Batch conditions of samples, [B, ...], padding what has to be."""
+        ...
+
+    def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The network's raw output for noisy latents [B, C, h, w] at times t [B], in the model's own time units."""
+        ...
+
+    def decode(self, codec: nn.Module | None, latents: Tensor) -> Tensor:
+        """Latents as `sample_latents` returns them to pixels [B, 3, H, W] in [-1, 1]."""
+        ...
+
+    def sampler(self, steps: int, height: int, width: int) -> Any:
+        """A fresh diffusers scheduler with its timesteps set for images of this size."""
+        ...

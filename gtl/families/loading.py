@@ -1,0 +1,101 @@
+"""Weights from safetensors files into modules that were built without any."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names inside attention modules in autoencoders that were published before diffusers 0.17."""
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without storage, and real buffers.
+
+    `torch.device("meta")` would also take the buffers that are in no file, such as position ids.
+    """
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # declared without a result
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def read_tensors(files: Iterable[Path], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors under a module's state-dict names, one by one; each is mapped from the file, not copied.
+
+    What the module does not have is left out, with a warning.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    known = frozenset(names)
+    left_out = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118 - not a mapping
+                    name = next((name for name in _spellings(key) if name in known), None)
+                    if name is None:
+                        left_out.append(key)
+                        continue
+                    yield name, stored.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged ({error}); get the file again") from error
+    left_out = [key for key in left_out if not key.endswith("position_ids")]
+    if left_out:
+        log.warning("%s: %d tensors that the model does not have, such as %s", file, len(left_out), left_out[0])
+
+
+def _spellings(key: str) -> Iterator[str]:
+    """A stored name, then what later or earlier versions of the libraries call the same tensor."""
+    yield key
+    prefix = "text_model."
+    yield key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
+    yield re.sub(r"\.(query|key|value|proj_attn)\.(?=\w+$)", lambda match: f".{OLD_ATTENTION[match[1]]}.", key)
+
+
+def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, where: Path) -> None:
+    """Give a module from `parameters_on_meta` its weights.
+
+    Raises:
+        UserError: they do not fit the module; `where` is named.
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    state = {}
+    for name, tensor in tensors:
+        # Linear layers of old autoencoders were stored as 1x1 convolutions.
+        if tensor.shape != expected[name] and tensor.squeeze().shape != expected[name]:
+            found, wanted = list(tensor.shape), list(expected[name])
+            raise UserError(f"{where}: {name} has shape {found}; config.json describes {wanted}")
+        tensor = tensor.reshape(expected[name])
+        state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    if missing := sorted(expected.keys() - state):
+        raise UserError(f"{where}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
+    module.load_state_dict(state, assign=True)

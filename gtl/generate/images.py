@@ -1,0 +1,82 @@
+"""From requests to pictures: the parts are loaded once, adapters put on, the engine kept busy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from gtl.adapters import apply
+from gtl.generate.engine import Engine, Request, check
+from gtl.types import quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gtl.families.base import DiffusionFamily
+    from gtl.types import Progress
+
+
+def generate(
+    family: DiffusionFamily,
+    requests: Sequence[Request],
+    adapters: Sequence[tuple[Path, float]] = (),
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    max_batch: int = 4,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Draw the requests; yields (position in `requests`, picture) as they are done, not always in order.
+
+    `adapters` are published folders with their scales, all active at once. Nothing is loaded before the first request
+    is asked for and none at all when one of them is refused.
+
+    Raises:
+        UserError: a request, an adapter or the model's files are wrong.
+    """
+    for request in requests:
+        check(request, family)
+    if not requests:
+        return
+    show = progress or quiet
+    show("load", 0, 0)
+    engine = Engine(family, load_parts(family, adapters, device=device, dtype=dtype), device, dtype, max_batch)
+    waiting = iter(enumerate(requests))
+    positions: dict[int, int] = {}
+    done = 0
+    show("draw", done, len(requests))
+    while True:
+        # A few more than fit, so that one that waits takes the place of one that is through.
+        while len(engine) < 2 * max_batch and (following := next(waiting, None)) is not None:
+            positions[engine.add(following[1])] = following[0]
+        if not len(engine):
+            return
+        finished = engine.step()
+        for item, pixels in zip(finished, engine.decode(finished), strict=True):
+            done += 1
+            show("draw", done, len(requests))
+            yield positions.pop(item.handle), to_image(pixels)
+
+
+def load_parts(
+    family: DiffusionFamily, adapters: Sequence[tuple[Path, float]], *, device: str, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """What drawing needs, on the device, with the adapters on it.
+
+    The codec is fp32 whatever `dtype`: it runs once a picture, and in bf16 its rounding shows.
+    """
+    parts = {part: family.load(part, dtype, device) for part in (family.main, *family.encoders)}
+    if family.codec:
+        parts[family.codec] = family.load(family.codec, torch.float32, device)
+    for index, (folder, scale) in enumerate(adapters):
+        apply(parts, folder, f"adapter{index}", scale)
+    return parts
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels [3, H, W] in [0, 1] as an 8-bit picture, rounded as diffusers does."""
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -1,0 +1,151 @@
+"""Pictures in and out: bounded decoding of anything, PNG files that carry their recipe, grids."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from gtl.types import UserError
+
+MAX_PIXELS = 2**27
+"""134 megapixels, 400 MB decoded."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are opened; Pillow's others include ones that start programs (EPS)."""
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .j2k .jfif .jp2 .jpeg .jpg .mpo .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)  # fmt: skip
+"""Lower-case file-name endings of `FORMATS`."""
+
+_ORIENTATION = 0x0112
+_RECIPE = "gtl"
+_LABEL_HEIGHT = 16
+
+
+class BrokenImage(ValueError):
+    """Bytes that are no usable image; the message is the reason."""
+
+
+def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the first frame to 8-bit RGB, upright, transparency on white.
+
+    Raises:
+        BrokenImage: not an image, damaged, cut short, larger than `max_pixels`, or without a defined range of values.
+        OSError: the path cannot be read.
+    """
+    image = _open(data, max_pixels)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except BrokenImage:
+        raise
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        raise BrokenImage(_reason(error)) from error
+
+
+def probe(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of the upright image, from the header alone.
+
+    Raises:
+        BrokenImage: not an image, or larger than `max_pixels`.
+        OSError: the path cannot be read.
+    """
+    image = _open(data, max_pixels)
+    try:
+        sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception as error:  # as in `decode`
+        raise BrokenImage(_reason(error)) from error
+    width, height = image.size
+    return (width, height) if sideways else (height, width)
+
+
+def _open(data: bytes | str | os.PathLike[str], max_pixels: int) -> Image.Image:
+    content = data if isinstance(data, bytes) else Path(data).read_bytes()
+    if not content:
+        raise BrokenImage("the file is empty")
+    Image.init()
+    try:
+        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise BrokenImage(f"no image in a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # as in `decode`
+        raise BrokenImage(_reason(error)) from error
+    if image.width * image.height > max_pixels:
+        raise BrokenImage(f"{image.width}x{image.height} pixels, more than the allowed {max_pixels}")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BrokenImage("floating-point pixels, whose range is not defined; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _scale_16_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    image.load()
+    return image.convert("RGB")
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits to 8: Pillow's own conversion clips instead of scaling."""
+    wide = image.convert("I")
+    low, high = cast("tuple[int, int]", wide.getextrema())
+    if low < 0 or high > 65535:
+        raise BrokenImage(f"32-bit pixels from {low} to {high}; save it with 8 or 16 bits")
+    return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
+    """Write a PNG with the recipe that drew it as a text chunk."""
+    info = PngInfo()
+    info.add_itxt(_RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
+    image.save(path, "PNG", pnginfo=info)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe that `save_png` put into a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            assert isinstance(image, PngImageFile)
+            text = image.text.get(_RECIPE)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read as PNG ({error})") from error
+    if text is None:
+        raise UserError(f"{os.fspath(path)}: holds no recipe; only pictures made by gtl carry one")
+    value = json.loads(text)
+    assert isinstance(value, dict)
+    return value
+
+
+def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
+    """Images row by row on white, in cells of the largest width and height, each with its label underneath."""
+    if not images or columns < 1 or (labels is not None and len(labels) != len(images)):
+        raise ValueError(f"{len(images)} images in {columns} columns with {len(labels or ())} labels")
+    columns = min(columns, len(images))
+    width = max(image.width for image in images)
+    height = max(image.height for image in images)
+    cell = height + (_LABEL_HEIGHT if labels else 0)
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = i % columns * width, i // columns * cell
+        sheet.paste(image, (x, y))
+        if labels:
+            pen.text((x + 2, y + height + 2), labels[i], fill="black")
+    return sheet

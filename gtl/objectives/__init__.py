@@ -1,0 +1,28 @@
+"""Objectives: what the moving weights learn."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gtl.config.objectives import Objective as ObjectiveConfig
+    from gtl.families.base import DiffusionFamily
+    from gtl.objectives.base import Objective
+
+OBJECTIVES = {
+    "autoencode": "gtl.objectives.autoencode:Autoencode",
+    "denoise": "gtl.objectives.denoise:Denoise",
+}
+"""`objective.type` -> module:class."""
+
+
+def make_objective(config: ObjectiveConfig, family: DiffusionFamily) -> Objective:
+    """The objective that a recipe asks for.
+
+    Raises:
+        UserError: the model can't learn it.
+    """
+    module, _, name = OBJECTIVES[config.type].partition(":")
+    objective: Objective = getattr(import_module(module), name)(config, family)
+    return objective

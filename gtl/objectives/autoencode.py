@@ -1,0 +1,96 @@
+"""Autoencoding: what the codec encodes, it decodes to the same picture (Kingma & Welling 2013, arXiv 1312.6114)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gtl.config.objectives import AutoencodeObjective
+from gtl.types import Batch, Item, Losses, UserError
+
+if TYPE_CHECKING:
+    from gtl.families.base import DiffusionFamily
+
+
+class Autoencode:
+    """Trains the codec of a family: reconstruction in pixels and divergence in latents."""
+
+    def __init__(self, config: AutoencodeObjective, family: DiffusionFamily) -> None:
+        """Nothing is loaded.
+
+        Raises:
+            UserError: the model works on pixels and has no codec.
+        """
+        if family.codec is None:
+            raise UserError(f"objective.type: autoencode: models of family {family.name} have no codec to train")
+        self.config = config
+        self.family = family
+        self.codec = family.codec
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The codec."""
+        return (self.codec,)
+
+    @property
+    def strata(self) -> int:
+        """There is no time."""
+        return 1
+
+    @property
+    def judged(self) -> str:
+        """The error of the pictures."""
+        return "l1"
+
+    def draw(self, item: Item, rng: torch.Generator, stratum: int | None = None) -> dict[str, Tensor]:
+        """One sample: pixels [3, H, W] in [-1, 1], and the posterior's noise [C, h, w]."""
+        assert item.pixels is not None
+        height, width = item.pixels.shape[-2:]
+        return {
+            "pixels": item.pixels.float().div(127.5).sub(1),
+            "noise": torch.randn(self.family.latent_shape(height, width), generator=rng),
+        }
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack draws to a batch; all are of one bucket."""
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("pixels", "noise")}
+
+    def players(self, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
+        """One player, `autoencoder`, over the codec."""
+        return {"autoencoder": Autoencoder(parts[self.codec], self.family, self.config, dtype)}
+
+
+class Autoencoder(nn.Module):
+    """A codec and its loss."""
+
+    def __init__(
+        self, codec: nn.Module, family: DiffusionFamily, config: AutoencodeObjective, dtype: torch.dtype
+    ) -> None:
+        """Trained weights are fp32 whatever the arithmetic's dtype; other than fp32 it runs under autocast."""
+        super().__init__()
+        self.codec = codec
+        self.family = family
+        self.weights = {"l1": config.l1, "l2": config.l2, "kl": config.kl}
+        self.dtype = dtype
+
+    def forward(self, batch: Batch) -> Losses:
+        """The batch's share of the mean loss; parts `l1`, `l2` and `kl` are without their weights."""
+        pixels = batch.tensors["pixels"]
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            moments = self.family.encode_images(self.codec, pixels)
+            # The model's shift and scale, which `decode` takes back, cancel out.
+            decoded = self.family.decode(self.codec, self.family.sample_latents(moments, batch.tensors["noise"]))
+        error = (decoded.float() - pixels).flatten(1)
+        losses = {"l1": error.abs().mean(1), "l2": error.square().mean(1), "kl": divergence(moments)}
+        shares = {name: (batch.weight * loss).sum() for name, loss in losses.items()}
+        total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
+        return Losses(total, {name: share.detach() for name, share in shares.items()})
+
+
+def divergence(moments: Mapping[str, Tensor]) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each sample in nats, [B], fp32 (arXiv 1312.6114, appendix B)."""
+    mean, logvar = moments["mean"].float(), moments["logvar"].float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)

@@ -1,0 +1,131 @@
+"""Denoising: predict what the model's own noise path asks for, be it noise, velocity or flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gtl.config.objectives import DenoiseObjective
+from gtl.diffusion.timesteps import draw_times
+from gtl.diffusion.weighting import check_min_snr, min_snr
+from gtl.types import Batch, Item, Losses
+
+if TYPE_CHECKING:
+    from gtl.families.base import DiffusionFamily
+
+CONDITION = "condition."
+"""Prefix of the conditions among a batch's tensors."""
+TOKEN = "token."
+"""Prefix of what the text encoders read, where they run in training."""
+STRATA = 4
+
+
+class Denoise:
+    """Denoising diffusion (Ho et al. 2020, arXiv 2006.11239), or flow matching (Lipman et al. 2022, 2210.02747)."""
+
+    def __init__(self, config: DenoiseObjective, family: DiffusionFamily) -> None:
+        """The family's noise path says which of the two.
+
+        Raises:
+            UserError: min-SNR weights are asked for a path that has none.
+        """
+        self.config = config
+        self.family = family
+        self.path = family.path
+        if config.min_snr_gamma is not None:
+            check_min_snr(self.path)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The denoiser, and the text encoders."""
+        return self.family.main, *self.family.encoders
+
+    @property
+    def strata(self) -> int:
+        """Quarters of the way to noise."""
+        return STRATA
+
+    @property
+    def judged(self) -> str:
+        """The error without min-SNR weights."""
+        return "mse"
+
+    def draw(self, item: Item, rng: torch.Generator, stratum: int | None = None) -> dict[str, Tensor]:
+        """One sample: clean and noise [C, h, w], t [], and its conditions, or the tokens of an item without embeddings.
+
+        The numbers drawn, and their order, are the same under every setting, so two recipes see the same noise.
+        """
+        shape = item.latents["mean"].shape
+        posterior = torch.randn(shape, generator=rng)
+        noise = torch.randn(shape, generator=rng)
+        offset = torch.randn(shape[0], 1, 1, generator=rng)
+        u = draw_times(self.config.timesteps, 1, rng, self.path)
+        dropped = torch.rand((), generator=rng) < self.config.caption_dropout
+        if stratum is not None:
+            u, dropped = (stratum + torch.rand(1, generator=rng)) / STRATA, torch.tensor(False)
+        moments = {name: value.float()[None] for name, value in item.latents.items()}
+        conditions = dict(item.null_conditions if dropped else item.conditions)
+        tokens = {} if conditions else self.family.tokenize(["" if dropped else item.caption])[0]
+        conditions |= self.family.size_conditions(item.geometry)
+        return {
+            "clean": self.family.sample_latents(moments, posterior[None])[0],
+            "noise": noise + self.config.offset_noise * offset,
+            "t": self.path.time(u)[0],
+            **{CONDITION + name: value for name, value in conditions.items()},
+            **{TOKEN + name: value for name, value in tokens.items()},
+        }
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Stack draws to a batch; the family pads the conditions."""
+        conditions = self.family.collate([conditions_of(sample) for sample in samples])
+        names = [name for name in samples[0] if not name.startswith(CONDITION)]
+        stacked = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+        return stacked | {CONDITION + name: value for name, value in conditions.items()}
+
+    def players(self, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
+        """One player, `denoiser`, over the family's main part and those text encoders that are given."""
+        encoders = {name: parts[name] for name in self.family.encoders if name in parts}
+        main, gamma = parts[self.family.main], self.config.min_snr_gamma
+        return {"denoiser": Denoiser(main, encoders, self.family, gamma, dtype)}
+
+
+class Denoiser(nn.Module):
+    """A model, with the text encoders that run in training, and its denoising loss."""
+
+    def __init__(
+        self, main: nn.Module, encoders: Mapping[str, nn.Module], family: DiffusionFamily,
+        min_snr_gamma: float | None, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """Trained weights are fp32 whatever the arithmetic's dtype; other than fp32 it runs under autocast."""
+        super().__init__()
+        self.main = main
+        self.encoders = nn.ModuleDict(encoders)
+        self.family = family
+        self.path = family.path
+        self.min_snr_gamma = min_snr_gamma
+        self.dtype = dtype
+
+    def forward(self, batch: Batch) -> Losses:
+        """The batch's share of the mean loss; part `mse` is the same without min-SNR weights."""
+        clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
+        noisy, target = self.path.add_noise(clean, noise, t), self.path.target(clean, noise, t)
+        with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            prediction = self.family.predict(self.main, noisy, t, self._conditions(batch.tensors))
+        # A model that also predicts its variance (arXiv 2102.09672) does so in further channels.
+        error = prediction[:, : target.shape[1]].float() - target
+        mse = error.square().flatten(1).mean(1)
+        loss = mse if self.min_snr_gamma is None else mse * min_snr(self.path, t, self.min_snr_gamma)
+        return Losses((batch.weight * loss).sum(), {"mse": (batch.weight * mse).sum().detach()})
+
+    def _conditions(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens = {name.removeprefix(TOKEN): value for name, value in tensors.items() if name.startswith(TOKEN)}
+        encoded = self.family.encode_tokens(dict(self.encoders.items()), tokens) if tokens else {}
+        return {**conditions_of(tensors), **encoded}
+
+
+def conditions_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The conditions among a sample's or a batch's tensors, under the family's own names."""
+    return {name.removeprefix(CONDITION): value for name, value in tensors.items() if name.startswith(CONDITION)}

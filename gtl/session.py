@@ -1,0 +1,77 @@
+"""The one way into a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gtl.types import UserError
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the connected cluster has in all, used or not."""
+
+    cpus: float
+    gpus: float
+
+
+def get(reference: Any) -> Any:
+    """`ray.get`, with a user's mistake on the cluster raised here as the one line it is.
+
+    Raises:
+        UserError: the task raised one.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+
+
+@contextlib.contextmanager
+def session() -> Iterator[Cluster]:
+    """A connection for the length of a command; a local cluster that it started ends with it.
+
+    Joins the cluster that RAY_ADDRESS names, else one that runs on this machine, else starts one for this process.
+
+    Raises:
+        UserError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _initialize()
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(resources.get("CPU", 0), resources.get("GPU", 0))
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _initialize() -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"RAY_ADDRESS: {address!r}: no Ray cluster answers there ({error})") from error
+        return
+    if not address:
+        with contextlib.suppress(ConnectionError):
+            ray.init(address="auto", **quiet)
+            return
+    # The dashboard costs seconds of start-up; only a process's own throw-away cluster goes without it.
+    ray.init(address="local", include_dashboard=False, **quiet)

@@ -1,0 +1,306 @@
+"""The one door to local folders and buckets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+CHUNK = 4 * 2**20
+"""Bytes held at a time while copying."""
+
+
+class Store:
+    """Objects under a root: a local folder, or a URL that pyarrow or fsspec opens (s3://, gs://, hf://, ...).
+
+    Keys are relative, with forward slashes. A write is all or nothing: a reader sees the old object or the new one.
+    Every method raises UserError, naming the place, when the disk is full or the store cannot be reached.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Nothing is contacted until the first call."""
+        self.root = os.fspath(root).rstrip("/") or "/"
+        self.is_local = "://" not in self.root or self.root.startswith("file://")
+        if self.is_local:
+            self.root = os.path.abspath(os.path.expanduser(self.root.removeprefix("file://")))
+        self._opened: tuple[FileSystem, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Store({self.root!r})"
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.root,)
+
+    def sub(self, key: str) -> Store:
+        """The store under a key."""
+        return Store(self.url(key))
+
+    def url(self, key: str = "") -> str:
+        """Where an object is, for messages and for other programs."""
+        return f"{self.root.rstrip('/')}/{key}" if key else self.root
+
+    @property
+    def fs(self) -> FileSystem:
+        """The pyarrow filesystem behind the store."""
+        return self._open()[0]
+
+    def path(self, key: str = "") -> str:
+        """An object's path inside `fs`."""
+        base = self._open()[1]
+        return f"{base.rstrip('/')}/{key}" if key else base
+
+    def read(self, key: str) -> bytes:
+        """An object's bytes.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self._explained(key), self.fs.open_input_stream(self.path(key)) as stream:
+            return stream.read()
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """Part of an object; less than `length` where it ends before.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self._explained(key), self.fs.open_input_file(self.path(key)) as file:
+            return file.read_at(length, offset)
+
+    def write(self, key: str, data: bytes) -> None:
+        """Create or replace an object."""
+        with self._explained(key):
+            if self.is_local:
+                with replacing(self.path(key)) as temporary:
+                    temporary.write_bytes(data)
+            else:
+                with self.fs.open_output_stream(self.path(key)) as stream:
+                    stream.write(data)
+
+    def upload(self, source: str | os.PathLike[str], key: str) -> None:
+        """Copy a local file to a key."""
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        with self._explained(key):
+            if self.is_local:
+                with replacing(self.path(key)) as temporary:
+                    shutil.copyfile(source, temporary)
+            else:
+                # Not a stream of ours: leaving its `with` by an error would complete the upload with half the bytes.
+                copy_files(os.fspath(source), self.path(key), LocalFileSystem(), self.fs, chunk_size=CHUNK)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object only if there is none; whether this call made it.
+
+        Of several writers exactly one makes it on a local disk, and on S3 where boto3 is installed (the extra `s3`);
+        elsewhere two that come at the same moment may both.
+        """
+        with self._explained(key):
+            if self.is_local:
+                return create_file(self.path(key), data)
+            if self.root.startswith("s3://"):
+                try:
+                    return create_s3_object(self.path(key), data)
+                except ModuleNotFoundError as error:
+                    if error.name != "boto3":
+                        raise
+        if self.exists(key):
+            return False
+        self.write(key, data)
+        return True
+
+    def download(self, key: str, target: str | os.PathLike[str]) -> Path:
+        """Copy an object to a local file, which appears complete or not at all.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        with self._explained(key), self.fs.open_input_stream(self.path(key)) as source:
+            with explained(os.fspath(target)), replacing(target) as temporary, temporary.open("wb") as sink:
+                shutil.copyfileobj(source, sink, CHUNK)
+        return Path(target)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object."""
+        from pyarrow.fs import FileType
+
+        with self._explained(key):
+            return bool(self.fs.get_file_info(self.path(key)).type == FileType.File)
+
+    def list(self, prefix: str = "", recursive: bool = True) -> Iterator[tuple[str, int, int]]:
+        """(key, bytes, modification time in ns) of the objects under a folder, sorted; none if there is no folder."""
+        from pyarrow.fs import FileType
+
+        skip = len(self.path().rstrip("/")) + 1
+        for info in self._select(prefix, recursive):
+            if info.type == FileType.File and not is_temporary(info.base_name):
+                yield info.path[skip:], info.size or 0, info.mtime_ns or 0
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        """Names of the folders directly under a folder, sorted; none if there is no folder."""
+        from pyarrow.fs import FileType
+
+        return [info.base_name for info in self._select(prefix, False) if info.type == FileType.Directory]
+
+    def delete(self, key: str) -> None:
+        """Remove an object; it may be gone already."""
+        with self._explained(key):
+            try:
+                self.fs.delete_file(self.path(key))
+            except FileNotFoundError:
+                return
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove everything under a folder; it may be gone already."""
+        with self._explained(prefix):
+            try:
+                self.fs.delete_dir(self.path(prefix))
+            except FileNotFoundError:
+                return
+
+    def _open(self) -> tuple[FileSystem, str]:
+        if self._opened is None:
+            with self._explained():
+                self._opened = open_filesystem(self.root)
+        return self._opened
+
+    def _select(self, prefix: str, recursive: bool) -> Sequence[Any]:
+        from pyarrow.fs import FileSelector
+
+        with self._explained(prefix):
+            try:
+                # allow_not_found would also take a bucket that does not exist for an empty one.
+                infos = self.fs.get_file_info(FileSelector(self.path(prefix), recursive=recursive))
+            except FileNotFoundError:
+                return []
+        return sorted(infos, key=lambda info: info.path)
+
+    def _explained(self, key: str = "") -> AbstractContextManager[None]:
+        return explained(self.url(key))
+
+
+def open_filesystem(url: str) -> tuple[FileSystem, str]:
+    """A pyarrow filesystem and the path inside it. S3 endpoints and credentials come from their usual places.
+
+    Raises:
+        UserError: nothing that is installed opens such a URL.
+    """
+    from pyarrow import fs
+
+    if "://" not in url:
+        return fs.LocalFileSystem(), url
+    scheme, _, rest = url.partition("://")
+    if scheme in ("s3", "gs") and "?" in rest:
+        raise UserError(f"{url}: a bucket URL has no '?'; endpoint, region and credentials come from the environment")
+    if scheme == "s3":
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=3)
+        options = {"endpoint_override": endpoint} if (endpoint := s3_endpoint()) else {}
+        return fs.S3FileSystem(connect_timeout=5, request_timeout=30, retry_strategy=retries, **options), rest
+    try:
+        filesystem, base = fs.FileSystem.from_uri(url)
+    except (ValueError, NotImplementedError):
+        import fsspec
+
+        try:
+            remote, base = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{url}: no filesystem for {scheme}:// is installed ({error})") from error
+        filesystem = fs.PyFileSystem(fs.FSSpecHandler(remote))
+    return filesystem, base
+
+
+def s3_endpoint() -> str | None:
+    """The S3 server that the environment names; None for Amazon's own. pyarrow does not read these variables."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def create_s3_object(path: str, data: bytes) -> bool:
+    """Put `bucket/key` if there is none, which pyarrow cannot ask for; whether it was made."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = path.partition("/")
+    config = Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 3})
+    try:
+        boto3.client("s3", endpoint_url=s3_endpoint(), config=config).put_object(
+            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
+        )
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return False
+        raise OSError(str(error)) from error
+    except BotoCoreError as error:
+        raise OSError(str(error)) from error
+    return True
+
+
+def create_file(path: str, data: bytes) -> bool:
+    """Make a local file if there is none, complete from its first moment; whether it was made."""
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_bytes(data)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+@contextmanager
+def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside the target to write to: it becomes the target if the block ends well, and goes if it does not."""
+    temporary = temporary_beside(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(target: str | os.PathLike[str]) -> Path:
+    """A new path in the target's folder, which is made; processes and machines do not share one."""
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is one that `temporary_beside` named, left behind by a process that was killed."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", name) is not None
+
+
+@contextmanager
+def explained(place: str) -> Iterator[None]:
+    """Turn what goes wrong with a place itself into one line that names it."""
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except OSError as error:
+        raise UserError(f"{place}: {explain(error, local='://' not in place)}") from error
+
+
+def explain(error: OSError, local: bool) -> str:
+    """What happened and what would be right, without the noise of a client library."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space and go on with --resume"
+    if local:
+        return error.strerror or " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
+        return "there is no such bucket; create it or correct the URL"
+    reason = re.split(r"; Details:| \(Request ID", text.rpartition("AWS Error ")[2])[0]
+    return f"the store cannot be reached or refuses ({reason}); check the URL, AWS_ENDPOINT_URL and the credentials"

@@ -1,0 +1,271 @@
+"""One player under DeepSpeed: forward, backward, step, and a state that depends neither on stage nor on world size."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gtl.config.recipe import Train
+from gtl.train.checkpoint import Shapes, State
+from gtl.train.flops import FlopMeter
+from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
+from gtl.train.optimizer import MOMENTS, make_optimizer, read_moments, write_moments
+from gtl.train.schedule import ema_decay, learning_rate
+from gtl.types import Batch, Losses
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class Engine:
+    """Trains what a tuner marked, under ZeRO 0, 1, 2 or 3.
+
+    DeepSpeed runs in its fp32 mode at every stage and casts nothing: trained parameters are fp32, frozen ones keep
+    the dtype they came in, and the player's own autocast decides the arithmetic. Gradients accumulate in fp32.
+    """
+
+    def __init__(
+        self,
+        player: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        train: Train,
+        *,
+        stage: int,
+        micro_batch: int,
+        accumulation: int,
+        device: torch.device | str,
+        total_steps: int,
+    ) -> None:
+        """Wrap a player. Collective; `torch.distributed` is initialised.
+
+        Args:
+            player: The module whose forward takes a `Batch` and returns `Losses` or None.
+            parameters: What is trained, by the names that checkpoints use; all fp32.
+            train: The recipe's section.
+            stage: ZeRO stage, 0 to 3.
+            micro_batch: Samples of one forward pass.
+            accumulation: Forward passes of one optimizer step.
+            device: Where the player runs.
+            total_steps: Length of the run, for the learning rate.
+
+        Raises:
+            UserError: the optimizer needs a library that isn't installed.
+        """
+        self.steps = 0
+        self.grad_norm = math.nan
+        self.learning_rate = math.nan
+        self._parameters = dict(parameters)
+        self._train = train
+        self._stage = stage
+        self._accumulation = accumulation
+        self._total_steps = total_steps
+        self._device = torch.device(device)
+        self._meter = None if train.compile else FlopMeter()
+        self._micro_steps = 0
+        self.shapes: Shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
+        assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
+        self._optimizer = make_optimizer(list(parameters.values()), train, self._device)
+        numel = sum(math.prod(shape) for shape in self.shapes.values())
+        config = make_config(train, stage, micro_batch, accumulation, numel, self._device)
+        self._engine = initialize(player, self._optimizer, config, self._device)
+        if stage == 0:
+            spare_walks(self._engine, self._optimizer, list(parameters.values()))
+        self._fragments = find_fragments(self._parameters, self._engine.optimizer, stage)
+        self._partitions = distinct(self._fragments)
+        self._ema = [partition.detach().clone() for partition in self._partitions] if train.ema else []
+
+    def __call__(self, batch: Batch) -> Losses | None:
+        """Run the player forward."""
+        with self._meter.forward(batch) if self._meter else nullcontext():
+            return self._engine(batch.to(self._device))
+
+    def backward(self, total: Tensor) -> None:
+        """Add the gradient of a micro-batch's share of the global mean."""
+        # DeepSpeed averages over ranks; shares are to be summed. They also add up over micro-batches as they are.
+        with self._meter.backward() if self._meter else nullcontext():
+            self._engine.backward(total * dist.get_world_size(), scale_wrt_gas=False)
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            self._engine.step()
+
+    def take_flops(self) -> float:
+        """Floating-point operations on this rank since the last call; 0 of compiled blocks, which can't be counted."""
+        return self._meter.take() if self._meter else 0.0
+
+    def step(self) -> None:
+        """Make the optimizer step, once all micro-batches went backward. Skipped when the gradient isn't finite."""
+        assert self._micro_steps and self._micro_steps % self._accumulation == 0
+        train = self._train
+        self.learning_rate = learning_rate(train.schedule, train.learning_rate, self.steps, self._total_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        if self._stage == 0:
+            limit = train.max_grad_norm or math.inf
+            self.grad_norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), limit))
+            if not math.isfinite(self.grad_norm):
+                self._optimizer.zero_grad()
+        self._engine.step()
+        if self._stage > 0:
+            self.grad_norm = float(self._engine.get_global_grad_norm())
+        self.steps += 1
+        if self._ema and math.isfinite(self.grad_norm):
+            weight = 1.0 - ema_decay(train.ema or 0.0, self.steps)
+            with torch.no_grad():
+                torch._foreach_lerp_(self._ema, self._partitions, weight)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the player is in evaluation mode, without gradients, and has its averaged weights. Collective."""
+        modes = {module: module.training for module in self._engine.module.modules()}
+        self._engine.module.eval()
+        try:
+            with torch.no_grad(), self._averaged():
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within it the weights of the forward pass are the moving average's, if there is one. Collective."""
+        if not self._train.ema:
+            yield
+        elif self._stage == 0:  # where the partitions are what the forward pass reads
+            kept = [partition.detach().clone() for partition in self._partitions]
+            torch._foreach_copy_(self._partitions, self._ema)
+            yield
+            torch._foreach_copy_(self._partitions, kept)
+        else:
+            self._expose(self._ema)
+            yield
+            self._expose(self._partitions)
+
+    def _expose(self, values: Sequence[Tensor]) -> None:
+        """Let the forward pass read other values than the partitions'. Collective."""
+        whole = self._gather({"weight": values})
+        for name, parameter in self._parameters.items():
+            shape = self.shapes[name]
+            value = whole[name]["weight"].to(self._device) if whole else torch.empty(shape, device=self._device)
+            dist.broadcast(value, src=0)
+            refresh(parameter, value)
+
+    def weights(self, ema: bool = False) -> dict[str, Tensor]:
+        """Whole trained weights by name, fp32 in CPU memory, on rank 0; {} elsewhere. Collective."""
+        kind = "ema" if ema else "weight"
+        values = self._ema if ema else self._partitions
+        return {name: kinds[kind] for name, kinds in self._gather({kind: values}).items()}
+
+    def state(self) -> State:
+        """Everything that the next step depends on; its tensors on rank 0 only. Collective."""
+        moments = [read_moments(self._optimizer, partition) for partition in self._partitions]
+        values: dict[str, Sequence[Tensor]] = {"weight": self._partitions}
+        for number, kind in enumerate(MOMENTS):
+            values[kind] = [pair[number] for pair in moments]
+        if self._train.ema:
+            values["ema"] = self._ema
+        return State(self.steps, self._gather(values))
+
+    def load_state(self, state: State) -> None:
+        """Go on from a state, of any stage and world size; every rank has all of it.
+
+        A state without EMA starts the average at its weights.
+        """
+        assert {name: tuple(kinds["weight"].shape) for name, kinds in state.tensors.items()} == self.shapes
+        moments = [[torch.zeros_like(partition) for _ in MOMENTS] for partition in self._partitions]
+        position = {id(partition): index for index, partition in enumerate(self._partitions)}
+        for name, parameter in self._parameters.items():
+            values = state.tensors[name]
+            refresh(parameter, values["weight"])
+            if (fragment := self._fragments.get(name)) is None:
+                continue
+            index = position[id(fragment.partition)]
+            fragment.write(fragment.partition, values["weight"])
+            for moment, kind in zip(moments[index], MOMENTS, strict=True):
+                fragment.write(moment, values[kind])
+            if self._train.ema:
+                fragment.write(self._ema[index], values.get("ema", values["weight"]))
+        for partition, pair in zip(self._partitions, moments, strict=True):
+            write_moments(self._optimizer, partition, pair, state.steps)
+        self.steps = state.steps
+
+    def _gather(self, values: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors by name and kind on rank 0, from one tensor per kind and partition. Collective."""
+        position = {id(partition): index for index, partition in enumerate(self._partitions)}
+        gathered: dict[str, dict[str, Tensor]] = {}
+        for name, shape in self.shapes.items():
+            fragment = self._fragments.get(name)
+            index = None if fragment is None else position[id(fragment.partition)]
+            own = [] if index is None else [column[index] for column in values.values()]
+            whole = gather(fragment, own, len(values), shape, self._device, sharded=self._stage > 0)
+            if whole:
+                gathered[name] = dict(zip(values, whole, strict=True))
+        return gathered
+
+
+def make_config(
+    train: Train, stage: int, micro_batch: int, accumulation: int, numel: int, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: fp32 mode, and buffers no larger than the `numel` trained elements need."""
+    bucket = min(max(numel, 1), 50_000_000)
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Stage 0 leaves the norm to DeepSpeed unreported, so the engine clips there itself.
+        "gradient_clipping": (train.max_grad_norm or 0.0) if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": device.type == "cuda",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # In elements. The defaults keep a whole 1B model live, which is what stage 3 is there to avoid.
+            "stage3_max_live_parameters": 100_000_000,
+            "stage3_max_reuse_distance": 100_000_000,
+            "stage3_prefetch_bucket_size": 20_000_000,
+        },
+    }
+
+
+def initialize(
+    player: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+) -> DeepSpeedEngine:
+    """`deepspeed.initialize` in a process whose group stands already. Collective."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed takes the device by this number, whichever launcher set it before.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch 2.13 renamed; nobody else can mend that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Shared-memory collectives for CPUs are compiled on first use, for 12 s; gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(model=player, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def spare_walks(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Let ZeRO-0 reduce and clear the gradients of what is trained, without a search of all modules for each.
+
+    For an adapter in a large model the two searches take longer than the optimizer does.
+    """
+
+    def gradients() -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        for parameter in parameters:
+            if parameter.grad is None:  # on this rank; the others reduce theirs
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in parameters], {}
+
+    # DeepSpeed asks its own bf16 optimizer the same question.
+    optimizer.get_grads_for_reduction = gradients  # type: ignore[attr-defined]
+    engine.zero_grad = optimizer.zero_grad

@@ -1,0 +1,112 @@
+"""Floating-point operations of training, counted as they are executed, and what a GPU could do at most.
+
+Utilisation is that of Chowdhery et al. 2022 (arXiv 2204.02311, appendix B) with the operations that are really needed:
+forward and backward, where frozen weights take no gradient, without what activation checkpointing does twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from gtl.types import Batch
+
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "RTX 6000 Ada": 364e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+"""Part of a GPU's name -> dense bf16 operations a second, from the vendor's data sheets; the first that fits."""
+
+
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""What torch's counter knows of GPUs only."""
+
+
+class FlopMeter:
+    """Operations of one player's micro-batches. Each shape of a batch is measured once: counting costs time."""
+
+    _measuring: FlopMeter | None = None
+    """The one that counts at this moment; what is recomputed is found out about from within the model."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._known: dict[tuple[Any, ...], float] = {}
+        self._key: tuple[Any, ...] = ()
+        self._sum = 0.0
+
+    @contextmanager
+    def forward(self, batch: Batch) -> Iterator[None]:
+        """Around a forward pass."""
+        self._key = tuple((name, tuple(tensor.shape)) for name, tensor in batch.tensors.items())
+        self._is_new = self._key not in self._known and torch.is_grad_enabled()
+        if self._is_new:
+            self._known[self._key] = 0.0
+        with self._count():
+            yield
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around the backward pass that belongs to it; the pair is then added to the sum."""
+        with self._count():
+            yield
+        self._sum += self._known[self._key]
+
+    def take(self) -> float:
+        """The sum since the last call."""
+        taken, self._sum = self._sum, 0.0
+        return taken
+
+    @contextmanager
+    def _count(self) -> Iterator[None]:
+        if not self._is_new:
+            yield
+            return
+        FlopMeter._measuring = self
+        try:
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                yield
+        finally:
+            FlopMeter._measuring = None
+        self._known[self._key] += counter.get_total_flops()
+
+    @contextmanager
+    def _discount(self) -> Iterator[None]:
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        try:
+            with counter:
+                yield
+        finally:  # torch leaves a recomputation by an exception, once it has what it needs
+            self._known[self._key] -= counter.get_total_flops()
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: what is recomputed while somebody counts is taken off again."""
+    meter = FlopMeter._measuring
+    return nullcontext(), nullcontext() if meter is None else meter._discount()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a GPU can do at most in bf16; None for what is not in the table."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -1,0 +1,321 @@
+"""From a recipe to a published adapter: checks, prepares, runs the workers on Ray Train, publishes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtl.adapters import Card, Registry
+from gtl.adapters.apply import kind_of
+from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
+from gtl.config import Recipe, parse_recipe
+from gtl.config.load import dump_recipe, read_yaml
+from gtl.config.names import Reference, new_version
+from gtl.session import Cluster, session
+from gtl.storage import Store
+from gtl.train.board import Row, make_board
+from gtl.train.checkpoint import latest, read_manifest
+from gtl.train.prepare import prepare
+from gtl.train.worker import CHECKPOINTS, RESULT, Job, main
+from gtl.types import Progress, UserError, quiet
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+    from gtl.data.dataset import Dataset
+    from gtl.families.base import DiffusionFamily
+
+HARMLESS = {"storage", "evaluate", "train.workers", "train.gpus_per_worker", "train.cpus_per_worker",
+            "train.micro_batch", "train.zero", "train.checkpoints", "train.activation_checkpointing",
+            "train.compile"}  # fmt: skip
+"""Keys that may change between a run and its resumption without changing what is learned."""
+PUBLISHED = "adapter.json"
+"""In a run's folder: the card under which the registry has its adapter."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run takes from the cluster."""
+
+    workers: int
+    gpus_per_worker: int
+    cpus_per_worker: float
+    dtype: str
+    """Of the frozen weights and the arithmetic: fp32 or bf16."""
+
+
+def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress = quiet) -> Reference:
+    """Run a recipe on the cluster and publish what it learned; returns the name and version of that.
+
+    Args:
+        recipe: See `gtl.load_recipe`.
+        name: Of the run and its adapter.
+        resume: Go on with the newest unfinished run of that name.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: the recipe, the model, the data or the cluster is not what it has to be.
+        KeyboardInterrupt: the run was stopped; it has saved, and `resume` goes on with it.
+    """
+    # Takes seconds, as starting Ray does, which is mostly waiting.
+    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
+    recipe = pin_init(recipe)
+    runs = Store(f"{recipe.storage.runs}/{name}")
+    version = unfinished(runs, recipe) if resume else new_version(dump_recipe(recipe))
+    Registry(recipe.storage.registry).versions(name)  # out of reach is better known now than when all is learned
+    family = open_model(recipe, progress)
+    base = base_of(family, recipe.model.source, recipe.model.revision)
+    check_init(recipe, base)
+    with session() as cluster:
+        resources = choose_resources(recipe, cluster)
+        dataset = prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
+        values = recipe.model_dump(mode="json")
+        job = Job(values, name, version, dataset.fingerprint, base.fingerprint, resources.dtype)
+        check_unchanged(job)
+        job.run.write("recipe.yaml", dump_recipe(recipe).encode())
+        if not job.run.exists(RESULT):
+            run_workers(job, resources, progress)
+    return publish(job, recipe, base, len(dataset.entries))
+
+
+def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:
+    """Do what `train` does before it trains: class images and encoded data, in the cache.
+
+    Raises:
+        UserError: the recipe, the model, the data or the cluster is not what it has to be.
+    """
+    family = open_model(recipe, progress)
+    with session() as cluster:
+        resources = choose_resources(recipe, cluster)
+        return prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
+
+
+def pin_init(recipe: Recipe) -> Recipe:
+    """The recipe with the version that `tuner.init` means now, since an alias may move while the run lasts.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    if recipe.tuner.init is None:
+        return recipe
+    card, version = Registry(recipe.storage.registry).resolve(recipe.tuner.init)
+    tuner = recipe.tuner.model_copy(update={"init": f"{card.name}@{version}"})
+    return recipe.model_copy(update={"tuner": tuner})
+
+
+def check_init(recipe: Recipe, base: Base) -> None:
+    """Refuse to continue from an adapter of another model.
+
+    Raises:
+        UserError: it is one.
+    """
+    if recipe.tuner.init is None:
+        return
+    theirs = Registry(recipe.storage.registry).show(recipe.tuner.init).base
+    if theirs.fingerprint != base.fingerprint:
+        raise UserError(
+            f"tuner.init: {recipe.tuner.init}: was made for {theirs.source} ({theirs.fingerprint[:12]}); "
+            f"the model is {base.source} ({base.fingerprint[:12]})"
+        )
+
+
+def open_model(recipe: Recipe, progress: Progress) -> DiffusionFamily:
+    """The recipe's model, without its weights."""
+    from gtl.families import open_family
+
+    model = recipe.model
+    progress("model", 0, 0, model.source)
+    return open_family(model.source, model.family, revision=model.revision, variant=model.variant)
+
+
+def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
+    """Resolve `auto` against the cluster.
+
+    Raises:
+        UserError: the cluster can never hold the workers.
+    """
+    asked = recipe.train
+    gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
+    workers = (int(cluster.gpus) if gpus else 1) if asked.workers == "auto" else asked.workers
+    if workers * gpus > cluster.gpus:
+        raise UserError(
+            f"train.workers: {workers} workers with {gpus} GPU each need {workers * gpus} GPUs; the cluster has "
+            f"{cluster.gpus:g} (train.gpus_per_worker: 0 trains on CPUs)"
+        )
+    if workers * asked.cpus_per_worker > cluster.cpus:
+        raise UserError(
+            f"train.workers: {workers} workers with {asked.cpus_per_worker:g} CPUs each need "
+            f"{workers * asked.cpus_per_worker:g} CPUs; the cluster has {cluster.cpus:g}"
+        )
+    dtype = recipe.model.dtype
+    resolved = ("bf16" if gpus else "fp32") if dtype == "auto" else dtype
+    return Resources(workers, gpus, asked.cpus_per_worker, resolved)
+
+
+def unfinished(runs: Store, recipe: Recipe) -> str:
+    """The newest version of a run whose adapter has not been published.
+
+    Raises:
+        UserError: there is none, or what it learns has changed since.
+    """
+    versions = [v for v in runs.folders() if runs.exists(f"{v}/recipe.yaml") and not runs.exists(f"{v}/{PUBLISHED}")]
+    if not versions:
+        raise UserError(f"--resume: no unfinished run under {runs.url()}")
+    old = parse_recipe(read_yaml(runs.read(f"{versions[-1]}/recipe.yaml").decode()))
+    changed = sorted(differing(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
+    harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in HARMLESS)]
+    if harmful:
+        raise UserError(
+            f"--resume: {runs.url(versions[-1])} was started with other values of {', '.join(harmful)}; "
+            "put them back, or start a new run without --resume"
+        )
+    return versions[-1]
+
+
+def check_unchanged(job: Job) -> None:
+    """Compare what the run's newest checkpoint was trained on with what is there now.
+
+    Raises:
+        UserError: the images, their captions or the model are others.
+    """
+    if (key := latest(job.run, CHECKPOINTS)) is None:
+        return
+    manifest = read_manifest(job.run, key)
+    for kind, now, what in (
+        ("base", job.base, "model.source: its files"),
+        ("dataset", job.dataset, "data.source: its images or captions, or the model's dtype"),
+    ):
+        if manifest[kind] != now:
+            raise UserError(
+                f"{what} changed since {job.run.url(key)} was saved ({kind} {manifest[kind][:12]}, now {now[:12]}); "
+                "put them back, or start a new run without --resume"
+            )
+
+
+def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ."""
+    for key in old.keys() | new.keys():
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield prefix + key
+
+
+def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
+    """Run the job's workers to the end, with progress; Ctrl-C and SIGTERM let them save first.
+
+    Raises:
+        UserError: a worker met a mistake of the user's.
+        KeyboardInterrupt: the run was stopped before its last step; it has saved.
+        RuntimeError: a worker failed.
+    """
+    import ray
+
+    board = make_board()
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            make_trainer(job, resources, board).fit()
+        except Exception as error:  # handed to the main thread below
+            failures.append(error)
+
+    progress("workers", 0, 0, f"starting {resources.workers}")
+    thread = threading.Thread(target=fit, daemon=True)
+    with stop_signals(lambda: board.stop.remote()) as stopped:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.25)
+            show(ray.get(board.take.remote()), progress)
+    if mistake := ray.get(board.mistake.remote()):
+        raise UserError(mistake)
+    if failures:
+        raise RuntimeError(f"{job.run.url()}: a worker failed; what it saved stands, --resume goes on") from failures[0]
+    if not job.run.exists(RESULT):
+        message = f"{job.run.url()}: stopped and saved before its last step; --resume goes on"
+        raise KeyboardInterrupt(message) if stopped else RuntimeError(message)
+
+
+def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
+    """The Ray Train run of a job. Its name is the version, which no other run has."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    folder = Store(job.run.url().rsplit("/", 1)[0])
+    return TorchTrainer(
+        main,
+        train_loop_config={"job": asdict(job), "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=bool(resources.gpus_per_worker),
+            resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+        ),
+        run_config=RunConfig(name=job.version, storage_path=folder.path(), storage_filesystem=folder.fs),
+    )  # fmt: skip
+
+
+@contextmanager
+def stop_signals(ask: Any) -> Iterator[list[int]]:
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one ends the process. Yields the signals seen."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def handle(number: int, frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        ask()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show(rows: list[Row], progress: Progress) -> None:
+    """Progress of the newest row."""
+    for row in rows:
+        if "val_loss" in row:
+            progress("validate", 0, 0, f"step {int(row['step'])}  val_loss {row['val_loss']:.4f}")
+    if rows and "loss" in rows[-1]:
+        row = rows[-1]
+        detail = f"loss {row['loss']:.4f}  {row['images_per_second']:.2f} images/s"
+        progress("train", int(row["step"]), int(row["steps"]), detail)
+
+
+def publish(job: Job, recipe: Recipe, base: Base, images: int) -> Reference:
+    """Put a finished run's adapter into the registry, with its card, of which the run keeps a copy.
+
+    Raises:
+        UserError: the registry cannot be written.
+    """
+    card = Card(
+        name=job.name, version=job.version, base=base, tuner=recipe.tuner.model_dump(mode="json"),
+        objective=recipe.objective.model_dump(mode="json"),
+        lineage=Lineage(run=job.run.url(), init=recipe.tuner.init),
+        dataset=DatasetInfo(fingerprint=job.dataset, images=images),
+        training=Training(**json.loads(job.run.read(RESULT))),
+    )  # fmt: skip
+    registry = Registry(recipe.storage.registry)
+    if job.version in registry.versions(job.name):  # and then the launcher was cut off
+        card = registry.show(f"{job.name}@{job.version}")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for key, _, _ in job.run.list("adapter"):
+                job.run.download(key, Path(folder, key.removeprefix("adapter/")))
+            card = card.model_copy(update={"kind": kind_of(Path(folder))})
+            card = registry.publish(job.name, job.version, Path(folder), card)
+    job.run.write(PUBLISHED, card.to_json())
+    return Reference(job.name, job.version, 1.0)

@@ -1,0 +1,76 @@
+"""What is made once before training: class images and the encoded dataset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gtl.config import Recipe
+from gtl.config.objectives import DenoiseObjective, PriorPreservation
+from gtl.session import get
+from gtl.storage import Store
+from gtl.train.board import make_board
+from gtl.types import DTYPES, Progress
+
+if TYPE_CHECKING:
+    from gtl.data.dataset import Dataset
+    from gtl.families.base import DiffusionFamily
+
+
+def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, progress: Progress) -> Dataset:
+    """Draw the class images and encode the images and captions that the cache lacks, on the cluster.
+
+    Args:
+        recipe: What to train on.
+        family: The opened model.
+        dtype: fp32 or bf16, of the frozen weights.
+        gpus: GPUs of one worker, 0 or 1.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: the data, the model or the cache is not what it has to be.
+    """
+    from gtl.data.prepare import prepare as encode
+
+    objective, cache = recipe.objective, recipe.storage.cache
+    prior = objective.prior if isinstance(objective, DenoiseObjective) else None
+    extra = None
+    if prior is not None:
+        extra = (draw_on_cluster(family, prior, cache, dtype, gpus, progress), prior.prompt, prior.weight)
+    shown = recipe.evaluate
+    prompts = [shown.negative_prompt, *shown.prompts] if isinstance(shown.prompts, list) else [shown.negative_prompt]
+    return encode(
+        recipe.data, family, cache, dtype=dtype, needs=recipe.needs, prior=extra, prompts=prompts, progress=progress
+    )
+
+
+def draw_on_cluster(
+    family: DiffusionFamily, prior: PriorPreservation, cache: str, dtype: str, gpus: int, progress: Progress
+) -> str:
+    """Draw the class images where the GPUs are; the folder's URL."""
+    import ray
+
+    board = make_board()
+    task = ray.remote(num_cpus=1, num_gpus=gpus)(draw).remote(family, prior, cache, dtype, board)
+    ended = False
+    while not ended:
+        ended = bool(ray.wait([task], timeout=0.25)[0])
+        for row in ray.get(board.take.remote())[-1:]:
+            progress("class images", row["done"], row["total"])
+    url: str = get(task)
+    return url
+
+
+def draw(family: DiffusionFamily, prior: PriorPreservation, cache: str, dtype: str, board: Any) -> str:
+    """The task behind `draw_on_cluster`."""
+    import ray
+    import torch
+
+    from gtl.generate.class_images import class_images
+
+    def post(phase: str, done: int, total: int, detail: str = "") -> None:
+        if phase == "draw":
+            ray.get(board.push.remote({"done": done, "total": total}))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    return class_images(family, prior, Store(cache), device=device, dtype=torch_dtype, progress=post).url()

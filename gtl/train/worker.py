@@ -1,0 +1,344 @@
+"""One training process: from a job to trained weights. Runs in a Ray Train worker or in any process group."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtl import __version__
+from gtl.config import Recipe, parse_recipe
+from gtl.storage import Store
+from gtl.types import DTYPES, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from gtl.data.dataset import Dataset
+    from gtl.data.loader import Loader
+    from gtl.data.plan import Plan
+    from gtl.families.base import DiffusionFamily
+    from gtl.objectives.base import Objective
+    from gtl.train.engine import Engine
+    from gtl.train.look import Watch
+    from gtl.train.plan import TrainPlan
+    from gtl.tuners.base import Tuner
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+"""In a run's folder: the checkpoint with the lowest loss on held-out images, where the run may stop early."""
+RESULT = "result.json"
+"""In a run's folder, written last: all steps are made and the adapter is exported."""
+
+Notify = Callable[[dict[str, float]], bool]
+"""Takes a row of metrics on rank 0; returns whether somebody asked the run to stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs, settled once by the launcher; plain values, so that it travels."""
+
+    recipe: dict[str, Any]
+    name: str
+    version: str
+    dataset: str
+    """Fingerprint of the prepared dataset in the cache."""
+    base: str
+    """Fingerprint of the base model's main part."""
+    dtype: str
+    """Of the frozen weights: fp32 or bf16."""
+    code: str = __version__
+
+    @property
+    def run(self) -> Store:
+        """The run's folder."""
+        return Store(f"{self.recipe['storage']['runs']}/{self.name}/{self.version}")
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model at hand, with what moves in it and what it learns."""
+
+    family: DiffusionFamily
+    tuner: Tuner
+    objective: Objective
+    parts: dict[str, nn.Module]
+    """What is loaded of the model, by name."""
+    parameters: dict[str, nn.Parameter]
+    players: dict[str, nn.Module]
+
+
+def main(config: dict[str, Any]) -> None:
+    """Entry of a Ray Train worker."""
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    board, pending = config["board"], []
+
+    def notify(row: dict[str, float]) -> bool:
+        """Post a row without waiting; the answer to an earlier one is soon enough."""
+        pending.append(board.push.remote(row))
+        answered, pending[:] = ray.wait(pending, num_returns=len(pending), timeout=0)
+        return any(ray.get(answered))
+
+    try:
+        run(Job(**config["job"]), ray.train.torch.get_device(), notify)
+        ray.get(pending)
+    except UserError as error:
+        ray.get(board.post_mistake.remote(str(error)))
+        raise  # the other ranks may wait for this one; Ray Train ends them all
+
+
+def run(job: Job, device: torch.device, notify: Notify) -> None:
+    """Train to the last step or until somebody asks to stop. Collective; the process group stands already.
+
+    Leaves metrics, checkpoints, the exported adapter and, last of all, `RESULT` in the run's folder.
+
+    Raises:
+        UserError: versions differ, the model does not fit the recipe, the loss diverges, a store fails.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from gtl.data.dataset import Dataset
+    from gtl.data.plan import Plan
+    from gtl.generate.class_images import FOLDER
+    from gtl.train.flops import peak_flops
+    from gtl.train.loop import Lane, stop_on_signals, train
+    from gtl.train.track import Tracker
+
+    if job.code != __version__:
+        raise UserError(f"gtl {__version__} on a worker, {job.code} where the run was started; install one version")
+    recipe, begun = parse_recipe(job.recipe), time.monotonic()
+    cache = Store(recipe.storage.cache)
+    dataset, held_out = Dataset.load(cache, job.dataset).split(recipe.data.validation, never=cache.url(FOLDER))
+    batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
+    trainee = assemble(recipe, job.dtype)
+    plan = settle(recipe, trainee, device, batches.steps_per_epoch)
+    engines = make_engines(trainee, recipe, plan, device)
+    done, spent = restore(engines, job.run)
+
+    def device_hours() -> float:
+        return spent + (time.monotonic() - begun) / 3600 * dist.get_world_size()
+
+    def keep_best(step: int) -> None:
+        save(engines, job, plan, step, device_hours(), BEST, keep=1)
+
+    look = make_watch(job, recipe, trainee, engines, plan, (dataset, held_out), device, done, keep_best)
+    with ExitStack() as stack:
+        tracker = stack.enter_context(Tracker(job.run, done)) if dist.get_rank() == 0 else None
+
+        def report(row: dict[str, float]) -> bool:
+            assert tracker is not None
+            tracker.log(row)
+            return notify({**row, "steps": plan.steps})
+
+        def save_all(step: int) -> None:
+            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep)
+            if tracker is not None:
+                tracker.flush()
+
+        peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
+        lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
+        loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done)
+        with stop_on_signals(lane):
+            done = train(engines, loader, lane)
+    if done < plan.steps and not look.enough:
+        return
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {"steps": done, "device": kind, "device_hours": device_hours(), **look.verdict}
+    finish(job, recipe, trainee, engines, result)
+
+
+def assemble(recipe: Recipe, dtype: str) -> Trainee:
+    """Load the live parts, let the tuner mark or inject what moves, and make the objective's players."""
+    import torch
+
+    from gtl.adapters import Registry
+    from gtl.families import open_family
+    from gtl.objectives import make_objective
+    from gtl.train.blocks import checkpoint_blocks, compile_blocks
+    from gtl.tuners import make_tuner
+
+    arithmetic, init = getattr(torch, DTYPES[dtype]), recipe.tuner.init
+    model = recipe.model
+    family = open_family(model.source, model.family, revision=model.revision, variant=model.variant)
+    tuner, objective = make_tuner(recipe.tuner, family), make_objective(recipe.objective, family)
+    names = live_parts(recipe, family, objective)
+    parts = {name: family.load(name, None if tuner.moves_base else arithmetic) for name in names}
+    folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
+    parameters = tuner.apply(parts, recipe.train.seed, folder)
+    for part in parts.values():
+        round_frozen(part, arithmetic)
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    if (main := parts.get(family.main)) is not None:
+        if recipe.train.activation_checkpointing:
+            checkpoint_blocks(main, chain.from_iterable(family.blocks(main)))
+        if recipe.train.compile:
+            compile_blocks(main, chain.from_iterable(family.blocks(main)))
+    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
+
+
+def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
+    """The parts that run in the training process; the one that the objective is about comes first.
+
+    Raises:
+        UserError: the recipe trains a part that the model or the objective does not have.
+    """
+    from gtl.tuners.base import trained_parts
+
+    trained_parts(recipe.tuner.train, objective.parts)
+    needs = recipe.needs
+    encoders = family.encoders if needs.text == "tokens" else ()
+    return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))
+
+
+def round_frozen(part: nn.Module, dtype: torch.dtype) -> None:
+    """Give what does not move the dtype of the arithmetic."""
+    for tensor in chain(part.parameters(), part.buffers()):
+        if not tensor.requires_grad and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def settle(recipe: Recipe, trainee: Trainee, device: torch.device, steps_per_epoch: int) -> TrainPlan:
+    """The plan of this run on these workers; the same on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from gtl.train.plan import Memory, choose
+
+    memory = None
+    if device.type == "cuda":
+        trained = {id(parameter) for parameter in trainee.parameters.values()}
+        weights = {id(p): p for player in trainee.players.values() for p in player.parameters()}
+        frozen = sum(p.nbytes for key, p in weights.items() if key not in trained)
+        smallest = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        memory = Memory(frozen, sum(p.numel() for p in trainee.parameters.values()), int(smallest))
+    return choose(recipe, workers=dist.get_world_size(), steps_per_epoch=steps_per_epoch, memory=memory)
+
+
+def make_engines(trainee: Trainee, recipe: Recipe, plan: TrainPlan, device: torch.device) -> dict[str, Engine]:
+    """One engine a player, with those of the trained parameters that are in it. Collective."""
+    from gtl.train.engine import Engine
+
+    engines = {}
+    for name, player in trainee.players.items():
+        inside = {id(parameter) for parameter in player.parameters()}
+        own = {key: parameter for key, parameter in trainee.parameters.items() if id(parameter) in inside}
+        engines[name] = Engine(
+            player, own, recipe.train, stage=plan.stage, micro_batch=plan.micro_batch,
+            accumulation=plan.accumulation, device=device, total_steps=plan.steps,
+        )  # fmt: skip
+    return engines
+
+
+def make_loader(
+    dataset: Dataset, batches: Plan, trainee: Trainee, plan: TrainPlan, seed: int, first_step: int
+) -> Loader:
+    """This rank's micro-batches from `first_step` to the end of the run."""
+    import torch.distributed as dist
+
+    from gtl.data.loader import Loader
+
+    return Loader(
+        dataset, batches, trainee.objective.draw, trainee.objective.collate, rank=dist.get_rank(),
+        world=dist.get_world_size(), micro_batch=plan.micro_batch, first_step=first_step, last_step=plan.steps,
+        seed=seed,
+    )  # fmt: skip
+
+
+def make_watch(
+    job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], plan: TrainPlan,
+    sides: tuple[Dataset, Dataset], device: torch.device, done: int, keep_best: Callable[[int], None],
+) -> Watch:  # fmt: skip
+    """What looks at the model from time to time; `sides` are the images it learns from and those it does not."""
+    import torch
+    import torch.distributed as dist
+
+    from gtl.evaluate.validation import Validation
+    from gtl.train.checkpoint import forget_after
+    from gtl.train.look import Grid, Stopping, Watch, auto_prompts
+    from gtl.train.track import read_rows
+
+    trained, held_out = sides
+    validation = Validation(
+        held_out, trainee.objective, batch_size=plan.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
+        seed=recipe.data.seed,
+    )  # fmt: skip
+    shown, grid, stopping = recipe.evaluate, None, None
+    if recipe.needs.text != "none":
+        prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
+        size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
+        dtype = getattr(torch, DTYPES[job.dtype])
+        grid = Grid(shown, prompts, size, trainee, trained, device, dtype) if prompts else None
+    if recipe.train.early_stopping is not None:
+        stopping = Stopping(recipe.train.early_stopping)
+        stopping.replay(read_rows(job.run), done)
+        if dist.get_rank() == 0:
+            forget_after(job.run, BEST, done)
+    return Watch(shown.every, plan.steps, job.run, engines, validation, device, grid, stopping, keep_best)
+
+
+def restore(engines: Mapping[str, Engine], run: Store) -> tuple[int, float]:
+    """Load the run's newest checkpoint into the engines; the steps and device hours behind it. Collective."""
+    from gtl.train.checkpoint import latest, load
+
+    key = latest(run, CHECKPOINTS)
+    if key is None:
+        return 0, 0.0
+    checkpoint = load(run, key, {name: engine.shapes for name, engine in engines.items()})
+    for name, engine in engines.items():
+        engine.load_state(checkpoint.states[name])
+    return checkpoint.step, checkpoint.manifest["device_hours"]
+
+
+def save(
+    engines: Mapping[str, Engine], job: Job, plan: TrainPlan, step: int, device_hours: float, folder: str, keep: int
+) -> None:
+    """Write the checkpoint of a step into a folder of the run, where the newest `keep` stay. Collective."""
+    import torch.distributed as dist
+
+    from gtl.train.checkpoint import prune, step_key
+    from gtl.train.checkpoint import save as write
+
+    states = {name: engine.state() for name, engine in engines.items()}
+    if dist.get_rank() == 0:
+        manifest = {"step": step, "dataset": job.dataset, "base": job.base, "stage": plan.stage,
+                    "workers": dist.get_world_size(), "device_hours": device_hours}  # fmt: skip
+        write(job.run, step_key(folder, step), states, manifest)
+        prune(job.run, folder, keep)
+
+
+def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], result: dict[str, Any]) -> None:
+    """Export what was learned and write the run's result, which marks it as finished. Collective; rank 0 writes."""
+    import torch.distributed as dist
+
+    from gtl.train.checkpoint import latest, load
+    from gtl.train.track import read_rows
+
+    tensors: dict[str, Any] = {}
+    best = latest(job.run, BEST)
+    for engine in engines.values() if best is None else ():
+        tensors |= engine.weights(ema=recipe.train.ema is not None)
+    if dist.get_rank() != 0:
+        return
+    if best is not None:
+        kind = "weight" if recipe.train.ema is None else "ema"
+        states = load(job.run, best, {name: engine.shapes for name, engine in engines.items()}).states
+        tensors = {name: kinds[kind] for state in states.values() for name, kinds in state.tensors.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        trainee.tuner.export(tensors, folder)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
+    result = {**result, "final_loss": read_rows(job.run)[-1].get("loss")}
+    job.run.write(RESULT, json.dumps(result).encode())

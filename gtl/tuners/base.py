@@ -1,0 +1,49 @@
+"""What a tuner says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Tuner(Protocol):
+    """Which weights move. Made from its config and the family: `make_tuner(config, family)`."""
+
+    moves_base: ClassVar[bool]
+    """Whether the model's own weights move. If so, `apply` wants them as they are stored, not rounded to bf16."""
+
+    def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
+        """Freeze everything, mark or inject what moves (fp32), return it as `part.parameter.name` -> parameter.
+
+        Modules change in place. The same seed gives the same initial weights in every process. `init` is the folder of
+        the published adapter to continue from. The first of the parts is the one that the objective is about.
+
+        Raises:
+            UserError: a target matches nothing, the freeze depth is beyond the block count, or `init` does not fit.
+        """
+        ...
+
+    def export(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the trained tensors (named as `apply` returned them) as files that others load.
+
+        Needs no engine and no GPU, but this tuner's own `apply` where the method changes the base weight.
+        """
+        ...
+
+
+def trained_parts(train: Sequence[str] | None, parts: Sequence[str]) -> list[str]:
+    """The parts that `tuner.train` names; for None the first of `parts`, which an objective can train.
+
+    Raises:
+        UserError: one is not among them.
+    """
+    for part in train or ():
+        if part not in parts:
+            raise UserError(f"tuner.train: {part!r}: what can be trained here is {', '.join(parts)}")
+    return list(train or parts[:1])

@@ -1,0 +1,211 @@
+"""Low-rank adapters: LoRA (Hu et al. 2021, arXiv 2106.09685), DoRA (2402.09353) and rsLoRA (2312.03732), by PEFT."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from gtl.adapters.apply import fitting_lora, kind_of
+from gtl.adapters.formats import A, B, LoraExport, split_name, write_lora
+from gtl.config.tuners import LoraTuner
+from gtl.families.targets import has_ending
+from gtl.tuners.base import trained_parts
+from gtl.tuners.depth import frozen_prefixes, is_under
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from torch import Tensor, nn
+
+    from gtl.families.base import Family
+
+ADAPTER = "default"
+"""PEFT's name of the adapter in training; it appears in no exported name."""
+PRINCIPAL = ("pissa", "olora")
+"""Initialisations that move a part of the base weight into the adapter."""
+
+
+class Lora:
+    """Low-rank adapters in the blocks behind the freeze depth, and in text encoders."""
+
+    moves_base: ClassVar[bool] = False
+
+    def __init__(self, config: LoraTuner, family: Family) -> None:
+        """Nothing is loaded yet."""
+        self.config = config
+        self.family = family
+        self._initial: dict[str, Tensor] = {}
+        """What the adapters started from, where that was taken out of the base weight."""
+
+    def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
+        """Freeze everything, put an fp32 adapter into every target, return the adapters' parameters.
+
+        A layer's initial weights depend on the seed and on its name only: not on the process, the world size, the
+        freeze depth or the other targets.
+
+        Raises:
+            UserError: no target is left, one can't carry the adapter, or `init` is of another rank or other layers.
+        """
+        for module in parts.values():
+            module.requires_grad_(False)
+        trained = {name: parts[name] for name in trained_parts(self.config.train, list(parts))}
+        trainable: dict[str, nn.Parameter] = {}
+        for part, target in self.targets(trained):
+            layer = cast("nn.Linear | nn.Conv2d", parts[part].get_submodule(target))
+            self._check(target, layer)
+            named = target if part == self.family.main else f"{part}.{target}"
+            adapter = adapt(layer, self._peft_config(), zlib.crc32(named.encode(), seed))
+            parts[part].set_submodule(target, adapter)
+            for key, parameter in adapter.named_parameters():
+                if parameter.requires_grad:
+                    trainable[f"{part}.{target}.{key.replace(f'.{ADAPTER}', '')}"] = parameter
+        if self.config.initialization in PRINCIPAL:
+            self._initial = {key: value.detach().cpu().clone() for key, value in trainable.items()}
+        if init is not None:
+            try:
+                self._continue_from(parts, trainable, init)
+            except UserError as error:
+                raise UserError(f"tuner.init: {self.config.init}: {error}") from None
+        return trainable
+
+    def targets(self, parts: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+        """Parts and names of the layers in them that get an adapter, in order.
+
+        Raises:
+            UserError: an ending that `tuner.targets` lists is in none of the parts, or no layer is left.
+        """
+        found = []
+        for part, module in parts.items():
+            others = [other for name, other in parts.items() if name != part]
+            endings = targets_of(self.config.targets, module, others)
+            if not endings:
+                continue
+            find = self._main_targets if part == self.family.main else self.family.encoder_targets
+            found += [(part, name) for name in find(module, endings)]
+        return found
+
+    def _main_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
+        wanted = self.family.lora_targets(main, targets)
+        frozen = frozen_prefixes(self.family, main, self.config.freeze_depth)
+        left = [name for name in wanted if not is_under(name, frozen)]
+        if not left:
+            raise UserError(
+                f"tuner.freeze_depth: {self.config.freeze_depth}: freezes all {len(wanted)} layers of tuner.targets "
+                f"{targets!r}; freeze fewer of the {len(self.family.blocks(main))} blocks"
+            )
+        return left
+
+    def export(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write the adapters as PEFT and as diffusers read them, for the base model as it was published."""
+        config = self.config
+        export = LoraExport(config.rank, config.resolved_alpha, config.rslora, config.dora, config.dropout)
+        if config.initialization in PRINCIPAL:
+            tensors = relative(tensors, self._initial)
+            export = LoraExport(2 * config.rank, self._scale * 2 * config.rank, False, config.dora, config.dropout)
+        write_lora(tensors, folder, config=export)
+
+    def _continue_from(self, parts: dict[str, nn.Module], trainable: dict[str, nn.Parameter], init: Path) -> None:
+        """Set the adapters to a published LoRA's, whose scale may be another."""
+        if (kind := kind_of(init)) != "lora":
+            raise UserError(f"it is a {kind}; lora continues from a lora")
+        weights = fitting_lora(parts, init)
+        if differing := sorted(weights.tensors.keys() ^ trainable.keys()):
+            whose = "only it has" if differing[0] in weights.tensors else "it has not"
+            raise UserError(
+                f"its layers are not those of tuner.train, targets, freeze_depth and dora; {whose} {differing[0]}"
+            )
+        for name, parameter in trainable.items():
+            value = weights.tensors[name]
+            if value.shape != parameter.shape:
+                layer = split_name(name)[0]
+                rank = weights.tensors[f"{layer}.{A}"].shape[0]
+                raise UserError(f"its rank is {rank} in {layer}; tuner.rank is {self.config.rank}")
+        for name, parameter in trainable.items():
+            layer, suffix = split_name(name)
+            theirs = weights.config.scale(layer, self.config.rank) / self._scale
+            parameter.data.copy_(weights.tensors[name] * (theirs if suffix == B else 1.0))
+
+    @property
+    def _scale(self) -> float:
+        config = self.config
+        return config.resolved_alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+    def _peft_config(self) -> LoraConfig:
+        from peft import LoraConfig
+
+        config = self.config
+        return LoraConfig(
+            r=config.rank,
+            lora_alpha=config.resolved_alpha,  # type: ignore[arg-type]  # declared an int, taken as any number
+            lora_dropout=config.dropout,
+            target_modules=["layer"],
+            use_dora=config.dora,
+            use_rslora=config.rslora,
+            init_lora_weights=True if config.initialization == "default" else config.initialization,
+        )
+
+    def _check(self, target: str, layer: nn.Linear | nn.Conv2d) -> None:
+        from torch import nn
+
+        initialization, rank = self.config.initialization, self.config.rank
+        if isinstance(layer, nn.Conv2d):
+            if rank % layer.groups:
+                raise UserError(f"tuner.rank: {rank}: {target} has {layer.groups} groups and needs a multiple of them")
+            if initialization in (*PRINCIPAL, "orthogonal"):
+                raise UserError(
+                    f"tuner.initialization: {initialization!r}: {target} is a convolution; take default or gaussian"
+                )
+        elif initialization in PRINCIPAL and rank > (smaller := min(layer.weight.shape)):
+            raise UserError(f"tuner.rank: {rank}: {initialization} takes at most rank {smaller} out of {target}")
+
+
+def targets_of(targets: str | list[str], module: nn.Module, others: Sequence[nn.Module]) -> str | list[str]:
+    """What of `tuner.targets` is meant for one of several parts: of listed endings those that only the others lack."""
+    if isinstance(targets, str) or not others:
+        return targets
+
+    def has(part: nn.Module, ending: str) -> bool:
+        return any(has_ending(name, [ending]) for name, _ in part.named_modules())
+
+    return [ending for ending in targets if has(module, ending) or not any(has(other, ending) for other in others)]
+
+
+def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Module:
+    """The layer inside PEFT's adapter layer, with fp32 adapter weights whatever the layer's own dtype."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    # PEFT starts an adapter in the dtype of its layer and would round DoRA's norms and PiSSA's factors to bf16.
+    stored = layer.weight.dtype
+    layer.weight.data = layer.weight.data.float()
+    holder = torch.nn.ModuleDict({"layer": layer})
+    with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the layer is
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
+    layer.weight.data = layer.weight.data.to(stored)
+    # Over a bf16 layer autocast picks the dtypes. PEFT's own cast of the input to fp32 would only make it keep a copy
+    # for each adapter; DoRA needs the cast, since it takes the dtype of its weight norm from the input.
+    cast("LoraLayer", holder["layer"]).cast_input_dtype_enabled = stored == torch.float32 or config.use_dora
+    return holder["layer"]
+
+
+def relative(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adapters of rank 2r on the original base weight, from those of rank r on the base weight less `scale * B0 A0`.
+
+    BA - B0 A0 = [B, -B0] [A; A0].
+    """
+    import torch
+
+    stacked = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu()
+        if name.endswith(".lora_A.weight"):
+            value = torch.cat([value, initial[name]], dim=0)
+        elif name.endswith(".lora_B.weight"):
+            value = torch.cat([value, -initial[name]], dim=1)
+        stacked[name] = value
+    return stacked

@@ -1,0 +1,122 @@
+"""Nouns that travel between rooms. Importing this module never imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""A recipe's dtypes, by the names that torch gives them."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line: the key or file, what was found, what would be right.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class Progress(Protocol):
+    """Shows how far long work is."""
+
+    def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` (0: unknown) of a phase is through."""
+        ...
+
+
+def quiet(phase: str, done: int, total: int, detail: str = "") -> None:
+    """Progress that nobody watches."""
+
+
+class Losses(NamedTuple):
+    """What a player's forward returns.
+
+    `total` is this micro-batch's share of the global mean: sum over its samples of weight * loss, a scalar that
+    carries the gradient. `parts` are detached scalars to report, shares of the global mean like `total`.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an image became its training crop. All sizes are (height, width) in pixels."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    """Top and left of the crop, after the resize."""
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data source, before encoding."""
+
+    uri: str
+    sha256: str
+    """Of the file's bytes."""
+    size: tuple[int, int]
+    """(height, width) after EXIF orientation."""
+    captions: tuple[str, ...]
+    weight: float = 1.0
+    """Weight of its loss: 1, or the weight of its source or of the prior."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a prepared dataset: a record with its bucket and its cached variants."""
+
+    record: Record
+    bucket: tuple[int, int]
+    """(height, width) of the training crop in pixels."""
+    variants: tuple[str, ...]
+    """Cache key of every crop / flip variant; at least one."""
+
+
+class PlanItem(NamedTuple):
+    """One place in a global batch."""
+
+    entry: int
+    """Position in the dataset's entries."""
+    variant: int
+    caption: int
+    weight: float
+    """Share of the global mean; 0 for a repeat that only fills the shape. A batch of ones sums to 1."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What training reads of one image variant with one caption; tensors without a batch dimension."""
+
+    latents: dict[str, Tensor]
+    """The codec's moments: mean and logvar, each [C, h, w]; {} where pixels are trained on."""
+    conditions: dict[str, Tensor]
+    """The caption's embeddings, without padding; {} where the text encoders run in training, or read nothing."""
+    null_conditions: dict[str, Tensor]
+    """The empty caption's embeddings, for caption dropout and guidance."""
+    geometry: Geometry
+    caption: str = ""
+    pixels: Tensor | None = None
+    """The crop itself, uint8 [3, H, W], where pixels are trained on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch.
+
+    `tensors` are stacked over samples ([B, ...]); `weight` [B] sums to 1 over the GLOBAL batch.
+    """
+
+    tensors: dict[str, Tensor]
+    weight: Tensor
+    keys: tuple[str, ...] = field(default=())
+
+    def to(self, device: object) -> Batch:
+        """The same batch on another device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors.items()}  # type: ignore[call-overload]
+        return Batch(moved, self.weight.to(device, non_blocking=True), self.keys)  # type: ignore[call-overload]

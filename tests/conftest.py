@@ -1,0 +1,112 @@
+"""Fixtures of all tests, and the environment that they and the processes they start run in."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+BUCKET = "gtl-tests"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+# Set before anything is imported or started: workers of the one Ray cluster inherit it. The S3 address is that of the
+# server that the `s3` fixture starts; a test that forgets the fixture finds a closed port instead of somebody's bucket.
+S3_PORT = free_port()
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+    AWS_ENDPOINT_URL=f"http://127.0.0.1:{S3_PORT}",
+    AWS_ACCESS_KEY_ID="testing",
+    AWS_SECRET_ACCESS_KEY="testing",
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in ("GTL_RUNS", "GTL_CACHE", "GTL_REGISTRY", "RAY_ADDRESS", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"):
+    os.environ.pop(variable, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of real photographs, one sub-folder a subject."""
+    if not PHOTOS.is_dir():
+        pytest.skip(f"the photographs are not there: {PHOTOS}")
+    return PHOTOS
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The one Ray cluster of a test session, started by the first test that asks for it."""
+    import ray
+
+    # address="local": never join a cluster that happens to run here. Logical CPUs, so that two workers and the
+    # actors that feed them fit on a small machine.
+    ray.init(address="local", num_cpus=6, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a bucket on a server that speaks S3, in a process of its own."""
+    pytest.importorskip("moto", reason="moto is not installed; it comes with the extra `dev`")
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(S3_PORT)]
+    with log.open("wb") as sink, subprocess.Popen(command, stdout=sink, stderr=sink) as server:
+        try:
+            wait_for_port(server, log)
+            from pyarrow.fs import S3FileSystem
+
+            S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True).create_dir(
+                BUCKET
+            )
+            yield f"s3://{BUCKET}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own with 1 MiB, to run full."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", S3_PORT)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail(f"the S3 server did not start:\n{log.read_text()}")

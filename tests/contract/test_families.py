@@ -1,0 +1,618 @@
+"""Every family x every verb, at tiny width, against the libraries' own pipelines."""
+
+import importlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtl.families import FAMILIES, PIPELINES, open_family
+from gtl.families.base import DiffusionFamily
+from gtl.families.loading import parameters_on_meta
+from gtl.types import Geometry, UserError
+from tests.tiny import make_sd, write_json
+
+MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "sd": ("sd", make_sd),
+    "sd-v": ("sd", lambda folder: make_sd(folder, prediction_type="v_prediction")),
+}
+"""Models under test: family, and what writes one."""
+PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
+
+
+class Case:
+    """One model, and diffusers' own pipeline of it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        from diffusers import DiffusionPipeline
+
+        self.family_name, maker = MODELS[name]
+        self.folder = maker(folder)
+        self.family: Any = open_family(str(self.folder))
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(self.folder)
+        self.parts = {part: self.family.load(part) for part in self.family.classes}
+
+    @property
+    def main(self) -> nn.Module:
+        return self.parts[self.family.main]
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion that stays as it is."""
+    return make_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def reference(family: Any, part: str, **options: Any) -> nn.Module:
+    """The part as its own library loads it."""
+    library, name = family.classes[part]
+    module: nn.Module = getattr(importlib.import_module(library), name).from_pretrained(family.folder / part, **options)
+    return module
+
+
+def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
+    """Equal weights and buffers, bit for bit, of one dtype."""
+    for mine, other in (
+        (ours.state_dict(), theirs.state_dict()),
+        (dict(ours.named_buffers()), dict(theirs.named_buffers())),
+    ):
+        assert mine.keys() == other.keys()
+        for key, tensor in mine.items():
+            assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key]), key
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_family_has_a_model_here() -> None:
+    assert {family for family, _ in MODELS.values()} == set(FAMILIES) == set(PIPELINES.values())
+
+
+def test_open_finds_the_family_and_it_travels(case: Case) -> None:
+    assert case.family.name == case.family_name
+    assert case.family.folder == case.folder
+    assert open_family(str(case.folder), case.family_name).fingerprint() == case.family.fingerprint()
+    copy = pickle.loads(pickle.dumps(case.family))
+    assert copy.folder == case.folder and len(pickle.dumps(case.family)) < 500
+    assert case.family.main in case.family.classes and set(case.family.encoders) <= set(case.family.classes)
+
+
+def test_weights_are_the_state_dict(case: Case) -> None:
+    for part in case.family.classes:
+        theirs = reference(case.family, part).state_dict()
+        streamed = list(case.family.weights(part))
+        assert sorted(name for name, _ in streamed) == sorted(theirs)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in streamed)
+
+
+def test_load_is_from_pretrained(case: Case) -> None:
+    for part, module in case.parts.items():
+        assert_same(module, reference(case.family, part))
+        assert not any(child.training for child in module.modules())
+        assert not any(parameter.requires_grad or parameter.is_meta for parameter in module.parameters())
+
+
+def test_load_casts_and_draws_nothing(case: Case) -> None:
+    before = torch.get_rng_state()
+    for part, module in case.parts.items():
+        cast = case.family.load(part, torch.bfloat16)
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(cast.state_dict()[key], tensor.bfloat16()), key
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_build_takes_the_device_around_it(case: Case) -> None:
+    for part, module in case.parts.items():
+        config = json.dumps(case.family.config(part))
+        with torch.device("meta"):
+            built = case.family.build(part)
+        shapes = {key: tensor.shape for key, tensor in built.state_dict().items()}
+        assert shapes == {key: tensor.shape for key, tensor in module.state_dict().items()}
+        assert all(parameter.is_meta for parameter in built.parameters())
+        assert json.dumps(case.family.config(part)) == config
+
+
+def inputs(case: Case, num: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Noisy latents, times and conditions of a batch."""
+    family = case.family
+    shape = family.latent_shape(*family.default_size)
+    conditions = family.encode_prompts(case.parts, PROMPTS)
+    geometry = Geometry(family.default_size, (0, 0), family.default_size)
+    conditions = [{**c, **family.size_conditions(geometry)} for c in conditions]
+    t = family.path.time(torch.tensor([0.0, 0.4, 0.99]))
+    return random(num, *shape), t, family.collate([conditions[i % 3] for i in range(num)])
+
+
+def test_blocks_are_in_execution_order(case: Case) -> None:
+    blocks = case.family.blocks(case.main)
+    main_prefix = [block[0] for block in blocks]
+    seen: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: seen.append(name))
+        for name, module in case.main.named_modules()
+        if any(name == prefix for block in blocks for prefix in block)
+    ]
+    noisy, t, conditions = inputs(case)
+    case.family.predict(case.main, noisy, t, conditions)
+    for handle in handles:
+        handle.remove()
+    assert seen == [prefix for block in blocks for prefix in block]
+    assert len(set(main_prefix)) == len(blocks)
+
+
+def test_a_block_is_one_resnet_or_transformer_block(case: Case) -> None:
+    kinds = ("ResnetBlock2D", "BasicTransformerBlock")
+    units = {name for name, module in case.main.named_modules() if type(module).__name__ in kinds}
+    assert {block[0] for block in case.family.blocks(case.main)} == units
+
+
+def test_embedders_blocks_and_head_cover_each_parameter_once(case: Case) -> None:
+    blocks = [prefix for block in case.family.blocks(case.main) for prefix in block]
+    prefixes = [*case.family.embedders(case.main), *blocks]
+    names = [name for name, _ in case.main.named_parameters()]
+    owners = {name: [prefix for prefix in prefixes if name.startswith(f"{prefix}.")] for name in names}
+    assert all(len(found) <= 1 for found in owners.values())
+    head = {name.partition(".")[0] for name, found in owners.items() if not found}
+    assert head == {"conv_norm_out", "conv_out"}
+
+
+def test_images_encode_as_in_the_pipeline(case: Case) -> None:
+    family, vae = case.family, case.pipeline.vae
+    pixels = random(2, 3, *family.default_size).clamp(-1, 1)
+    moments = family.encode_images(case.parts["vae"], pixels)
+    posterior = vae.encode(pixels).latent_dist
+    assert torch.equal(moments["mean"], posterior.mean) and torch.equal(moments["logvar"], posterior.logvar)
+    assert moments["mean"].shape[1:] == family.latent_shape(*family.default_size)
+    noise = random(*moments["mean"].shape, seed=1)
+    theirs = posterior.sample(generator=torch.Generator().manual_seed(1)) * vae.config.scaling_factor
+    torch.testing.assert_close(family.sample_latents(moments, noise), theirs)
+
+
+def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
+    latents = random(2, *case.family.latent_shape(*case.family.default_size))
+    theirs = case.pipeline.vae.decode(latents / case.pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    pixels = case.family.decode(case.parts["vae"], latents)
+    assert torch.equal(pixels, theirs)
+    assert pixels.shape == (2, 3, *case.family.default_size)
+
+
+def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
+    conditions = case.family.encode_prompts(case.parts, PROMPTS)
+    theirs, _ = case.pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
+    assert [sorted(c) for c in conditions] == [["encoder_hidden_states"]] * 3
+    stacked = case.family.collate(conditions)["encoder_hidden_states"]
+    assert torch.equal(stacked, theirs)
+    alone = case.family.encode_prompts(case.parts, PROMPTS[:1])[0]["encoder_hidden_states"]
+    torch.testing.assert_close(alone, stacked[0])
+
+
+def test_predict_row_by_row(case: Case) -> None:
+    noisy, t, conditions = inputs(case)
+    together = case.family.predict(case.main, noisy, t, conditions)
+    assert together.shape == noisy.shape
+    for i in range(3):
+        row = {name: value[i : i + 1] for name, value in conditions.items()}
+        alone = case.family.predict(case.main, noisy[i : i + 1], t[i : i + 1], row)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    other = case.family.predict(case.main, noisy, t.flip(0), conditions)
+    assert not torch.allclose(together[0], other[0], atol=1e-3)
+
+
+def test_the_path_is_that_of_the_models_scheduler(case: Case) -> None:
+    from diffusers import DDPMScheduler
+
+    ddpm: Any = DDPMScheduler.from_pretrained(case.folder / "scheduler")
+    clean, noise, t = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1), torch.tensor([0, 500, 999])
+    path = case.family.path
+    assert torch.equal(path.add_noise(clean, noise, t), ddpm.add_noise(clean, noise, t))
+    velocity = ddpm.config.prediction_type == "v_prediction"
+    assert torch.equal(path.target(clean, noise, t), ddpm.get_velocity(clean, noise, t) if velocity else noise)
+
+
+def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
+    family = case.family
+    height, width = family.default_size
+    sampler = family.sampler(4, height, width)
+    latents = start = random(1, *family.latent_shape(height, width))
+    conditions = family.collate(family.encode_prompts(case.parts, PROMPTS[:1]))
+    for t in sampler.timesteps:
+        prediction = family.predict(case.main, sampler.scale_model_input(latents, t), t[None], conditions)
+        latents = sampler.step(prediction, t, latents).prev_sample
+    pixels = family.decode(case.parts["vae"], latents)
+    case.pipeline.set_progress_bar_config(disable=True)
+    image = case.pipeline(PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, latents=start, output_type="pt").images
+    torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
+    assert family.sampler(4, height, width) is not sampler
+
+
+def test_sizes(case: Case) -> None:
+    assert case.family.default_size == (64, 64)
+    assert case.family.multiple == 16
+    assert case.family.latent_shape(64, 128) == (4, 8, 16)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "all-linear+conv"])
+def test_lora_target_sets(case: Case, targets: str) -> None:
+    modules = dict(case.main.named_modules())
+    blocks = [prefix for block in case.family.blocks(case.main) for prefix in block]
+    found = case.family.lora_targets(case.main, targets)
+    kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d) if targets.endswith("conv") else (nn.Linear,)
+    inside = [
+        name for prefix in blocks for name, module in modules.items()
+        if isinstance(module, kinds) and (name == prefix or name.startswith(f"{prefix}."))
+    ]
+    endings = (".to_q", ".to_k", ".to_v", ".to_out.0")
+    if targets == "attention+ff":
+        endings += (".ff.net.0.proj", ".ff.net.2")
+    if not targets.startswith("all"):
+        inside = [name for name in inside if name.endswith(endings)]
+    assert found == inside
+    # 4 transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
+    # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each transformer, which 2.x has as linear.
+    projections = 8 if case.family.config("unet")["use_linear_projection"] else 0
+    counts = {"attention": 32, "attention+ff": 40, "all-linear": 48 + projections, "all-linear+conv": 79}
+    assert len(found) == counts[targets]
+
+
+def test_explicit_lora_targets(case: Case) -> None:
+    found = case.family.lora_targets(case.main, ["conv_in", "attn2.to_q", "time_embedding.linear_1"])
+    assert found[:2] == ["conv_in", "time_embedding.linear_1"]
+    assert len(found) == 6 and all(name.endswith(".attn2.to_q") for name in found[2:])
+
+
+@pytest.mark.parametrize(
+    ("ending", "hint"),
+    [("to_qq", "close: to_q, "), ("attn2", "close: "), ("_q", "close: "), ("zzz", "the first layers are conv_in, ")],
+)
+def test_a_target_that_matches_nothing_is_named(case: Case, ending: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        case.family.lora_targets(case.main, ["to_k", ending])
+    message = str(caught.value)
+    assert message.startswith(f"tuner.targets: {ending!r}: no linear or convolution layer's name ends so; {hint}")
+
+
+def test_export_loads_in_the_pipeline(case: Case, tmp_path: Path) -> None:
+    main = case.family.load(case.family.main)
+    with torch.no_grad():
+        next(main.parameters()).add_(1)
+    case.family.export({case.family.main: main}, tmp_path)
+    pipeline: Any = type(case.pipeline).from_pretrained(tmp_path)
+    assert_same(getattr(pipeline, case.family.main), main)
+    for part in set(case.family.classes) - {case.family.main}:
+        assert_same(getattr(pipeline, part), case.parts[part])
+    assert pipeline.scheduler.config == case.pipeline.scheduler.config
+    assert open_family(str(tmp_path)).fingerprint("vae") == case.family.fingerprint("vae")
+
+
+# From here on: the files of a model, which are the same for every family.
+
+
+def opened(folder: Path, **options: Any) -> Any:
+    family: DiffusionFamily = open_family(str(folder), **options)
+    return family
+
+
+@pytest.mark.parametrize(
+    ("options", "variant"),
+    [({"shards": True}, None), ({"legacy": True}, None), ({"variant": "fp16"}, "fp16"),
+     ({"variant": "fp16", "shards": True}, "fp16")],
+    ids=["shards", "legacy", "variant", "variant-shards"],
+)
+def test_stored_forms(sd: Path, tmp_path: Path, options: dict[str, Any], variant: str | None) -> None:
+    stored = opened(make_sd(tmp_path / "stored", **options), variant=variant)
+    files = len(list((stored.folder / "unet").glob("*.safetensors")))
+    assert files == {(True, None): 3, (True, "fp16"): 2}.get((options.get("shards", False), variant), 1)
+    for part in stored.classes:
+        theirs = reference(stored, part, variant=variant, dtype=torch.float16 if variant else torch.float32)
+        assert_same(stored.load(part), theirs)
+        plain = opened(sd).load(part).state_dict()
+        expected = {key: tensor.half() if variant else tensor for key, tensor in plain.items()}
+        streamed = dict(stored.weights(part))
+        assert streamed.keys() == expected.keys()
+        assert all(torch.equal(streamed[key], tensor) for key, tensor in expected.items())
+    stored.export({}, tmp_path / "exported")
+    assert not list((tmp_path / "exported").rglob("*fp16*"))
+    for part in stored.classes:
+        assert_same(opened(tmp_path / "exported").load(part), stored.load(part))
+
+
+def test_an_export_leaves_out_what_is_not_there(sd: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": False}
+    write_json(folder / "model_index.json", index | checker)
+    (folder / "v1-5-pruned.safetensors").write_bytes(b"all in one file")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"the same as a pickle")
+    (folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"another variant")
+    opened(folder).export({}, tmp_path / "exported")
+    names = sorted(p.relative_to(tmp_path / "exported").as_posix() for p in (tmp_path / "exported").rglob("*.*"))
+    assert names == sorted(p.relative_to(sd).as_posix() for p in sd.rglob("*.*"))
+    assert json.loads((tmp_path / "exported" / "model_index.json").read_text()) == index
+
+
+def damage(folder: Path, how: str) -> None:
+    """Break a sharded model in one way."""
+    unet = folder / "unet"
+    index = unet / "diffusion_pytorch_model.safetensors.index.json"
+    shard = unet / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    if how == "missing shard":
+        shard.unlink()
+    elif how == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "no weights":
+        for path in (*unet.glob("*.safetensors"), index):
+            path.unlink()
+    elif how == "only a pickle":
+        damage(folder, "no weights")
+        (unet / "diffusion_pytorch_model.bin").write_bytes(b"")
+    elif how == "damaged index":
+        index.write_text("{")
+    elif how == "empty index":
+        index.write_text("{}")
+    elif how == "missing tensors":
+        value = json.loads(index.read_text())
+        write_json(index, {"weight_map": {k: v for k, v in value["weight_map"].items() if v != shard.name}})
+    elif how == "another width":
+        config = json.loads((unet / "config.json").read_text())
+        write_json(unet / "config.json", config | {"cross_attention_dim": 48})
+    elif how == "unknown block":
+        config = json.loads((unet / "config.json").read_text())
+        write_json(unet / "config.json", config | {"down_block_types": ["X", "Y"]})
+    elif how == "no config":
+        (unet / "config.json").unlink()
+    elif how == "no folder":
+        shutil.rmtree(unet)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing shard", "/diffusion_pytorch_model-00002-of-00003.safetensors: missing; diffusion_pytorch_model"),
+        ("truncated shard", "/diffusion_pytorch_model-00002-of-00003.safetensors: damaged ("),
+        ("no weights", ": no diffusion_pytorch_model.safetensors or model.safetensors in it; found: config.json"),
+        ("only a pickle", "/diffusion_pytorch_model.bin: a pickle, which can run code when it is read"),
+        ("damaged index", "/diffusion_pytorch_model.safetensors.index.json: not readable as JSON: "),
+        ("empty index", "/diffusion_pytorch_model.safetensors.index.json: it has no weight_map"),
+        ("missing tensors", ": 101 of 208 tensors are missing, the first is "),
+        ("another width", ": down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight has shape [16, 32]; "
+                          "config.json describes [16, 48]"),
+        ("unknown block", "/config.json: not that of a UNet2DConditionModel: "),
+        ("no config", "/config.json: missing; "),
+        ("no folder", ": no such folder; the model is incomplete"),
+    ],
+)
+def test_a_damaged_model_is_one_line(tmp_path: Path, how: str, message: str) -> None:
+    folder = make_sd(tmp_path, shards=True)
+    damage(folder, how)
+    with pytest.raises(UserError) as caught:
+        opened(folder).load("unet")
+    assert str(caught.value).startswith(f"{folder / 'unet'}{message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_variant_is_named(sd: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        opened(sd, variant="fp16").load("unet")
+    assert str(caught.value) == f"model.variant: fp16: no such weights in {sd / 'unet'}; found: null"
+    half = make_sd(tmp_path, variant="fp16")
+    with pytest.raises(UserError) as caught:
+        opened(half).load("unet")
+    assert str(caught.value) == f"model.variant: null: no such weights in {half / 'unet'}; found: fp16"
+
+
+def test_parameters_on_meta_keeps_buffers_and_other_threads() -> None:
+    import threading
+
+    built: list[nn.Module] = []
+    with parameters_on_meta():
+        inside = nn.BatchNorm1d(2)
+        thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+    assert inside.weight.is_meta and not inside.running_var.is_meta
+    assert not built[0].weight.is_meta and not nn.Linear(2, 2).weight.is_meta
+
+
+def test_fingerprints(sd: Path, tmp_path: Path) -> None:
+    family = opened(sd)
+    copy = opened(shutil.copytree(sd, tmp_path / "copy"))
+    whole, parts = family.fingerprint(), {part: family.fingerprint(part) for part in family.classes}
+    assert len(whole) == 64 and len({whole, *parts.values()}) == 4
+    assert copy.fingerprint() == whole
+
+    config = copy.folder / "vae" / "config.json"
+    write_json(config, json.loads(config.read_text()) | {"_diffusers_version": "9", "_name_or_path": "elsewhere"})
+    assert opened(copy.folder).fingerprint("vae") == parts["vae"]
+    write_json(config, json.loads(config.read_text()) | {"scaling_factor": 1.0})
+    changed = opened(copy.folder)
+    assert changed.fingerprint("vae") != parts["vae"] and changed.fingerprint("unet") == parts["unet"]
+
+    (copy.folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert changed.fingerprint("text_encoder") != parts["text_encoder"]
+
+    scheduler = tmp_path / "scheduled"
+    shutil.copytree(sd, scheduler)
+    write_json(scheduler / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler"})
+    assert {part: opened(scheduler).fingerprint(part) for part in parts} == parts
+    assert opened(scheduler).fingerprint() != whole
+
+
+def test_opening_and_hashing_import_no_torch(sd: Path) -> None:
+    code = (
+        "import sys; from gtl.families import open_family; family = open_family(sys.argv[1])\n"
+        "family.fingerprint(), family.multiple, family.default_size, family.latent_shape(64, 64)\n"
+        "print([name for name in ('torch', 'diffusers', 'transformers', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(sd)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_file_is_hashed_once(tmp_path: Path) -> None:
+    import os
+
+    folder = make_sd(tmp_path)
+    before = opened(folder).fingerprint("vae")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    stat = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert opened(folder).fingerprint("vae") == before  # not read again: same size and modification time
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert opened(folder).fingerprint("vae") != before
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("{tmp}/nowhere", {}, "model.source: {tmp}/nowhere: no such folder"),
+        ("{tmp}", {}, "model.source: {tmp}: no model_index.json in it; a folder in diffusers layout is needed"),
+        ("{sd}/model_index.json", {}, "model.source: {sd}/model_index.json: a file; a folder in diffusers layout is"),
+        ("a/b/c", {}, "model.source: 'a/b/c': neither a folder here, nor a hub id (owner/name), nor a bucket URL"),
+        ("nobody/nothing", {}, "model.source: 'nobody/nothing': not in the local cache, and the hub is off-line"),
+        ("{sd}", {"revision": "main"}, "model.revision: 'main': only a hub id has revisions; model.source is {sd}"),
+        ("{sd}", {"family": "flux9"}, "model.family: 'flux9': known families: auto, sd"),
+        ("s3://gtl-tests/nothing", {}, "model.source: s3://gtl-tests/nothing/model_index.json: missing"),
+    ],
+)
+def test_a_wrong_source_is_one_line(
+    source: str, options: dict[str, Any], message: str, sd: Path, tmp_path: Path, s3: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        open_family(source.format(tmp=tmp_path, sd=sd), **options)
+    assert str(caught.value).startswith(message.format(tmp=tmp_path, sd=sd))
+
+
+def test_another_familys_model_is_refused(sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = json.loads((sd / "model_index.json").read_text())
+    write_json(tmp_path / "model_index.json", index | {"_class_name": "KandinskyPipeline"})
+    with pytest.raises(UserError) as caught:
+        open_family(str(tmp_path))
+    assert str(caught.value) == (
+        f"model.source: {tmp_path}: model_index.json names a KandinskyPipeline; supported: {', '.join(PIPELINES)}"
+    )
+    monkeypatch.setitem(FAMILIES, "other", "gtl.families.other:Other")
+    with pytest.raises(UserError) as caught:
+        open_family(str(sd), "other")
+    assert str(caught.value) == f"model.family: 'other': the model at {sd} is of family 'sd' (StableDiffusionPipeline)"
+    write_json(tmp_path / "model_index.json", index | {"unet": ["diffusers", "UNet2DModel"]})
+    with pytest.raises(UserError) as caught:
+        open_family(str(tmp_path))
+    assert str(caught.value) == f"{tmp_path / 'model_index.json'}: unet: UNet2DModel; expected UNet2DConditionModel"
+
+
+def test_a_bucket_is_fetched_once_and_again_when_it_changes(s3: str, sd: Path, tmp_path: Path) -> None:
+    from gtl.storage import Store
+
+    url = f"{s3}/models/{tmp_path.name}"
+    store = Store(url)
+    for path in sd.rglob("*.*"):
+        store.upload(path, path.relative_to(sd).as_posix())
+    store.write("v1-5-pruned.safetensors", b"left out")
+    family = opened(url)  # type: ignore[arg-type]
+    assert family.fingerprint() == opened(sd).fingerprint()
+    file = family.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    stamp = file.stat().st_mtime_ns
+    assert not (family.folder / "v1-5-pruned.safetensors").exists()
+    assert open_family(url).folder == family.folder and file.stat().st_mtime_ns == stamp
+    store.write("unet/diffusion_pytorch_model.safetensors", b"changed")
+    with pytest.raises(UserError, match="damaged"):
+        open_family(url).load("unet")
+
+
+def test_a_family_that_travels_fetches_its_model_there(
+    s3: str, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gtl.storage import Store
+
+    url = f"{s3}/travels/{tmp_path.name}"
+    for path in sd.rglob("*.*"):
+        Store(url).upload(path, path.relative_to(sd).as_posix())
+    sent = pickle.dumps(opened(url))  # type: ignore[arg-type]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    arrived = pickle.loads(sent)
+    assert arrived.folder.is_relative_to(tmp_path / "elsewhere")
+    assert arrived.fingerprint() == opened(sd).fingerprint()
+
+
+def test_a_hub_id_is_read_from_the_local_cache(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(sd, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert open_family("owner/name").folder == repository / "snapshots" / commit
+    assert open_family("owner/name", revision=commit).fingerprint() == opened(sd).fingerprint()
+    with pytest.raises(UserError, match="^model.source: 'owner/name': not in the local cache"):
+        open_family("owner/name", revision="v2")
+
+
+def test_prompts_are_tokens_and_then_conditions(case: Case) -> None:
+    """Stacked tokens give what each prompt alone gives, and gradients reach every encoder."""
+    family = case.family
+    tokens = family.tokenize(PROMPTS)
+    assert [token.keys() for token in tokens] == [tokens[0].keys()] * len(PROMPTS)
+    stacked = {name: torch.stack([token[name] for token in tokens]) for name in tokens[0]}
+    encoders = {part: family.load(part).requires_grad_(True) for part in family.encoders}
+    batch = family.encode_tokens(encoders, stacked)
+    expected = family.encode_prompts(case.parts, PROMPTS)
+    for name, value in batch.items():
+        torch.testing.assert_close(value, torch.stack([each[name] for each in expected]), rtol=1e-4, atol=1e-5)
+    sum(value.square().sum() for value in batch.values()).backward()
+    assert all(any(p.grad is not None for p in encoder.parameters()) for encoder in encoders.values())
+
+
+def test_cross_attentions_and_only_they_read_the_condition(case: Case) -> None:
+    found = case.family.cross_attentions(case.main)
+    assert found and len(set(found)) == len(found)
+    width = {case.main.get_submodule(f"{name}.to_k").in_features for name in found}
+    assert width == {case.main.config.cross_attention_dim}
+    others = [name for name, _ in case.main.named_modules() if name.endswith("attn1")]
+    assert len(others) == len(found) and not set(others) & set(found)
+
+
+@pytest.mark.parametrize(
+    ("targets", "endings"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("attention+ff", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+        ("all-linear+conv", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+        (["fc1"], {"fc1"}),
+    ],
+)
+def test_targets_in_a_text_encoder(case: Case, targets: str | list[str], endings: set[str]) -> None:
+    for part in case.family.encoders:
+        encoder = case.parts[part]
+        found = case.family.encoder_targets(encoder, targets)
+        assert {name.rpartition(".")[2] for name in found} == endings
+        assert len(found) == len(endings) * encoder.config.num_hidden_layers
+        with pytest.raises(UserError, match=r"^tuner\.targets: 'fc9': .*close: "):
+            case.family.encoder_targets(encoder, ["fc9"])

@@ -1,0 +1,141 @@
+"""Every allowed pair of tuner and objective, on every family: it learns, and what it publishes is what it learned."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtl.adapters import apply
+from gtl.adapters.merge import merge
+from gtl.config import Recipe, parse_recipe
+from gtl.config.pairs import PAIRS
+from gtl.families import FAMILIES, open_family
+from gtl.families.base import DiffusionFamily
+from gtl.objectives import OBJECTIVES, make_objective
+from gtl.objectives.base import Objective
+from gtl.train.worker import live_parts
+from gtl.tuners import TUNERS, make_tuner
+from gtl.types import Batch, Geometry, Item
+from tests.contract.test_families import MODELS
+
+TUNER_CONFIGS = {
+    "lora": {"rank": 8, "alpha": 16, "targets": "all-linear"},
+    "full": {},
+    "freeze": {"freeze_depth": 0.5},
+}
+OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}}
+CASES = [
+    *((tuner, objective, False) for tuner, objective in PAIRS),
+    *((tuner, "denoise", True) for tuner in ("lora", "full")),
+]
+"""Every pair, and again with the text encoders trained too."""
+STEPS = 30
+FALLS_TO = 0.6
+"""Share of the first loss that overfitting one batch has to reach."""
+
+
+def test_the_tables_are_walked_whole() -> None:
+    assert {family for family, _ in MODELS.values()} == FAMILIES.keys()
+    assert {tuner for tuner, _ in PAIRS} == TUNERS.keys() == TUNER_CONFIGS.keys()
+    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == OBJECTIVE_CONFIGS.keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("tuner_type", "objective_type", "with_encoders"), CASES)
+def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
+    tmp_path: Path, model: str, tuner_type: str, objective_type: str, with_encoders: bool
+) -> None:
+    family = open_family(str(MODELS[model][1](tmp_path / "model")))
+    train = {"train": [family.main, *family.encoders]} if with_encoders else {}
+    recipe = parse_recipe({
+        "model": {"source": str(family.folder)},
+        "data": {"source": str(tmp_path)},
+        "tuner": {"type": tuner_type, **TUNER_CONFIGS[tuner_type], **train},
+        "objective": {"type": objective_type, **OBJECTIVE_CONFIGS[objective_type]},
+    })
+    objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
+    live = live_parts(recipe, family, objective)
+    assert live == [objective.parts[0], *(family.encoders if with_encoders else ())]
+    parts = {part: family.load(part) for part in live}
+    trainable = tuner.apply(parts, seed=0)
+    assert {name.partition(".")[0] for name in trainable} == set(live)
+    batch = fixed_batch(family, recipe)
+    (player,) = objective.players(parts, torch.float32).values()
+
+    losses = overfit(player, list(trainable.values()), batch)
+    assert losses[-1] < FALLS_TO * losses[0]
+
+    tuner.export({key: value.detach().clone() for key, value in trainable.items()}, tmp_path / "adapter")
+    fresh = {part: family.load(part) for part in live}
+    base = predict(family, fresh, batch)
+    apply(fresh, tmp_path / "adapter")
+    trained = predict(family, parts, batch)
+    assert (trained - base).abs().max() > 0.1
+    torch.testing.assert_close(predict(family, fresh, batch), trained, rtol=1e-4, atol=1e-5)
+    merged = {part: family.load(part) for part in live}
+    assert {name.partition(".")[0] for name in merge(merged, tmp_path / "adapter")} == set(live)
+    assert [set(merged[part].state_dict()) for part in live] == [set(family.load(p).state_dict()) for p in live]
+    torch.testing.assert_close(predict(family, merged, batch), trained, rtol=1e-3, atol=1e-4)
+
+
+def fixed_batch(family: DiffusionFamily, recipe: Recipe) -> Batch:
+    """Four samples of two images, drawn once."""
+    objective = make_objective(recipe.objective, family)
+    height, width = family.default_size
+    rng = torch.Generator().manual_seed(0)
+    if recipe.needs.images == "pixels":
+        coarse = torch.randint(0, 256, (2, 3, 2, 2), dtype=torch.uint8, generator=rng)
+        pictures = coarse.repeat_interleave(height // 2, 2).repeat_interleave(width // 2, 3)
+        geometry = Geometry(original=(height, width), crop=(0, 0), target=(height, width))
+        return draw_batch(objective, [Item({}, {}, {}, geometry, pixels=picture) for picture in pictures])
+    pixels = torch.rand(2, 3, height, width, generator=rng) * 2 - 1
+    codec = family.load(family.codec) if family.codec else None
+    encoders = {part: family.load(part) for part in family.encoders}
+    captions = ["a photo of a dog", "a photo of a cat"]
+    with torch.no_grad():
+        moments = family.encode_images(codec, pixels)
+        dog, cat, null = family.encode_prompts(encoders, [*captions, ""])
+    geometry = Geometry(original=(height, width), crop=(0, 0), target=(height, width))
+    cached = recipe.needs.text == "embeddings"
+    items = [
+        Item({key: value[i] for key, value in moments.items()}, *(given if cached else ({}, {})), geometry, text)
+        for i, (text, given) in enumerate(zip(captions, ((dog, null), (cat, null)), strict=True))
+    ]
+    return draw_batch(objective, items)
+
+
+def draw_batch(objective: Objective, items: list[Item]) -> Batch:
+    """Each of two items twice, with other noise."""
+    draws = [objective.draw(items[i % 2], torch.Generator().manual_seed(i)) for i in range(4)]
+    return Batch(objective.collate(draws), torch.full((4,), 0.25))
+
+
+def overfit(player: nn.Module, parameters: list[nn.Parameter], batch: Batch) -> list[float]:
+    """Losses of some steps on one batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0)
+    losses = []
+    for _ in range(STEPS):
+        total = player(batch).total
+        losses.append(float(total.detach()))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    return losses
+
+
+def predict(family: DiffusionFamily, parts: dict[str, nn.Module], batch: Batch) -> Tensor:
+    """The model's output for the batch's clean latents, or the codec's for its pixels."""
+    if "pixels" in batch.tensors:
+        with torch.no_grad():
+            moments = family.encode_images(parts[str(family.codec)], batch.tensors["pixels"])
+            latents = family.sample_latents(moments, batch.tensors["noise"])
+            return family.decode(parts[str(family.codec)], latents)
+    conditions, tokens = (
+        {key.removeprefix(prefix): value for key, value in batch.tensors.items() if key.startswith(prefix)}
+        for prefix in ("condition.", "token.")
+    )
+    with torch.no_grad():
+        if tokens:
+            conditions |= family.encode_tokens(parts, tokens)
+        return family.predict(parts[family.main], batch.tensors["clean"], batch.tensors["t"], conditions)

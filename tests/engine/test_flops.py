@@ -1,0 +1,71 @@
+"""Floating-point operations of training are those of the formulas, at every stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gtl.train.blocks import checkpoint_blocks
+from gtl.train.flops import CPU_ATTENTION, FlopMeter, peak_flops
+from gtl.train.loop import utilisation
+from gtl.types import Batch
+from tests.engine.group import Group
+from tests.engine.test_blocks import Stack
+from tests.engine.toy import Toy, batches, make_engine, make_train
+
+ROWS = 3 * 6
+"""Of an image: what a linear layer runs over."""
+BASE, CONV, HEAD = 2 * ROWS * 6 * 6, 2 * 5 * 6 * 6 * 3 * 9, 2 * 5 * 6 * 6 * 3
+"""Forward operations of an image: a multiplication and an addition count as two."""
+
+
+def counted(stage: int, player: str, recompute: bool = False) -> list[float]:
+    model = Toy() if player == "toy" else Stack()
+    if recompute:
+        checkpoint_blocks(model, [f"blocks.{index}" for index in range(4)])
+    engine = make_engine(model, make_train(), stage)  # type: ignore[arg-type]
+    taken = []
+    for _, (batch,) in batches(0, 3):
+        engine.backward(engine(batch).total)
+        engine.step()
+        taken.append(engine.take_flops())
+    return taken
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_frozen_goes_forward_only(duo: Group, stage: int) -> None:
+    # The frozen layer comes first, so there is no backward pass through it, and the convolution's has no input part.
+    expected = 3 * (BASE + 2 * CONV + 3 * HEAD)
+    for taken in duo.run(counted, stage, "toy"):
+        assert taken == [expected] * 3
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_recomputed_does_not_count(duo: Group, stage: int) -> None:
+    block = 2 * ROWS * 6 * 31 * 2
+    # Forward four; backward two: weights of four layers, inputs of all but the first.
+    expected = 3 * (4 * block + 2 * block + 2 * block - block // 2)
+    for recompute in (False, True):
+        for taken in duo.run(counted, stage, "stack", recompute):
+            assert taken == [expected] * 3
+
+
+def test_attention_on_a_cpu_counts() -> None:
+    query = torch.randn(1, 2, 8, 4, requires_grad=True)
+    meter, batch = FlopMeter(), Batch({"query": query}, torch.ones(1))
+    with meter.forward(batch):
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    with meter.backward():
+        out.sum().backward()
+    product = 2 * 2 * 8 * 8 * 4
+    assert len(CPU_ATTENTION) == 2
+    # Two products forward; backward the scores again and four for the three gradients.
+    assert meter.take() == 2 * product + 5 * product
+    assert meter.take() == 0
+
+
+def test_utilisation_is_a_share_of_the_peak() -> None:
+    assert utilisation(3e12, 12e12) == {"tflops": 3.0, "mfu": 0.25}
+    assert utilisation(3e12, None) == {"tflops": 3.0}
+    assert utilisation(0.0, 12e12) == {}
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None

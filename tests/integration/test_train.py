@@ -1,0 +1,310 @@
+"""`gtl train` on a real Ray cluster with real DeepSpeed workers, as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gtl.adapters import Registry
+from gtl.config import Recipe, parse_recipe
+from gtl.config.load import dump_recipe
+from gtl.types import UserError
+from tests.tiny import make_sd
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and ten captioned pictures in two shapes, seven and three, so that no batch of four comes out even."""
+    folder = tmp_path_factory.mktemp("train")
+    make_sd(folder / "model")
+    (folder / "images").mkdir()
+    rows = []
+    for i in range(10):
+        size = (96, 64) if i < 3 else (64, 64)
+        noise = np.random.default_rng(i).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / "images" / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": f"a photo of a {'dog' if i % 2 else 'cat'}"})
+    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_recipe(place: Path, **train: Any) -> Recipe:
+    return parse_recipe({
+        "model": {"source": str(place / "model")},
+        "tuner": {"type": "lora", "rank": 4, "alpha": 8, "targets": "attention+ff"},
+        "data": {"source": str(place / "images"), "resolution": 64},
+        "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "workers": 2, **train},
+        "evaluate": {"prompts": []},
+        "storage": {name: str(place / name) for name in ("runs", "cache", "registry")},
+    })
+
+
+def silent(phase: str, done: int, total: int, detail: str = "") -> None:
+    """Show nothing."""
+
+
+def losses(place: Path, name: str) -> list[float]:
+    (file,) = (place / "runs" / name).glob("*/metrics.jsonl")
+    return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_worker(place: Path) -> list[float]:
+    from gtl.train.launch import train
+
+    train(make_recipe(place, workers=1), "one", progress=silent)
+    return losses(place, "one")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_workers_learn_what_one_does_at_every_stage(place: Path, one_worker: list[float], stage: int) -> None:
+    from gtl.train.launch import train
+
+    published = train(make_recipe(place, zero={"stage": stage}), f"zero{stage}", progress=silent)
+    assert len(one_worker) == STEPS
+    np.testing.assert_allclose(losses(place, f"zero{stage}"), one_worker, rtol=1e-5)
+    card = Registry(place / "registry").show(f"zero{stage}")
+    assert card.version == published.version
+    assert card.dataset is not None and card.dataset.images == 10
+    assert card.training is not None and card.training.steps == STEPS
+    assert set(card.files) == {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+    run = place / "runs" / f"zero{stage}" / published.version
+    left = {"recipe.yaml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "adapter"}
+    assert {path.name for path in run.iterdir()} >= left
+    manifest = json.loads((run / "checkpoints" / f"{STEPS:08d}" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["stage"], manifest["workers"]) == (STEPS, stage, 2)
+
+
+def test_plain_diffusers_draws_what_gtl_learned_from_photographs(place: Path, photos: Path, tmp_path: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from gtl.generate.command import run
+    from gtl.train.launch import train
+
+    values = make_recipe(place, zero={"stage": 3}).model_dump(mode="json")
+    values["data"]["source"] = str(photos / "dog")
+    values["tuner"] |= {"dropout": 0.2, "targets": "all-linear+conv"}
+    train(parse_recipe(values), "photos", progress=silent)
+    prompt = "a photo of a dog"
+    options = {"prompt": prompt, "seed": 3, "steps": 8, "guidance": 4.0, "registry": str(place / "registry")}
+    ours = run(out=tmp_path / "ours", adapters=["photos"], **options)[0]
+    base = run(out=tmp_path / "base", model=str(place / "model"), **options)[0]
+    pipe = StableDiffusionPipeline.from_pretrained(place / "model", safety_checker=None)
+    pipe.load_lora_weights(str(Registry(place / "registry").fetch("photos")))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompt, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(3)
+    ).images[0]  # fmt: skip
+    assert distance(Image.open(ours), theirs) < 1
+    assert distance(Image.open(base), theirs) > 3
+
+
+def distance(a: Image.Image, b: Image.Image) -> float:
+    """Mean absolute difference in 1/255."""
+    return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())
+
+
+def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path) -> None:
+    from gtl.families import open_family
+    from gtl.generate.engine import Request
+    from gtl.generate.images import generate
+    from gtl.images import grid, read_recipe
+    from gtl.train.launch import train
+
+    prompts = ["a photo of a dog", "two unknown words", "a cat"]
+    values = make_recipe(place, zero={"stage": 3}, steps=40, learning_rate=5e-2, ema=0.5).model_dump(mode="json")
+    values["data"]["validation"] = 0.3
+    values["train"]["early_stopping"] = {"patience": 2}
+    values["evaluate"] = {"prompts": prompts, "every": 2, "steps": 4, "guidance": 3.0, "seed": 5}
+    told = []
+    published = train(parse_recipe(values), "shown", progress=lambda *row: told.append(row))
+    run = place / "runs" / "shown" / published.version
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    looks = {int(row["step"]): row for row in rows if "val_loss" in row}
+    assert list(looks) == [*range(0, rows[-1]["step"] + 1, 2)]
+    for row in looks.values():
+        assert row["val_loss"] == pytest.approx(sum(row[f"val_loss_q{q}"] for q in (1, 2, 3, 4)) / 4)
+    best = min((step for step in looks if step), key=lambda step: looks[step]["val_loss"])
+    card = Registry(place / "registry").show("shown")
+    assert card.training is not None
+    assert (card.training.best_step, card.training.steps) == (best, best + 4)
+    assert card.training.steps < 40
+    assert card.training.val_loss == looks[best]["val_loss"]
+    assert ("validate", 0, 0, f"step {best}  val_loss {looks[best]['val_loss']:.4f}") in told
+    assert {path.stem for path in (run / "samples").iterdir()} == {f"{step:08d}" for step in looks}
+    requests = [Request(p, 64, 64, seed=5 + i, steps=4, guidance=3.0) for i, p in enumerate(prompts)]
+    family, folder = open_family(str(place / "model")), Registry(place / "registry").fetch("shown")
+    for step, adapters in ((0, []), (best, [(folder, 1.0)])):
+        drawn = dict(generate(family, requests, adapters))
+        file = run / "samples" / f"{step:08d}.png"
+        assert distance(Image.open(file), grid([drawn[i] for i in range(3)], 4)) < 1
+        assert read_recipe(file) == {"prompts": prompts, "seed": 5, "steps": step}
+    assert distance(Image.open(run / "samples" / "00000000.png"), Image.open(file)) > 3
+
+
+def test_class_images_are_drawn_once_and_learned_beside_the_subject(place: Path) -> None:
+    from gtl.train.launch import train
+
+    values = make_recipe(place, workers=1, steps=4).model_dump(mode="json")
+    values["objective"]["prior"] = {"prompt": "a photo of a bird", "images": 3, "steps": 2, "weight": 0.5}
+    values["train"] |= {"activation_checkpointing": True, "compile": False, "micro_batch": 2}
+    seen = []
+    for name in ("prior", "again"):
+        train(parse_recipe(values), name, progress=lambda phase, done, total, detail="": seen.append((phase, done)))
+    assert losses(place, "prior") == losses(place, "again")
+    card = Registry(place / "registry").show("prior")
+    assert card.dataset is not None and card.dataset.images == 13
+    pictures = sorted((place / "cache").rglob("class_images/*/*.png"))
+    assert [picture.name for picture in pictures] == ["00000.png", "00001.png", "00002.png"]
+    assert seen.count(("class images", 3)) == 1
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(place: Path, small_disk: Path) -> None:
+    from gtl.train.launch import train
+
+    values = make_recipe(place, workers=2, steps=40, checkpoints={"every": 1, "keep": 40}).model_dump(mode="json")
+    values["storage"]["runs"] = str(small_disk)
+    values["tuner"]["rank"] = 16
+    with pytest.raises(UserError, match=r"the disk is full") as caught:
+        train(parse_recipe(values), "full", progress=silent)
+    assert str(small_disk) in str(caught.value)
+    kept = sorted(small_disk.glob("full/*/checkpoints/*/manifest.json"))
+    assert kept
+    for manifest in kept:
+        for name, entry in json.loads(manifest.read_text())["files"].items():
+            assert (manifest.parent / name).stat().st_size == entry["bytes"]
+
+
+def start(place: Path, recipe: Recipe, *arguments: str) -> "subprocess.Popen[str]":
+    """The command, on the session's cluster."""
+    import ray
+
+    file = place / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, "-c", "from gtl.cli import main; main()", "train", str(file), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path) -> None:
+    recipe = make_recipe(place, steps=60, ema=0.9, checkpoints={"every": 1000})
+    straight = start(place, recipe, "--name", "straight")
+    out, err = straight.communicate()
+    assert straight.returncode == 0, err
+    assert out.splitlines()[-1].startswith("adapter straight@")
+    stopped = start(place, recipe, "--name", "stopped")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and stopped.poll() is None:
+        if any(len(file.read_text().splitlines()) >= 3 for file in (place / "runs/stopped").glob("*/metrics.jsonl")):
+            break
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate()
+    assert stopped.returncode == 130, err
+    assert err.splitlines()[-1].endswith("stopped and saved before its last step; --resume goes on")
+    (manifest,) = (place / "runs" / "stopped").glob("*/checkpoints/*/manifest.json")
+    saved = json.loads(manifest.read_text())
+    assert 3 <= saved["step"] < 60
+    resumed = start(place, recipe, "--name", "stopped", "--resume")
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert losses(place, "stopped") == losses(place, "straight")
+    training = Registry(place / "registry").show("stopped").training
+    assert training is not None and training.final_loss == losses(place, "stopped")[-1]
+    assert training.device_hours > saved["device_hours"] > 0
+    files = [Registry(place / "registry").fetch(name) / "adapter_model.safetensors" for name in ("straight", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_resume_refuses_another_recipe(place: Path) -> None:
+    from gtl.storage import Store
+    from gtl.train.launch import unfinished
+
+    recipe = make_recipe(place)
+    runs = Store(place / "runs" / "changed")
+    runs.write("20260101-000000-000-abcdef/recipe.yaml", dump_recipe(recipe).encode())
+    other = make_recipe(place, learning_rate=0.5, workers=1)
+    with pytest.raises(UserError, match=r"other values of train\.learning_rate; put them back"):
+        unfinished(runs, other)
+    assert unfinished(runs, make_recipe(place, workers=1)) == "20260101-000000-000-abcdef"
+
+
+def test_a_run_that_could_not_publish_publishes_on_resume(place: Path, one_worker: list[float]) -> None:
+    from gtl.train.launch import train
+
+    recipe, registry = make_recipe(place, workers=1), Registry(place / "registry")
+    (run,) = (place / "runs" / "one").iterdir()
+    card = registry.show("one")
+    assert (run / "adapter.json").read_bytes() == card.to_json()
+    registry.remove(f"one@{card.version}")
+    with pytest.raises(UserError, match=r"^--resume: no unfinished run under "):
+        train(recipe, "one", resume=True, progress=silent)
+    phases = []
+    for _ in range(2):  # the second time the registry has it, and only the run's copy of the card is missing
+        (run / "adapter.json").unlink()
+        resumed = train(recipe, "one", resume=True, progress=lambda phase, *_: phases.append(phase))
+        assert (resumed.name, resumed.version) == ("one", card.version)
+    assert set(phases) == {"model"}
+    assert (run / "adapter.json").read_bytes() == registry.show("one").to_json()
+    assert registry.show("one").files == card.files
+    assert losses(place, "one") == one_worker
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("base", r"^model\.source: its files"),
+        ("dataset", r"^data\.source: its images or captions, or the model's dtype"),
+    ],
+)
+def test_resume_refuses_other_images_or_another_model(tmp_path: Path, kind: str, message: str) -> None:
+    from gtl.train import checkpoint
+    from gtl.train.launch import check_unchanged
+    from gtl.train.worker import Job
+
+    recipe = make_recipe(tmp_path).model_dump(mode="json")
+    job = Job(recipe, "changed", "v1", dataset="d" * 64, base="b" * 64, dtype="fp32")
+    check_unchanged(job)
+    checkpoint.save(job.run, "checkpoints/00000002", {}, {"step": 2, "dataset": job.dataset, "base": job.base})
+    check_unchanged(job)
+    with pytest.raises(UserError, match=message + r" changed since .*00000002 was saved \(.*, now 0{12}\); put"):
+        check_unchanged(replace(job, **{kind: "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"source": "/nowhere"}}, "model.source: /nowhere"),
+        ({"data": {"source": "/nowhere", "resolution": 64}}, "data.source: /nowhere"),
+        ({"tuner": {"type": "lora", "freeze_depth": 99}}, "tuner.freeze_depth: 99"),
+        ({"tuner": {"type": "lora", "targets": ["to_z"]}}, "tuner.targets: "),
+        ({"train": {"workers": 2, "gpus_per_worker": 1}}, "train.workers: 2 workers with 1 GPU each need 2 GPUs"),
+        ({"train": {"workers": 99}}, "train.workers: 99 workers with 1 CPUs each need 99 CPUs; the cluster has 6"),
+        ({"train": {"steps": 20, "learning_rate": 1e30, "max_grad_norm": None}}, "train.learning_rate: loss is "),
+        ({"storage": {"cache": "s3://no-such-bucket/cache"}}, "s3://no-such-bucket"),
+        ({"storage": {"registry": "s3://no-such-bucket/registry"}}, "s3://no-such-bucket/registry/mistake"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_line(place: Path, change: dict[str, dict[str, Any]], message: str) -> None:
+    from gtl.train.launch import train
+
+    values = make_recipe(place, workers=1).model_dump(mode="json")
+    recipe = parse_recipe({key: {**values[key], **change.get(key, {})} for key in values})
+    with pytest.raises(UserError) as caught:
+        train(recipe, "mistake", progress=silent)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

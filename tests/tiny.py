@@ -1,0 +1,173 @@
+"""Tiny models with the real classes and the real file layout, made on the spot."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WORDS = """a photo of the red blue green yellow square circle dog cat bird horse fish tree house car boat flower on in
+with and at small large old young sitting standing running white black brown grass water sky street night day portrait
+drawing painting of an animal image picture style sks low quality blurry""".split()
+
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def make_sd(
+    folder: str | Path,
+    *,
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    scheduler: str = "PNDMScheduler",
+    scheduler_config: Mapping[str, Any] | None = None,
+    unet_config: Mapping[str, Any] | None = None,
+    vae_levels: int = 4,
+    text_width: int = 32,
+    shards: bool = False,
+    variant: str | None = None,
+    legacy: bool = False,
+) -> Path:
+    """Write a Stable-Diffusion-layout pipeline of about 2 MB; plain `StableDiffusionPipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels (vae_levels 4) in latents of 4x8x8, with 8 ResNets and 4 transformer blocks.
+    `v_prediction` gives the layout of 2.x (linear projections, GELU in the text encoder). `shards` splits the UNet's
+    file in several with an index, `variant` ("fp16": also stored in half precision) goes into the files' names.
+    `legacy` names tensors as the published files of 1.5 do.
+    """
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = Path(folder)
+    is_v2 = prediction_type == "v_prediction"
+    vocabulary = write_clip_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(**{
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": text_width,
+            "attention_head_dim": (2, 4),
+            "norm_num_groups": 8,
+            "use_linear_projection": is_v2,
+            **(unet_config or {}),
+        })
+        vae = AutoencoderKL(
+            sample_size=8 * 2 ** (vae_levels - 1),
+            block_out_channels=(8, 16, 16, 16)[:vae_levels],
+            down_block_types=("DownEncoderBlock2D",) * vae_levels,
+            up_block_types=("UpDecoderBlock2D",) * vae_levels,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            scaling_factor=0.18215,
+        )
+        # A random decoder paints everything grey; contrast makes differences between images visible.
+        vae.decoder.conv_out.weight.data.mul_(3)
+        text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=text_width,
+            intermediate_size=2 * text_width,
+            projection_dim=text_width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            hidden_act="gelu" if is_v2 else "quick_gelu",
+            bos_token_id=vocabulary["<|startoftext|>"],
+            eos_token_id=vocabulary["<|endoftext|>"],
+            pad_token_id=vocabulary["<|endoftext|>"],
+        ))
+    dtype = torch.float16 if variant == "fp16" else torch.float32
+    suffix = f".{variant}" if variant else ""
+    for name, part in {"unet": unet, "vae": vae}.items():
+        size = {"max_shard_size": "300KB"} if shards and name == "unet" else {}
+        torch.nn.Module.to(part, dtype)  # not diffusers' own, which warns
+        part.save_pretrained(folder / name, variant=variant, **size)
+        if legacy and name == "vae":
+            file = folder / name / f"diffusion_pytorch_model{suffix}.safetensors"
+            save_file({_legacy_vae(key): tensor for key, tensor in part.state_dict().items()}, file, {"format": "pt"})
+    tensors = {key: tensor.to(dtype) for key, tensor in text_encoder.state_dict().items()}
+    if legacy:
+        tensors = {f"text_model.{key}": tensor for key, tensor in tensors.items()}
+        tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    text_encoder.config.architectures = ["CLIPTextModel"]
+    text_encoder.config.save_pretrained(folder / "text_encoder")
+    save_file(tensors, folder / "text_encoder" / f"model{suffix}.safetensors", {"format": "pt"})
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": scheduler,
+        **SD_BETAS,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+        **({"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}),
+        **(scheduler_config or {}),
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.38.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
+def write_clip_tokenizer(folder: Path) -> dict[str, int]:
+    """Write a byte-level BPE tokenizer in CLIP's files (vocab.json, merges.txt) and return its vocabulary.
+
+    Every byte is in the vocabulary, so any text can be encoded; the merges are learned from a few words.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"end_of_word_suffix": "</w>", "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=800, **options)
+    tokenizer.train_from_iterator(WORDS, trainer)
+    merges = [tuple(m) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *(a + b for a, b in merges), *SPECIAL]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    })
+    return vocabulary
+
+
+def _legacy_vae(key: str) -> str:
+    if "mid_block.attentions" not in key:
+        return key
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        key = key.replace(f".{new}.", f".{old}.")
+    return key
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(make_sd(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""Commands as a user types them: what they print, and with which status they end."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gtl.adapters import Card, Registry
+from gtl.adapters.card import Base
+from gtl.cli import main
+
+RECIPE = "{model: {source: %s}, data: {source: %s, resolution: 64}}"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a recipe, a picture, and a registry that holds dog@v1."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (64, 64), "red").save("pictures/a.png")
+    Path("pictures/a.txt").write_text("a red square")
+    Path("dog.yaml").write_text(RECIPE % (tmp_path / "model", tmp_path / "pictures"))
+    Path("weights").mkdir()
+    Path("weights/adapter_model.safetensors").write_bytes(b"weights")
+    base = Base(source="some/model", fingerprint="f" * 64, family="sd")
+    Registry("registry").publish("dog", "v1", Path("weights"), Card(name="dog", version="v1", base=base, tuner={}))
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit status of a command."""
+    monkeypatch.setattr(sys, "argv", ["gtl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train nowhere.yaml", "recipe nowhere.yaml: No such file or directory; expected a YAML file"),
+        ("train dog.yaml --set tuner.rank=0", "tuner.rank: 0: should be greater than or equal to 1"),
+        ("train dog.yaml --set tuner.rang=1", "tuner.rang: unknown key; did you mean tuner.rank?"),
+        ("train dog.yaml --name Dog", "--name: 'Dog': a name starts with a-z or 0-9"),
+        ("train dog.yaml --resume", "--resume: no unfinished run under {here}/runs/dog"),
+        ("train dog.yaml", "model.source: {here}/model: no such folder"),
+        ("cache dog.yaml", "model.source: {here}/model: no such folder"),
+        ("data check nowhere", "data.source: nowhere: no such folder or file"),
+        ("data check pictures --resolution 100", "data.resolution: 100: this model needs a multiple of 64"),
+        ("generate --out drawn --prompt x --adapter cat", "adapter 'cat': not in the registry {here}/registry"),
+        ("adapters show dog@v2", "adapter 'dog@v2': dog has no such version or alias; it has: v1"),
+        ("adapters remove dog", "adapter 'dog': name the version to remove"),
+        ("adapters import nowhere --model model --name dog", "model.source: 'model': not in the local cache"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    command: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *command.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {message.format(here=here)}")
+    assert err.splitlines()[-1] == line
+
+
+@pytest.mark.parametrize("command", ["nonsense", "train", "train dog.yaml --nonsense", "generate --count many"])
+def test_what_cannot_be_parsed_is_status_2(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, *command.split()) == 2
+
+
+def test_the_registry_in_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "adapters", "promote", "dog", "@prod") == 0
+    assert run(monkeypatch, "adapters", "list") == 0
+    assert capsys.readouterr().out == "@prod -> dog@v1\ndog@v1  lora  some/model @prod\n"
+    assert run(monkeypatch, "adapters", "show", "dog@prod", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["aliases"] == ["prod"]
+    assert run(monkeypatch, "adapters", "remove", "dog@v1") == 2
+    assert run(monkeypatch, "adapters", "remove", "dog@v1", "--force") == 0
+    monkeypatch.setenv("GTL_REGISTRY", "registry")
+    assert run(monkeypatch, "adapters", "list", "--json") == 0
+    assert capsys.readouterr().out == "removed dog@v1\n[]\n"
+
+
+def test_data_check_and_garbage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "data", "check", "pictures", "--resolution", "64") == 0
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "pictures: 1 images", "", "captions: 1 distinct", "      1 x a red square",
+    ]  # fmt: skip
+    assert run(monkeypatch, "cache", "gc") == 0
+    assert capsys.readouterr().out == "removed 0 shards, 0.0 MiB\n"
+
+
+def test_ctrl_c_says_what_it_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import gtl.train.launch
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("stopped and saved")
+
+    monkeypatch.setattr(gtl.train.launch, "train", stopped)
+    assert run(monkeypatch, "train", "dog.yaml") == 130
+    assert capsys.readouterr().err == "stopped and saved\n"
