@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from gtl.types import Batch
 
@@ -34,11 +35,35 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+FORMULAS = {
+    **flop_registry,
+    # What torch's own counter knows of GPUs only.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
 }
-"""What torch's counter knows of GPUs only."""
+"""Operator -> operations of a call."""
+
+
+class Counter(TorchDispatchMode):
+    """Operations within it.
+
+    Not torch's `FlopCounterMode`: that takes apart operators that have a kernel (`silu_backward`), which rounds
+    differently, so that a run which measures after a resume would end in other bits.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is counted."""
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the operator as it is, and count it."""
+        result = func(*args, **(kwargs or {}))
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class FlopMeter:
@@ -82,20 +107,20 @@ class FlopMeter:
             return
         FlopMeter._measuring = self
         try:
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            with Counter() as counter:
                 yield
         finally:
             FlopMeter._measuring = None
-        self._known[self._key] += counter.get_total_flops()
+        self._known[self._key] += counter.total
 
     @contextmanager
     def _discount(self) -> Iterator[None]:
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        counter = Counter()
         try:
             with counter:
                 yield
         finally:  # torch leaves a recomputation by an exception, once it has what it needs
-            self._known[self._key] -= counter.get_total_flops()
+            self._known[self._key] -= counter.total
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

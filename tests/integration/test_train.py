@@ -134,7 +134,7 @@ def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path) -> None:
     run = place / "runs" / "shown" / published.version
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     looks = {int(row["step"]): row for row in rows if "val_loss" in row}
-    assert list(looks) == [*range(0, rows[-1]["step"] + 1, 2)]
+    assert list(looks) == [*range(0, int(rows[-1]["step"]) + 1, 2)]
     for row in looks.values():
         assert row["val_loss"] == pytest.approx(sum(row[f"val_loss_q{q}"] for q in (1, 2, 3, 4)) / 4)
     best = min((step for step in looks if step), key=lambda step: looks[step]["val_loss"])

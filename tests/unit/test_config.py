@@ -161,7 +161,7 @@ def test_a_wrong_set(override: str, message: str) -> None:
         ("tuner={type: freeze, freeze_depth: 3, train: [unet]}",
          "tuner.train: unknown key; known keys: type, freeze_depth, only, init"),
         ("tuner.rnk=3", "tuner.rnk: unknown key; did you mean tuner.rank?"),
-        ("qqq=1", "qqq: unknown key; known keys: model, tuner, objective, data, train, storage"),
+        ("qqq=1", "qqq: unknown key; known keys: model, tuner, objective, data, train, evaluate, storage"),
         ("train.zero.qqq=1", "train.zero.qqq: unknown key; known keys: stage"),
         ("objective={type: autoencode, klx: 1}", "objective.klx: unknown key; did you mean objective.kl?"),
         ("objective={type: autoencode, prior: null}", "objective.prior: unknown key; known keys: type, l1, l2, kl"),
