@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,9 +20,8 @@ from gtl.adapters import Registry, apply
 from gtl.config import load_recipe
 from gtl.data.scenes.sets import SceneSet
 from gtl.families import open_family
-from gtl.families.files import INDEX
+from gtl.families.files import write_once
 from gtl.families.source import builtin_folder
-from gtl.storage import Store
 from gtl.types import Progress, UserError
 
 if TYPE_CHECKING:
@@ -54,22 +52,10 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
     """
     from gtl.families.blank import write_blank
 
-    blank = once(work / "blank", lambda folder: write_blank(folder, vocabulary()))
-    coded = once(work / "autoencoder", lambda folder: learn_codec(blank, folder, work, overrides, progress))
-    drawing = once(work / "denoiser", lambda folder: learn_drawing(coded, folder, work, overrides, progress))
-    return once(out, lambda folder: halve(drawing, folder))
-
-
-def once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """The model folder, written if it is not there; what was only half written is written again."""
-    if not (folder / INDEX).is_file():
-        partial = folder.with_name(f"{folder.name}.partial")
-        for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        partial.rename(folder)
-    return folder
+    blank = write_once(work / "blank", lambda folder: write_blank(folder, vocabulary()))
+    coded = write_once(work / "autoencoder", lambda folder: learn_codec(blank, folder, work, overrides, progress))
+    drawing = write_once(work / "denoiser", lambda folder: learn_drawing(coded, folder, work, overrides, progress))
+    return write_once(out, lambda folder: halve(drawing, folder))
 
 
 def vocabulary() -> set[str]:
@@ -98,17 +84,14 @@ def trained(
     """A model's parts after a recipe; trains, or goes on with a run that was stopped, unless that is done."""
     import torch
 
-    from gtl.train.launch import train
+    from gtl.train.launch import train_once
 
-    run, places = f"builtin-{name}", [f"storage.{place}={work}/{place}" for place in ("runs", "cache", "registry")]
+    places = [f"storage.{place}={work}/{place}" for place in ("runs", "cache", "registry")]
     recipe = load_recipe(RECIPES / f"{name}.yaml", [f"model.source={model}", *places, *overrides])
-    registry = Registry(recipe.storage.registry)
-    if not registry.versions(run):
-        runs = Store(f"{recipe.storage.runs}/{run}")
-        train(recipe, run, resume=any(runs.exists(f"{v}/recipe.yaml") for v in runs.folders()), progress=progress)
+    published = train_once(recipe, f"builtin-{name}", progress=progress)
     family = open_family(str(model))
     parts = {part: family.load(part, torch.float32) for part in ("vae", "unet", "text_encoder")}
-    apply(parts, registry.fetch(run))
+    apply(parts, Registry(recipe.storage.registry).fetch(str(published)))
     return family, parts
 
 

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def patterns(names: Iterable[str], variant: str | None) -> list[str]:
             middles = [f".{variant}", f".{variant}-{number}", f"-{number}.{variant}"] if variant else ["", f"-{number}"]
             result += [f"{name}/{stem}{middle}.safetensors" for middle in middles]
     return result
+
+
+def write_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """The model folder, written if it is not there; what was only half written is written again."""
+    if not (folder / INDEX).is_file():
+        partial = folder.with_name(f"{folder.name}.partial")
+        for old in (partial, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        partial.rename(folder)
+    return folder
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

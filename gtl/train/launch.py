@@ -86,6 +86,20 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress
     return publish(job, recipe, base, len(dataset.entries))
 
 
+def train_once(recipe: Recipe, name: str, *, progress: Progress = quiet) -> Reference:
+    """`train`, but goes on with a run of that name that was stopped, and only names what a finished one published.
+
+    Raises:
+        UserError: see `train`.
+        KeyboardInterrupt: the run was stopped; the same call goes on with it.
+    """
+    if versions := Registry(recipe.storage.registry).versions(name):
+        return Reference(name, versions[-1], 1.0)
+    runs = Store(f"{recipe.storage.runs}/{name}")
+    begun = any(runs.exists(f"{version}/recipe.yaml") for version in runs.folders())
+    return train(recipe, name, resume=begun, progress=progress)
+
+
 def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:
     """Do what `train` does before it trains: class images and encoded data, in the cache.
 
