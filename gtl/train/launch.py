@@ -65,8 +65,6 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress
         UserError: the recipe, the model, the data or the cluster is not what it has to be.
         KeyboardInterrupt: the run was stopped; it has saved, and `resume` goes on with it.
     """
-    # Takes seconds, as starting Ray does, which is mostly waiting.
-    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
     recipe = pin_init(recipe)
     runs = Store(f"{recipe.storage.runs}/{name}")
     version = unfinished(runs, recipe) if resume else new_version(dump_recipe(recipe))
@@ -74,6 +72,8 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress
     family = open_model(recipe, progress)
     base = base_of(family, recipe.model.source, recipe.model.revision)
     check_init(recipe, base)
+    # Takes seconds, as starting Ray does, which is mostly waiting.
+    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
     with session() as cluster:
         resources = choose_resources(recipe, cluster)
         dataset = prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from gtl.builtin import halve, once, vocabulary
+from gtl.builtin import halve, vocabulary
 from gtl.data.scenes.sets import SceneSet
 from gtl.families import open_family
 from gtl.families.blank import START, SUFFIX, TOKENS, learn_merges, write_blank
+from gtl.families.files import write_once
 
 LARGEST = 8_000_000
 """Bytes of the model as it is shipped."""
@@ -99,7 +100,7 @@ def test_a_model_that_was_half_written_is_written_again(tmp_path: Path) -> None:
         (folder / "model_index.json").write_text("{}")
 
     with pytest.raises(KeyboardInterrupt):
-        once(tmp_path / "model", fail)
+        write_once(tmp_path / "model", fail)
     assert not (tmp_path / "model").exists()
-    assert once(tmp_path / "model", write) == once(tmp_path / "model", write) == tmp_path / "model"
+    assert write_once(tmp_path / "model", write) == write_once(tmp_path / "model", write) == tmp_path / "model"
     assert len(calls) == 1 and [path.name for path in tmp_path.iterdir()] == ["model"]
