@@ -63,6 +63,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "jinja2": ("gtl/report",),
     "tensorboardX": ("gtl/train/track.py",),
     "bitsandbytes": ("gtl/train/optimizer.py",),
+    "wandb": ("gtl/train/services.py",),
+    "mlflow": ("gtl/train/services.py",),
     "typer": ("gtl/cli.py", "gtl/demo.py", "gtl/bench"),
     "rich": ("gtl/cli.py", "gtl/demo.py", "gtl/bench"),
     "pydantic": ("gtl/config", "gtl/adapters/card.py", "gtl/generate/prompts.py", "serve"),

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from gtl.storage import Store
 from gtl.train.board import Row, make_board
 from gtl.train.checkpoint import latest, read_manifest
 from gtl.train.prepare import prepare
+from gtl.train.services import Services
 from gtl.train.worker import CHECKPOINTS, RESULT, Job, main
 from gtl.types import Progress, UserError, quiet
 
@@ -247,9 +248,13 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
     thread = threading.Thread(target=fit, daemon=True)
     with stop_signals(lambda: board.stop.remote()) as stopped:
         thread.start()
-        while thread.is_alive():
-            thread.join(0.25)
-            show(ray.get(board.take.remote()), progress)
+        with closing(Services(job, progress)) as services:
+            while thread.is_alive():
+                thread.join(0.25)
+                rows = ray.get(board.take.remote())
+                show(rows, progress)
+                services.log(rows)
+            services.is_finished = job.run.exists(RESULT)
     if mistake := ray.get(board.mistake.remote()):
         raise UserError(mistake)
     if failures:

@@ -1,0 +1,94 @@
+"""What Weights & Biases and MLflow get of a run, with the real libraries: a folder of runs, a run kept offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import wandb
+from mlflow import MlflowClient
+
+from gtl.train.services import Services
+from gtl.train.worker import Job
+
+ROWS: list[dict[str, Any]] = [
+    {"step": 1, "steps": 2, "loss": 0.5, "val_loss": 0.75},
+    {"step": 2, "steps": 2, "loss": 0.25, "device": "cpu"},
+]
+
+
+@pytest.fixture
+def job() -> Job:
+    recipe = {"model": {"source": "some/model"}, "train": {"steps": 2, "zero": {"stage": 2}}}
+    return Job(recipe, "dog", "20260101-000000-abcdef", "d" * 64, "b" * 64, "fp32")
+
+
+@pytest.fixture(autouse=True)
+def nothing_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def complain(phase: str, done: int, total: int, detail: str = "") -> None:
+    raise AssertionError(f"{phase}: {detail}")
+
+
+def test_mlflow_has_every_value_at_its_step(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database would need more than mlflow-skinny brings
+    first = Services(job, complain)
+    first.log(ROWS[:1])
+    first.close()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("dog")
+    assert experiment is not None
+    (stopped,) = client.search_runs([experiment.experiment_id])
+    assert stopped.info.status == "KILLED"
+
+    second = Services(job, complain)  # --resume
+    second.log(ROWS[1:])
+    second.is_finished = True
+    second.close()
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.info.run_name) == ("FINISHED", job.version)
+    assert run.data.params == {"model.source": "some/model", "train.steps": "2", "train.zero.stage": "2"}
+    series = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+    assert series == [(1, 0.5), (2, 0.25)]
+    assert set(run.data.metrics) == {"loss", "val_loss"}
+    assert mlflow.active_run() is None
+
+
+def test_wandb_keeps_a_run_offline(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # of settings that an earlier test has read
+    services = Services(job, complain)
+    services.log(ROWS)
+    services.is_finished = True
+    services.close()
+    (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{job.version}")
+    assert (folder / f"run-{job.version}.wandb").stat().st_size > 0
+    assert wandb.run is None
+
+
+def test_nothing_is_sent_unless_it_is_set_up(job: Job, tmp_path: Path) -> None:
+    services = Services(job, complain)
+    services.log(ROWS)
+    services.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_service_that_fails_is_named_once_and_the_run_goes_on(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    services = Services(job, lambda phase, done, total, detail="": said.append(f"{phase} {detail}"))
+    services.log(ROWS)
+    services.close()
+    assert len(said) == 1
+    assert said[0].startswith("tracking mlflow: ")
+    assert said[0].endswith("the run goes on without it")
