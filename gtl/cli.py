@@ -83,6 +83,24 @@ class Bar:
 
 
 @app.command()
+def init(
+    folder: Annotated[str, typer.Argument(help="Folder or bucket URL of images.")],
+    model: Annotated[str | None, typer.Option(help="To fine-tune; what suits this machine when left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file; the folder's name when left out.")] = None,
+) -> None:
+    """Look at images and write a commented recipe for them."""
+    from gtl.data.draft import write_draft
+
+    bar = Bar()
+    try:
+        draft = write_draft(folder, model, out, bar)
+    finally:
+        bar.close()
+    print(draft.file)
+    print(f"next: gtl train {draft.file}", file=sys.stderr)
+
+
+@app.command()
 def train(
     recipe: RecipeFile,
     set_: Set = None,
@@ -172,7 +190,12 @@ def data_check(
     """Captions, aspect-ratio buckets, broken files and duplicates of a folder."""
     from gtl.data.check import check, render
 
-    print(render(check(folder, resolution)))
+    bar = Bar()
+    try:
+        report = check(folder, resolution, progress=bar)
+    finally:
+        bar.close()
+    print(render(report))
 
 
 @adapters_app.command("list")

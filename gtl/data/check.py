@@ -14,6 +14,7 @@ from gtl.data.containers import fetch, inspect
 from gtl.data.index import SeenFile
 from gtl.data.sources import Broken, File, Located, scan
 from gtl.images import BrokenImage, decode
+from gtl.types import Progress, quiet
 
 THREADS = 8
 CAPTIONS_SHOWN = 5
@@ -54,13 +55,14 @@ class Report:
     """Groups that look alike."""
 
 
-def check(folder: str, resolution: int = 512, multiple: int = 64) -> Report:
+def check(folder: str, resolution: int = 512, multiple: int = 64, progress: Progress = quiet) -> Report:
     """Read every image of a source, here and now, and report.
 
     Args:
         folder: A folder, .parquet or .tar file, or a bucket URL of one.
         resolution: Side of the square crop in pixels.
         multiple: Sides of crops are multiples of this.
+        progress: Is called as it goes on.
 
     Raises:
         UserError: the source or a metadata file is not what it has to be.
@@ -70,7 +72,8 @@ def check(folder: str, resolution: int = 512, multiple: int = 64) -> Report:
     thumbnails: dict[str, Thumbnail] = {}
     good: list[Located] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for located, result in zip(found.images, pool.map(thumbnail, found.images), strict=True):
+        for done, (located, result) in enumerate(zip(found.images, pool.map(thumbnail, found.images), strict=True), 1):
+            progress("look", done, len(found.images))
             if isinstance(result, Thumbnail):
                 thumbnails[located.record.uri] = result
                 good.append(located)
