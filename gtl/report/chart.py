@@ -146,9 +146,10 @@ def vertical(low: float, high: float, log: bool, zero: bool) -> Axis:
 def trace(series: Series, x: Axis, y: Axis, unit: str) -> Line:
     """The polylines and dots of a series."""
     parts = [thin(part) for part in unbroken(series.points)]
+    is_dotted = len(series.points) <= MAX_DOTS and not series.faint
     dots = []
     for part in parts:
-        if (len(series.points) <= MAX_DOTS and not series.faint) or len(part) == 1:  # a line of one point would not be seen
+        if is_dotted or len(part) == 1:  # which as a line would not be seen
             texts = (f"{series.label}, step {step:g}: {short(value)} {unit}".rstrip() for step, value in part)
             dots += [Dot(x.place(step), y.place(v), text) for (step, v), text in zip(part, texts, strict=True)]
     lines = [" ".join(f"{x.place(step):g},{y.place(value):g}" for step, value in part) for part in parts]

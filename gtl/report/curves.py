@@ -71,11 +71,13 @@ def metric_of(key: str) -> Metric:
 def draw_metric(key: str, metric: Metric, runs: Sequence[Run]) -> Chart | None:
     """One chart with a line for each run, in the run's colour."""
     lines: list[Series] = []
+    longest = max(len(run.series(key)) for run in runs)
+    window = max(5, min(50, longest // 20))
+    is_smooth = metric.smooth and longest >= 4 * window
     for colour, run in enumerate(runs):
         points = run.series(key)
         label = run.title if len(runs) > 1 else key
-        window = max(5, min(50, len(points) // 20))
-        if metric.smooth and len(points) >= 4 * window:
+        if points and is_smooth:
             mean = f"{label}, mean of {window} steps"
             lines += [Series(label, points, colour, faint=True), Series(mean, smooth(points, window), colour)]
         elif points:

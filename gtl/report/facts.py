@@ -123,7 +123,7 @@ def lineage(run: Run) -> Facts:
         "Dataset fingerprint": dataset.get("fingerprint"),
         "gtl": card.get("code"),
         "Libraries": ", ".join(f"{name} {version}" for name, version in libraries.items()),
-        "Published": str(card.get("created", ""))[:19].replace("T", " "),
+        "Published": f"{card['created'][:19].replace('T', ' ')} UTC" if card else None,
         "Run": run.url,
     }
     return {what: str(value) for what, value in facts.items() if value}
@@ -163,7 +163,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", "null" if value is None else value
 
 
 def incomparable(runs: Sequence[Run]) -> list[str]:
