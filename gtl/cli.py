@@ -113,6 +113,8 @@ def train(
 
     loaded = load_recipe(recipe, set_ or ())
     run = check_name(name or recipe.stem.lower(), "--name")
+    from gtl.report.command import PAGE
+    from gtl.storage import Store
     from gtl.train.launch import train as launch
 
     bar = Bar()
@@ -124,7 +126,23 @@ def train(
         raise typer.Exit(130) from None
     finally:
         bar.close()
+    page = Store(f"{loaded.storage.runs}/{published.name}/{published.version}")
+    if page.exists(PAGE):
+        print(f"report {page.url(PAGE)}")
     print(f"adapter {published}")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="NAME, NAME@VERSION or the folder of a run.")],
+    compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Another run, shown beside it.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="The page; else in the run's folder.")] = None,
+    runs: Annotated[str, typer.Option(envvar="GTL_RUNS", help="Folder or bucket URL of runs.")] = "./runs",
+) -> None:
+    """Write a page about a run: curves, samples, recipe, lineage. One HTML file that needs nothing else."""
+    from gtl.report.command import report as write
+
+    print(write(run, compare or [], out, runs))
 
 
 @app.command()

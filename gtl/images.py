@@ -26,6 +26,8 @@ EXTENSIONS = frozenset(
 _ORIENTATION = 0x0112
 _RECIPE = "gtl"
 _LABEL_HEIGHT = 16
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LIGHT = 2**18
 
 
 class BrokenImage(ValueError):
@@ -131,6 +133,26 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     value = json.loads(text)
     assert isinstance(value, dict)
     return value
+
+
+def preview(data: bytes, side: int) -> tuple[str, bytes, int]:
+    """(MIME type, bytes, original width) of a picture for a page: as it is if PNG and small enough, else as JPEG.
+
+    Args:
+        data: A picture.
+        side: Longest side in pixels of what is returned.
+
+    Raises:
+        BrokenImage: see `decode`.
+    """
+    image = decode(data)
+    width = image.width
+    if max(image.size) <= side and data.startswith(_PNG) and len(data) <= _LIGHT:
+        return "image/png", data, width
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=88)
+    return "image/jpeg", sink.getvalue(), width
 
 
 def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:

@@ -7,6 +7,7 @@ import json
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe, read_yaml
 from gtl.config.names import Reference, new_version
+from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.board import Row, make_board
@@ -84,7 +86,9 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress
         job.run.write("recipe.yaml", dump_recipe(recipe).encode())
         if not job.run.exists(RESULT):
             run_workers(job, resources, progress)
-    return publish(job, recipe, base, len(dataset.entries))
+    published = publish(job, recipe, base, len(dataset.entries))
+    report(job.run)
+    return published
 
 
 def train_once(recipe: Recipe, name: str, *, progress: Progress = quiet) -> Reference:
@@ -338,3 +342,11 @@ def publish(job: Job, recipe: Recipe, base: Base, images: int) -> Reference:
             card = registry.publish(job.name, job.version, Path(folder), card)
     job.run.write(PUBLISHED, card.to_json())
     return Reference(job.name, job.version, 1.0)
+
+
+def report(run: Store) -> None:
+    """Write the page about a run into its folder; what goes wrong there is a warning."""
+    try:
+        write_page([run], run)
+    except Exception as error:  # the adapter is published, and `gtl report` makes the page again
+        warnings.warn(f"{run.url()}: no report of the run: {error}", stacklevel=2)

@@ -81,7 +81,7 @@ def test_two_workers_learn_what_one_does_at_every_stage(place: Path, one_worker:
     assert card.training is not None and card.training.steps == STEPS
     assert set(card.files) == {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
     run = place / "runs" / f"zero{stage}" / published.version
-    left = {"recipe.yaml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "adapter"}
+    left = {"recipe.yaml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "adapter", "report.html"}
     assert {path.name for path in run.iterdir()} >= left
     manifest = json.loads((run / "checkpoints" / f"{STEPS:08d}" / "manifest.json").read_text())
     assert (manifest["step"], manifest["stage"], manifest["workers"]) == (STEPS, stage, 2)

@@ -17,11 +17,14 @@ import json, gtl
 from pathlib import Path
 from gtl.config import load_recipe
 from gtl.families import open_family
+from gtl.report.page import render
+from gtl.report.run import Run
 root = Path(gtl.__file__).parent
 recipes = sorted(root.glob("recipes/**/*.yaml"))
 print(json.dumps({
     "root": str(root),
     "recipes": [str(file.relative_to(root)) for file in recipes if load_recipe(file)],
+    "page": render([Run("dog", "v1", "runs/dog/v1", {}, "", [{"step": 1.0, "loss": 2.0}], None, None, [], 0)])[:15],
     "typed": (root / "py.typed").is_file(),
     "model": open_family("builtin:tiny").fingerprint(),
 }))
@@ -55,6 +58,7 @@ def test_the_wheel_has_recipes_model_and_types(python: Path, tmp_path: Path) -> 
     ours = sorted(str(file.relative_to(ROOT / "gtl")) for file in (ROOT / "gtl").glob("recipes/**/*.yaml"))
     assert answer["recipes"] == ours
     assert answer["typed"]
+    assert answer["page"] == "<!DOCTYPE html>"
     assert answer["model"] == open_family("builtin:tiny").fingerprint()
 
 

@@ -47,6 +47,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("train dog.yaml --resume", "--resume: no unfinished run under {here}/runs/dog"),
         ("train dog.yaml", "model.source: {here}/model: no such folder"),
         ("cache dog.yaml", "model.source: {here}/model: no such folder"),
+        ("report cat", "run 'cat': no such run under {here}/runs, where there is nothing; see --runs"),
+        ("report ./pictures", "run ./pictures: no recipe.yaml in it; give a run's folder, RUNS/NAME/VERSION"),
         ("data check nowhere", "data.source: nowhere: no such folder or file"),
         ("data check pictures --resolution 100", "data.resolution: 100: this model needs a multiple of 64"),
         ("generate --out drawn --prompt x --adapter cat", "adapter 'cat': not in the registry {here}/registry"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gtl.images import BrokenImage, decode, grid, probe, read_recipe, save_png
+from gtl.images import BrokenImage, decode, grid, preview, probe, read_recipe, save_png
 from gtl.types import UserError
 
 
@@ -160,3 +160,17 @@ def test_labels_are_written_below_the_images() -> None:
     below = [sheet.crop((x, 20, x + 40, 36)).getextrema()[0] for x in (0, 40)]
     assert below[0] == (255, 255)
     assert below[1][0] < 128
+
+
+def test_a_preview_is_the_file_itself_where_that_is_small() -> None:
+    small = encoded(Image.new("RGB", (64, 32), "red"))
+    assert preview(small, 64) == ("image/png", small, 64)
+    for data, side in ((small, 32), (encoded(Image.new("RGB", (64, 32), "red"), "WEBP"), 32)):
+        kind, shrunk, width = preview(data, side)
+        assert (kind, width, decode(shrunk).size) == ("image/jpeg", 64, (32, 16))
+    noise = encoded(Image.effect_noise((640, 640), 100))  # grey, not to be compressed
+    kind, lighter, width = preview(noise, 640)
+    assert (kind, width, decode(lighter).size) == ("image/jpeg", 640, (640, 640))
+    assert len(lighter) < len(noise)
+    with pytest.raises(BrokenImage):
+        preview(b"nothing", 64)

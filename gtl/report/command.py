@@ -1,0 +1,46 @@
+"""`gtl report`: where the runs are, and where the page goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gtl.report.page import render
+from gtl.report.run import find_run, read_run
+from gtl.storage import Store
+from gtl.types import UserError
+
+PAGE = "report.html"
+"""In a run's folder: the page about it."""
+COMPARISON = "comparison.html"
+"""In the folder of the first of several runs."""
+
+
+def report(run: str, compare: Sequence[str], out: str | None, runs: str) -> str:
+    """Write the page about a run and return where it is.
+
+    Args:
+        run: NAME, NAME@VERSION, or the folder of a run.
+        compare: Further runs, to be shown beside it.
+        out: File or URL of the page; None for the run's folder.
+        runs: Folder or bucket URL of all runs.
+
+    Raises:
+        UserError: there is no such run, it has no metrics yet, or the page cannot be written.
+    """
+    folders = [find_run(text, runs) for text in (run, *compare)]
+    if out is None:
+        return write_page(folders, folders[0], COMPARISON if compare else PAGE)
+    folder, slash, key = out.rpartition("/")
+    if not key:
+        raise UserError(f"--out {out}: names a folder; name the page in it, for example {out}{PAGE}")
+    return write_page(folders, Store(folder or slash or "."), key)
+
+
+def write_page(folders: Sequence[Store], place: Store, key: str = PAGE) -> str:
+    """Write the page about the runs in some folders and return where it is.
+
+    Raises:
+        UserError: a run has no metrics yet, or a store fails.
+    """
+    place.write(key, render([read_run(folder) for folder in folders]).encode())
+    return place.url(key)
