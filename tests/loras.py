@@ -53,7 +53,11 @@ def run_unet(unet: nn.Module) -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
     noisy = torch.randn(2, 4, 8, 8, generator=rng).to(unet.dtype)
     states = torch.randn(2, 7, unet.config.cross_attention_dim, generator=rng).to(unet.dtype)
-    return unet(noisy, torch.tensor([3, 700]), states).sample
+    added = {"time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]] * 2)}
+    if unet.config.addition_embed_type == "text_time":
+        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        added["text_embeds"] = torch.randn(2, width, generator=rng).to(unet.dtype)
+    return unet(noisy, torch.tensor([3, 700]), states, added_cond_kwargs=added).sample
 
 
 @torch.no_grad()

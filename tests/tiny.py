@@ -35,9 +35,9 @@ def make_sd(
     `legacy` names tensors as the published files of 1.5 do.
     """
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     folder = Path(folder)
     is_v2 = prediction_type == "v_prediction"
@@ -56,31 +56,8 @@ def make_sd(
             "use_linear_projection": is_v2,
             **(unet_config or {}),
         })
-        vae = AutoencoderKL(
-            sample_size=8 * 2 ** (vae_levels - 1),
-            block_out_channels=(8, 16, 16, 16)[:vae_levels],
-            down_block_types=("DownEncoderBlock2D",) * vae_levels,
-            up_block_types=("UpDecoderBlock2D",) * vae_levels,
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=0.18215,
-        )
-        # A random decoder paints everything grey; contrast makes differences between images visible.
-        vae.decoder.conv_out.weight.data.mul_(3)
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=text_width,
-            intermediate_size=2 * text_width,
-            projection_dim=text_width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            hidden_act="gelu" if is_v2 else "quick_gelu",
-            bos_token_id=vocabulary["<|startoftext|>"],
-            eos_token_id=vocabulary["<|endoftext|>"],
-            pad_token_id=vocabulary["<|endoftext|>"],
-        ))
+        vae = make_vae(vae_levels)
+        text_encoder = CLIPTextModel(clip_config(vocabulary, text_width, "gelu" if is_v2 else "quick_gelu"))
     dtype = torch.float16 if variant == "fp16" else torch.float32
     suffix = f".{variant}" if variant else ""
     for name, part in {"unet": unet, "vae": vae}.items():
@@ -123,7 +100,114 @@ def make_sd(
     return folder
 
 
-def write_clip_tokenizer(folder: Path) -> dict[str, int]:
+def make_sdxl(
+    folder: str | Path, *, seed: int = 0, unet_config: Mapping[str, Any] | None = None, **index: Any
+) -> Path:
+    """Write a Stable-Diffusion-XL-layout pipeline; plain `StableDiffusionXLPipeline.from_pretrained` loads it.
+
+    Like `make_sd` it works on 64x64 pixels in latents of 4x8x8, with 8 ResNets; 4 attentions have 8 transformer blocks.
+    The text encoders differ in width, activation and padding. `index` is put into model_index.json.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = Path(folder)
+    vocabulary = write_clip_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2", pad="!")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "unet": UNet2DConditionModel(**{
+                "sample_size": 8,
+                "block_out_channels": (16, 32),
+                "layers_per_block": 1,
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2),
+                "cross_attention_dim": 32 + 48,
+                "attention_head_dim": (2, 4),
+                "norm_num_groups": 8,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + 24,
+                **(unet_config or {}),
+            }),
+            "vae": make_vae(scaling_factor=0.13025, force_upcast=True),
+            "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
+            "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, 48, "gelu", projection_dim=24)),
+        }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "EulerDiscreteScheduler",
+        **SD_BETAS,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "interpolation_type": "linear",
+        "steps_offset": 1,
+        "use_karras_sigmas": False,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": "0.38.0",
+        "force_zeros_for_empty_prompt": True,
+        "add_watermarker": False,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **index,
+    })
+    return folder
+
+
+def make_vae(levels: int = 4, scaling_factor: float = 0.18215, **config: Any) -> Any:
+    """A tiny `AutoencoderKL` that works on latents of 4x8x8."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        sample_size=8 * 2 ** (levels - 1),
+        block_out_channels=(8, 16, 16, 16)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=scaling_factor,
+        **config,
+    )
+    # A random decoder paints everything grey; contrast makes differences between images visible.
+    vae.decoder.conv_out.weight.data.mul_(3)
+    return vae
+
+
+def clip_config(vocabulary: Mapping[str, int], width: int, act: str, projection_dim: int | None = None) -> Any:
+    """Config of a tiny CLIP text encoder of two layers."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection_dim or width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        hidden_act=act,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+
+
+def write_clip_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> dict[str, int]:
     """Write a byte-level BPE tokenizer in CLIP's files (vocab.json, merges.txt) and return its vocabulary.
 
     Every byte is in the vocabulary, so any text can be encoded; the merges are learned from a few words.
@@ -148,7 +232,7 @@ def write_clip_tokenizer(folder: Path) -> dict[str, int]:
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
     })
     return vocabulary
 

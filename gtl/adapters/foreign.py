@@ -23,12 +23,15 @@ from gtl.adapters.formats import (
 )
 from gtl.adapters.match import match
 from gtl.adapters.read import read_peft, read_safetensors
+from gtl.families.sgm import diffusers_keys
 from gtl.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ALPHA = "alpha"
+LAYERS_PER_BLOCK = 2
+"""In Stable Diffusion XL."""
 SUFFIXES = {
     ".lora_A.weight": A, ".lora_B.weight": B,
     ".lora_A.default.weight": A, ".lora_B.default.weight": B,
@@ -54,13 +57,16 @@ def import_lora(path: Path, parts: Mapping[str, nn.Module]) -> LoraWeights:
         UserError: the file is missing, damaged or of another method, or one of its keys does not match the model.
     """
     main = next((part for part in parts if part in MAIN_PARTS), None)
-    return match(read_lora(path, main), parts, path)
+    unet: Any = parts.get("unet")
+    layers_per_block = LAYERS_PER_BLOCK if unet is None else unet.config.layers_per_block
+    return match(read_lora(path, main, layers_per_block), parts, path)
 
 
-def read_lora(path: Path, main: str | None = "unet") -> LoraWeights:
+def read_lora(path: Path, main: str | None = "unet", layers_per_block: int = LAYERS_PER_BLOCK) -> LoraWeights:
     """Read a LoRA's file or folder in any layout; `main` is the part that keys without a part's name are for.
 
-    Modules keep the file's spelling (kohya's have `_` for every dot); `match` finds the model's.
+    Modules keep the file's spelling (kohya's have `_` for every dot); `match` finds the model's. Only a UNet's blocks
+    under the names of Stability's own code are renamed, which takes the `layers_per_block` of its config.
 
     Raises:
         UserError: the file is missing, damaged or of another method.
@@ -72,8 +78,9 @@ def read_lora(path: Path, main: str | None = "unet") -> LoraWeights:
     tensors: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
     alphas: dict[str, float] = {}
-    for key, tensor in stored.items():
-        layer, suffix = _read_key(key, main, file, len(stored))
+    for key, name in diffusers_keys(stored, layers_per_block, file).items():
+        tensor = stored[key]
+        layer, suffix = _read_key(name, main, file, len(stored))
         if suffix == ALPHA:
             if tensor.numel() != 1:
                 raise UserError(f"{file}: {key}: expected one number, found shape {list(tensor.shape)}")

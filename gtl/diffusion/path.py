@@ -153,6 +153,10 @@ def path_of(config: Mapping[str, Any]) -> NoisePath:
     resolved = make_scheduler(config).config
     if "FlowMatch" in config["_class_name"]:
         return RectifiedFlow(_flow_shift(resolved), resolved["num_train_timesteps"])
+    if "beta_schedule" not in resolved:
+        # Such as EDM's (Karras et al. 2022, arXiv 2206.00364), which also scales what goes in and comes out.
+        name = config["_class_name"]
+        raise UserError(f"scheduler_config.json: _class_name: {name!r}: has no table of betas, and is not supported")
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     prediction = resolved.get("prediction_type", "epsilon")

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, str] = {
     "sd": "gtl.families.sd:StableDiffusion",
+    "sdxl": "gtl.families.sdxl:StableDiffusionXL",
 }
 """Families by name, imported when opened."""
 
 PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
 }
 """Family by the pipeline class that model_index.json names."""
 

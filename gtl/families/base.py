@@ -139,6 +139,13 @@ class DiffusionFamily(Family, Protocol):
         """Conditions of each prompt, unbatched and without padding where the model has a mask."""
         ...
 
+    def unconditional(self, empty: Conditions) -> Conditions:
+        """What guidance leads away from where no negative prompt is given; `empty` are the empty prompt's conditions.
+
+        Those themselves for most models. Training drops a caption to the empty prompt in every model.
+        """
+        ...
+
     def size_conditions(self, geometry: Geometry) -> Conditions:
         """Conditions that depend on the crop (SDXL's time ids); {} for most models."""
         ...

@@ -38,7 +38,7 @@ class Request:
     """In pixels, as is the width."""
     width: int
     negative_prompt: str = ""
-    """What classifier-free guidance leads away from."""
+    """What classifier-free guidance leads away from; "" is none, see `DiffusionFamily.unconditional`."""
     seed: int = 0
     """Decides the picture, together with the other fields; the batch it is drawn in does not."""
     steps: int = 25
@@ -169,8 +169,8 @@ class Engine:
             scheduler=scheduler,
             generator=generator,
             latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
-            conditions=self._conditions(request.prompt, request),
-            negative=self._conditions(request.negative_prompt, request) if request.guided else None,
+            conditions=self._sized(self._encoded(request.prompt), request),
+            negative=self._sized(self._negative(request.negative_prompt), request) if request.guided else None,
         )
         self._states[state.handle] = state
         return state.handle
@@ -224,7 +224,7 @@ class Engine:
         unconditional, conditional = prediction.chunk(2)
         return unconditional + scale * (conditional - unconditional)
 
-    def _conditions(self, prompt: str, request: Request) -> Conditions:
+    def _encoded(self, prompt: str) -> Conditions:
         # One by one, so that a prompt's embedding does not depend on its neighbours.
         if prompt not in self._prompts:
             encoders = {part: self.parts[part] for part in self.family.encoders}
@@ -232,10 +232,16 @@ class Engine:
             if len(self._prompts) > CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(prompt)
+        return self._prompts[prompt]
+
+    def _negative(self, prompt: str) -> Conditions:
+        encoded = self._encoded(prompt)
+        return encoded if prompt else self.family.unconditional(encoded)
+
+    def _sized(self, conditions: Conditions, request: Request) -> Conditions:
         size = (request.height, request.width)
         sizes = self.family.size_conditions(Geometry(original=size, crop=(0, 0), target=size))
-        merged = {**self._prompts[prompt], **sizes}
-        return {name: value.to(self.device) for name, value in merged.items()}
+        return {name: value.to(self.device) for name, value in {**conditions, **sizes}.items()}
 
 
 def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -18,11 +18,12 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import make_sd, write_json
+from tests.tiny import make_sd, make_sdxl, write_json
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
     "sd-v": ("sd", lambda folder: make_sd(folder, prediction_type="v_prediction")),
+    "sdxl": ("sdxl", make_sdxl),
 }
 """Models under test: family, and what writes one."""
 PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
@@ -199,12 +200,17 @@ def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
 
 def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
     conditions = case.family.encode_prompts(case.parts, PROMPTS)
-    theirs, _ = case.pipeline.encode_prompt(PROMPTS, "cpu", 1, False)
-    assert [sorted(c) for c in conditions] == [["encoder_hidden_states"]] * 3
-    stacked = case.family.collate(conditions)["encoder_hidden_states"]
-    assert torch.equal(stacked, theirs)
-    alone = case.family.encode_prompts(case.parts, PROMPTS[:1])[0]["encoder_hidden_states"]
-    torch.testing.assert_close(alone, stacked[0])
+    encoded = case.pipeline.encode_prompt(
+        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    # The states, None for the negative prompt's, and where the model reads them the pooled ones.
+    theirs = dict(zip(("encoder_hidden_states", "text_embeds"), encoded[::2], strict=False))
+    assert [c.keys() for c in conditions] == [theirs.keys()] * 3
+    stacked = case.family.collate(conditions)
+    (alone,) = case.family.encode_prompts(case.parts, PROMPTS[:1])
+    for name, value in theirs.items():
+        assert torch.equal(stacked[name], value)
+        torch.testing.assert_close(alone[name], value[0])
 
 
 def test_predict_row_by_row(case: Case) -> None:
@@ -234,8 +240,10 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     family = case.family
     height, width = family.default_size
     sampler = family.sampler(4, height, width)
-    latents = start = random(1, *family.latent_shape(height, width))
-    conditions = family.collate(family.encode_prompts(case.parts, PROMPTS[:1]))
+    start = random(1, *family.latent_shape(height, width))
+    latents = start * sampler.init_noise_sigma
+    sizes = family.size_conditions(Geometry((height, width), (0, 0), (height, width)))
+    conditions = family.collate([{**family.encode_prompts(case.parts, PROMPTS[:1])[0], **sizes}])
     for t in sampler.timesteps:
         prediction = family.predict(case.main, sampler.scale_model_input(latents, t), t[None], conditions)
         latents = sampler.step(prediction, t, latents).prev_sample
@@ -268,17 +276,19 @@ def test_lora_target_sets(case: Case, targets: str) -> None:
     if not targets.startswith("all"):
         inside = [name for name in inside if name.endswith(endings)]
     assert found == inside
-    # 4 transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
-    # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each transformer, which 2.x has as linear.
-    projections = 8 if case.family.config("unet")["use_linear_projection"] else 0
-    counts = {"attention": 32, "attention+ff": 40, "all-linear": 48 + projections, "all-linear+conv": 79}
+    # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
+    # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
+    # convolutions.
+    num = {"sd": 4, "sdxl": 8}[case.family_name]
+    linear = 10 * num + 8 + (8 if case.family.config("unet")["use_linear_projection"] else 0)
+    counts = {"attention": 8 * num, "attention+ff": 10 * num, "all-linear": linear, "all-linear+conv": 10 * num + 39}
     assert len(found) == counts[targets]
 
 
 def test_explicit_lora_targets(case: Case) -> None:
     found = case.family.lora_targets(case.main, ["conv_in", "attn2.to_q", "time_embedding.linear_1"])
     assert found[:2] == ["conv_in", "time_embedding.linear_1"]
-    assert len(found) == 6 and all(name.endswith(".attn2.to_q") for name in found[2:])
+    assert set(found[2:]) == {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
 
 
 @pytest.mark.parametrize(
@@ -493,7 +503,7 @@ def test_a_file_is_hashed_once(tmp_path: Path) -> None:
         ("a/b/c", {}, "model.source: 'a/b/c': neither a folder here, nor a hub id (owner/name), nor a bucket URL"),
         ("nobody/nothing", {}, "model.source: 'nobody/nothing': not in the local cache, and the hub is off-line"),
         ("{sd}", {"revision": "main"}, "model.revision: 'main': only a hub id has revisions; model.source is {sd}"),
-        ("{sd}", {"family": "flux9"}, "model.family: 'flux9': known families: auto, sd"),
+        ("{sd}", {"family": "flux9"}, "model.family: 'flux9': known families: auto, sd, sdxl"),
         ("s3://gtl-tests/nothing", {}, "model.source: s3://gtl-tests/nothing/model_index.json: missing"),
     ],
 )
@@ -616,3 +626,44 @@ def test_targets_in_a_text_encoder(case: Case, targets: str | list[str], endings
         assert len(found) == len(endings) * encoder.config.num_hidden_layers
         with pytest.raises(UserError, match=r"^tuner\.targets: 'fc9': .*close: "):
             case.family.encoder_targets(encoder, ["fc9"])
+
+
+def test_guidance_without_a_negative_prompt_leads_away_from_what_the_pipeline_does(case: Case) -> None:
+    """Stable Diffusion XL can have zeros there; "" as a prompt of its own is the encoded empty prompt everywhere."""
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    theirs = case.pipeline.encode_prompt(PROMPTS[0], **options)
+    (empty,) = case.family.encode_prompts(case.parts, [""])
+    ours = case.family.unconditional(empty)
+    for name, value in zip(("encoder_hidden_states", "text_embeds"), theirs[1::2], strict=False):
+        torch.testing.assert_close(ours[name], value[0])
+    assert ours.keys() == empty.keys() and any(value.any() for value in empty.values())
+
+
+def test_empty_prompts_of_sdxl_are_zeros_only_if_its_index_says_so(tmp_path: Path) -> None:
+    encoded = {"text_embeds": torch.ones(3), "encoder_hidden_states": torch.ones(2, 3)}
+    folder = make_sdxl(tmp_path / "zeros")
+    assert not any(value.any() for value in opened(folder).unconditional(encoded).values())
+    index = json.loads((folder / "model_index.json").read_text())
+    write_json(folder / "model_index.json", index | {"force_zeros_for_empty_prompt": False})
+    assert opened(folder).unconditional(encoded) is encoded
+
+
+@pytest.mark.parametrize("index", [{"requires_aesthetics_score": True}, {"text_encoder": [None, None]}])
+def test_a_refiner_is_refused(tmp_path: Path, index: dict[str, Any]) -> None:
+    folder = make_sdxl(tmp_path, _class_name="StableDiffusionXLImg2ImgPipeline", **index)
+    with pytest.raises(UserError) as caught:
+        opened(folder)
+    assert str(caught.value) == (
+        f"{folder / 'model_index.json'}: a refiner, which only finishes what a base model began; "
+        "use a base model, such as stabilityai/stable-diffusion-xl-base-1.0"
+    )
+
+
+def test_sizes_of_sdxl_are_in_the_order_of_its_pipeline(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = make_sdxl(tmp_path)
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder)
+    ours = opened(folder).size_conditions(Geometry(original=(80, 100), crop=(3, 5), target=(64, 48)))
+    theirs = pipeline._get_add_time_ids((80, 100), (3, 5), (64, 48), torch.float32, 24)
+    assert torch.equal(ours["time_ids"][None], theirs)

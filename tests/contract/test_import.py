@@ -25,7 +25,7 @@ from tests.loras import (
     run_text_encoder,
     run_unet,
 )
-from tests.tiny import make_sd
+from tests.tiny import make_sd, make_sdxl
 
 FLAT = TO_Q.replace(".", "_")
 
@@ -98,6 +98,107 @@ def test_kohya_file_as_diffusers_reads_it(sd, tmp_path):
     unet = load_unet(sd)
     published(import_lora(tmp_path / "them.safetensors", {"unet": unet}), {"unet": unet}, tmp_path / "out")
     assert close(run_unet(unet), run_unet(pipeline.unet))
+
+
+SGM_LAYERS = {"conv1": "in_layers_2", "time_emb_proj": "emb_layers_1", "conv2": "out_layers_3",
+              "conv_shortcut": "skip_connection"}  # fmt: skip
+SGM_ENDS = {"conv_in": "input_blocks_0_0", "conv_out": "out_2", "time_embedding.linear_1": "time_embed_0",
+            "time_embedding.linear_2": "time_embed_2", "add_embedding.linear_1": "label_emb_0_0",
+            "add_embedding.linear_2": "label_emb_0_2"}  # fmt: skip
+
+
+def sgm_name(module: str, num: int) -> str:
+    """A layer of a UNet with `num` layers a block, as Stability's own code names it, with `_` for every dot."""
+    if module in SGM_ENDS:
+        return SGM_ENDS[module]
+    section, *names = module.split(".")
+    block = "0" if section == "mid_block" else names.pop(0)
+    kind, layer, *rest = names
+    rest = [SGM_LAYERS.get(name, name) for name in rest]
+    if section == "mid_block":
+        return "_".join(["middle_block", "1" if kind == "attentions" else str(2 * int(layer)), *rest])
+    if kind == "downsamplers":
+        return f"input_blocks_{(int(block) + 1) * (num + 1)}_0_op"
+    if kind == "upsamplers":
+        return f"output_blocks_{int(block) * (num + 1) + num}_2_conv"
+    place = int(block) * (num + 1) + int(layer) + (section == "down_blocks")
+    side = "input" if section == "down_blocks" else "output"
+    return "_".join([f"{side}_blocks_{place}", "1" if kind == "attentions" else "0", *rest])
+
+
+def kohya_xl(tensors, alpha: float, num: int) -> dict[str, torch.Tensor]:
+    """A LoRA for Stable Diffusion XL as sd-scripts saves it."""
+    prefixes = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_"}
+    saved = {}
+    for key, tensor in tensors.items():
+        part, _, rest = key.partition(".")
+        module, _, end = rest.partition(".lora_")
+        stem = (f"lora_unet_{sgm_name(module, num)}" if part == "unet"
+                else prefixes[part] + module.replace(".", "_"))  # fmt: skip
+        saved[f"{stem}.lora_{'down' if end == 'A.weight' else 'up'}.weight"] = tensor
+        saved[f"{stem}.alpha"] = torch.tensor(alpha)
+    return saved
+
+
+def test_names_of_sdxl_as_sd_scripts_writes_them():
+    """Keys of real files, with 2 layers a block."""
+    assert sgm_name("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k", 2) == (
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_k")  # fmt: skip
+    assert sgm_name("down_blocks.0.downsamplers.0.conv", 2) == "input_blocks_3_0_op"
+    assert sgm_name("mid_block.attentions.0.proj_in", 2) == "middle_block_1_proj_in"
+    assert sgm_name("up_blocks.1.attentions.2.proj_out", 2) == "output_blocks_5_1_proj_out"
+    assert sgm_name("up_blocks.2.resnets.2.conv1", 2) == "output_blocks_8_0_in_layers_2"
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_kohya_file_for_sdxl(tmp_path, num):
+    """Every layer of the UNet and of both text encoders, alpha 2 at rank 4: each finds its place."""
+    family = open_family(str(make_sdxl(tmp_path / "sdxl", unet_config={"layers_per_block": num})))
+    parts = {part: family.load(part) for part in (family.main, *family.encoders)}
+    tensors = {k: t for part, module in parts.items() for k, t in random_lora(module, part).items()}
+    save_file(kohya_xl(tensors, 2.0, num), tmp_path / "them.safetensors")
+    weights = import_lora(tmp_path / "them.safetensors", parts)
+    assert weights.tensors.keys() == tensors.keys()
+    assert all(torch.equal(weights.tensors[key], tensors[key]) for key in tensors)
+    assert (weights.config.rank, weights.config.alpha, weights.config.alphas) == (4, 2.0, {})
+
+
+def test_kohya_file_for_sdxl_as_diffusers_reads_it(tmp_path):
+    """diffusers' own reading of the same file, and of what is published of it."""
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = make_sdxl(tmp_path / "sdxl")
+    family = open_family(str(folder))
+    parts = {part: family.load(part) for part in (family.main, *family.encoders)}
+    tensors = random_lora(parts["unet"], "unet", only="attn")
+    for part in family.encoders:
+        tensors |= random_lora(parts[part], part, only="self_attn")
+    save_file(kohya_xl(tensors, 2.0, 1), tmp_path / "them.safetensors")
+    published(import_lora(tmp_path / "them.safetensors", parts), parts, tmp_path / "out")
+    base = StableDiffusionXLPipeline.from_pretrained(folder)
+    assert not close(run_unet(base.unet), run_unet(parts["unet"]), 1e-2)
+    for source in ("them.safetensors", "out"):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+        pipeline.load_lora_weights(str(tmp_path / source))
+        assert close(run_unet(pipeline.unet), run_unet(parts["unet"]))
+        for part in family.encoders:
+            ours = run_text_encoder(parts[part])
+            assert close(run_text_encoder(getattr(pipeline, part)), ours), (source, part)
+            assert not close(run_text_encoder(getattr(base, part)), ours, 1e-2)
+
+
+def test_sdxl_blocks_under_two_names_are_read_once(tmp_path):
+    """As in diffusers, its own names win; a place that no UNet has is one line."""
+    family = open_family(str(make_sdxl(tmp_path / "sdxl")))
+    parts = {"unet": family.load("unet")}
+    tensors = random_lora(parts["unet"], "unet", only="mid_block")
+    file = tmp_path / "them.safetensors"
+    save_file(kohya_xl({key: -value for key, value in tensors.items()}, 2.0, 1) | kohya(tensors, 2.0), file)
+    weights = import_lora(file, parts)
+    assert all(torch.equal(weights.tensors[key], tensors[key]) for key in tensors)
+    save_file({"lora_unet_middle_block_7_proj_in.lora_down.weight": torch.zeros(4, 32)}, file)
+    with pytest.raises(UserError, match=f"^{file}: its keys of input_blocks, middle_block, output_blocks are not "):
+        import_lora(file, parts)
 
 
 def test_kohya_dora(sd, tmp_path):

@@ -20,7 +20,7 @@ from gtl.types import Batch, Geometry, Item
 from tests.contract.test_families import MODELS
 
 TUNER_CONFIGS = {
-    "lora": {"rank": 8, "alpha": 16, "targets": "all-linear"},
+    "lora": {"rank": 8, "alpha": 16, "targets": "all-linear+conv"},
     "full": {},
     "freeze": {"freeze_depth": 0.5},
 }

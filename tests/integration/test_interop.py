@@ -10,10 +10,11 @@ from PIL import Image
 
 from gtl.adapters import Card, Registry
 from gtl.adapters.card import base_of
+from gtl.adapters.commands import export_pipeline
 from gtl.adapters.formats import LoraExport, write_lora
 from gtl.families import open_family
 from gtl.generate.command import run
-from tests.tiny import make_sd
+from tests.tiny import make_sd, make_sdxl
 
 SAME = 0.1 / 255
 """Mean absolute difference of pixels in [0, 1]. Measured: 0, or one level in one channel of one pixel (3e-7)."""
@@ -82,17 +83,17 @@ def random_lora(part, name: str, endings: tuple[str, ...], config: LoraExport, s
     return tensors
 
 
-def ours(out: Path, **options) -> np.ndarray:
+def ours(out: Path, negative: str = NEGATIVE, **options) -> np.ndarray:
     (path,) = run(
-        out=out, prompt=PROMPT, negative_prompt=NEGATIVE, seed=SEED, steps=STEPS, guidance=GUIDANCE, **options
+        out=out, prompt=PROMPT, negative_prompt=negative, seed=SEED, steps=STEPS, guidance=GUIDANCE, **options
     )
     return pixels(Image.open(path))
 
 
-def theirs(pipeline) -> np.ndarray:
+def theirs(pipeline, negative: str | None = NEGATIVE) -> np.ndarray:
     generator = torch.Generator().manual_seed(SEED)
     images = pipeline(
-        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator
+        PROMPT, negative_prompt=negative, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator
     ).images
     return pixels(images[0])
 
@@ -137,3 +138,60 @@ def test_two_adapters_equal_plain_diffusers(registry, base, pipeline, tmp_path):
     assert distance(picture, theirs(pipeline)) < SAME
     alone = [ours(tmp_path / each[:4], adapters=[each], registry=registry.store.root) for each in adapters]
     assert min(distance(picture, other) for other in (base, *alone)) > DIFFERENT
+
+
+XL_LORA = LoraExport(rank=4, alpha=10)
+XL_ENDINGS = {
+    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+    "text_encoder": ("q_proj", "v_proj", "out_proj", "fc1"),
+    "text_encoder_2": ("q_proj", "v_proj", "out_proj", "fc1"),
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory) -> Path:
+    return make_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def registry_xl(sdxl, tmp_path_factory) -> Registry:
+    """An adapter on each trained part, and one on all of them."""
+    family = open_family(str(sdxl))
+    opened = Registry(tmp_path_factory.mktemp("registry"))
+    each = {
+        part: random_lora(family.load(part), part, endings, XL_LORA, seed)
+        for seed, (part, endings) in enumerate(XL_ENDINGS.items())
+    }
+    for name, chosen in {**{part: [part] for part in each}, "all": list(each)}.items():
+        folder = tmp_path_factory.mktemp(name)
+        write_lora({key: value for part in chosen for key, value in each[part].items()}, folder, config=XL_LORA)
+        opened.publish(name, "v1", folder, Card(name=name, version="v1", base=base_of(family, str(sdxl)), tuner={}))
+    return opened
+
+
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+@pytest.mark.parametrize("kind", [None, *XL_ENDINGS, "all"])
+def test_sdxl_picture_equals_plain_diffusers(kind, negative, registry_xl, sdxl, tmp_path):
+    """Without a negative prompt the pipeline leads away from zeros, and so does gtl."""
+    from diffusers import StableDiffusionXLPipeline
+
+    base = ours(tmp_path / "base", negative, model=str(sdxl))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = base
+    if kind is not None:
+        picture = ours(tmp_path / "adapted", negative, adapters=[kind], registry=registry_xl.store.root)
+        pipeline.load_lora_weights(registry_xl.fetch(kind))
+        # One layer of the first encoder's two is read, so it moves the least.
+        assert distance(picture, base) > 10 * SAME
+    assert distance(picture, theirs(pipeline, negative or None)) < SAME
+
+
+def test_sdxl_exported_with_its_adapter_is_a_pipeline(registry_xl, sdxl, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    export_pipeline(registry_xl.store.root, "all", tmp_path / "merged")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "merged")
+    pipeline.set_progress_bar_config(disable=True)
+    picture = ours(tmp_path / "adapted", "", adapters=["all"], registry=registry_xl.store.root)
+    assert distance(picture, theirs(pipeline, None)) < SAME

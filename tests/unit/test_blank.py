@@ -46,7 +46,7 @@ def test_the_family_reads_it(blank: Path) -> None:
 
 
 def test_every_caption_fits_and_its_words_are_tokens(blank: Path) -> None:
-    tokenizer = open_family(str(blank)).tokenizer
+    tokenizer = open_family(str(blank)).tokenizers["text_encoder"]
     scenes = SceneSet(seed=7)
     for number in range(500):
         caption = scenes.scene(number)[1]

@@ -124,6 +124,7 @@ def test_a_path_travels() -> None:
     ("config", "message"),
     [
         ({**SD, "prediction_type": "score"}, "prediction_type: 'score': epsilon, v_prediction and sample are"),
+        ({"_class_name": "EDMEulerScheduler"}, "_class_name: 'EDMEulerScheduler': has no table of betas"),
         ({"_class_name": "MyScheduler"}, "_class_name: 'MyScheduler': diffusers"),
         ({"_class_name": "UNet2DModel"}, "_class_name: 'UNet2DModel': diffusers"),
         ({}, "_class_name: 'None': diffusers"),

@@ -1,0 +1,86 @@
+"""Stable Diffusion XL base 1.0 (Podell et al. 2023, arXiv 2307.01952)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from gtl.families.base import Conditions
+from gtl.families.files import INDEX, components, read_json
+from gtl.families.latent_unet import LatentUNet, unstack
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gtl.types import Geometry
+
+
+class StableDiffusionXL(LatentUNet):
+    """A latent UNet with two CLIP text encoders, which is also told the size and the crop of a picture."""
+
+    name: ClassVar[str] = "sdxl"
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    classes: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    }
+    companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        """No weight is read.
+
+        Raises:
+            UserError: a part is of another class than the family's, or the model is a refiner.
+        """
+        self._index = read_json(folder / INDEX)
+        if self._index.get("requires_aesthetics_score") or "text_encoder" not in components(self._index):
+            raise UserError(
+                f"{folder / INDEX}: a refiner, which only finishes what a base model began; "
+                "use a base model, such as stabilityai/stable-diffusion-xl-base-1.0"
+            )
+        super().__init__(folder, variant)
+
+    def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """`input_ids` and `input_ids_2` [tokens] of each prompt, cut and padded to the encoders' lengths."""
+        first, second = (self._read(part, prompts)["input_ids"] for part in self.encoders)
+        return unstack({"input_ids": first, "input_ids_2": second})
+
+    def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
+        """Both encoders' penultimate hidden states side by side, [B, tokens, D1 + D2], and the second's pooled, [B, D].
+
+        Every prompt goes to both encoders, and both attend to the padding.
+        """
+        import torch
+
+        first, second = (cast(Any, encoders[part]) for part in self.encoders)
+        one = first(tokens["input_ids"].to(first.device), output_hidden_states=True)
+        two = second(tokens["input_ids_2"].to(second.device), output_hidden_states=True)
+        states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        return {"encoder_hidden_states": states, "text_embeds": two.text_embeds}
+
+    def unconditional(self, empty: Conditions) -> Conditions:
+        """Zeros, unless `force_zeros_for_empty_prompt` is off in model_index.json.
+
+        Only for drawing: dropped captions are the encoded empty prompt in training.
+        """
+        if not self._index.get("force_zeros_for_empty_prompt", True):
+            return empty
+        return {name: value.new_zeros(value.shape) for name, value in empty.items()}
+
+    def size_conditions(self, geometry: Geometry) -> Conditions:
+        """`time_ids` [6]: original height and width, top and left of the crop, target height and width, in pixels."""
+        import torch
+
+        sizes = (*geometry.original, *geometry.crop, *geometry.target)
+        return {"time_ids": torch.tensor(sizes, dtype=torch.float32)}
+
+    def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The UNet's raw output for noisy latents [B, C, h, w] at steps t [B]."""
+        added = {name: conditions[name] for name in ("text_embeds", "time_ids")}
+        states = conditions["encoder_hidden_states"]
+        prediction: Tensor = main(noisy, t, states, added_cond_kwargs=added, return_dict=False)[0]
+        return prediction
