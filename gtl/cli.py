@@ -319,6 +319,28 @@ def bench_train(
     print(table(result))
 
 
+@app.command()
+def doctor(json_: AsJson = False) -> None:
+    """Whether this machine, its Ray cluster and the stores have what training needs."""
+    from dataclasses import asdict
+
+    from gtl.doctor import examine
+
+    bar = Bar()
+    try:
+        findings = examine(bar)
+    finally:
+        bar.close()
+    if json_:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        width = max(len(finding.subject) for finding in findings)
+        for finding in findings:
+            print(f"{finding.state:<7}  {finding.subject:<{width}}  {finding.detail}")
+    if any(finding.state == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
 def version(value: bool) -> None:
     """Print the version and leave."""
     if value:

@@ -30,6 +30,9 @@ UNET: dict[str, Any] = {
     "attention_head_dim": (2, 4, 4), "norm_num_groups": 8, "use_linear_projection": True,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    # The pooled text joins the time, and both scale what every ResNet does: so small a model takes far longer to learn
+    # shapes by attention alone.
+    "addition_embed_type": "text", "addition_embed_type_num_heads": 4, "resnet_time_scale_shift": "scale_shift",
 }  # fmt: skip
 TEXT_ENCODER: dict[str, Any] = {
     "hidden_size": 96, "projection_dim": 96, "intermediate_size": 384, "num_hidden_layers": 2,

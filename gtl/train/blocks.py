@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
 from functools import partial
 
@@ -9,6 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gtl.train.flops import checkpoint_contexts
+from gtl.types import UserError
+
+COMPILERS = ("c++", "g++", "clang++")
+"""What torch.compile makes its kernels with, on CPUs and around those of GPUs; CXX names another."""
 
 
 def checkpoint_blocks(model: nn.Module, names: Iterable[str]) -> None:
@@ -28,6 +34,21 @@ def compile_blocks(model: nn.Module, names: Iterable[str]) -> None:
     """torch.compile the named submodules one by one, in place; equal blocks share the work.
 
     After `checkpoint_blocks`, when both are wanted.
+
+    Raises:
+        UserError: there is no C++ compiler here.
     """
+    if find_compiler() is None:
+        tried = os.environ.get("CXX") or ", ".join(COMPILERS)
+        raise UserError(
+            f"train.compile: true: no C++ compiler on this machine (looked for {tried}); install one, such as the "
+            "package g++, on every machine that trains, or leave train.compile at false"
+        )
     for name in names:
         model.get_submodule(name).compile()
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile will use."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((path for name in candidates if (path := shutil.which(name))), None)

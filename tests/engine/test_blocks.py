@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gtl.train.blocks import checkpoint_blocks, compile_blocks
-from gtl.types import Batch, Losses
+from gtl.types import Batch, Losses, UserError
 from tests.engine.group import Group
 from tests.engine.toy import Toy, batches, make_engine, make_train
 
@@ -100,3 +100,9 @@ def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(player.trained()) == list(reference.trained())
     batch = Batch({"images": torch.randn(2, 3, 6, 6), "target": torch.randn(2, 3)}, torch.tensor([0.5, 0.5]))
     assert torch.equal(player(batch).total, reference(batch).total)
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"^train\.compile: true: no C\+\+ compiler .* \(looked for no-such-compiler\)"):
+        compile_blocks(Stack(), ["blocks.0"])
