@@ -320,6 +320,30 @@ def bench_train(
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),
+    set_: Set = None,
+    prompts: Annotated[int, typer.Option(help="New prompts of each kind.")] = 60,
+) -> None:
+    """Teach the built-in model a concept and a style, here and now; ends with a page of pictures and numbers."""
+    from gtl.demo import demo as show
+    from gtl.demo import next_commands, summary
+
+    bar = Bar()
+    try:
+        outcome = show(out, set_ or (), prompts, bar)
+    except KeyboardInterrupt as error:
+        bar.close()
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from error
+    finally:
+        bar.close()
+    print(summary(outcome))
+    print("next:", *next_commands(out), sep="\n  ")
+    print(f"page {outcome.page}")
+
+
+@app.command()
 def doctor(json_: AsJson = False) -> None:
     """Whether this machine, its Ray cluster and the stores have what training needs."""
     from dataclasses import asdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -135,8 +136,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
-def preview(data: bytes, side: int) -> tuple[str, bytes, int]:
-    """(MIME type, bytes, original width) of a picture for a page: as it is if PNG and small enough, else as JPEG.
+def preview(data: bytes, side: int) -> tuple[str, int]:
+    """(data: URI, original width) of a picture for a page: as it is if PNG and small enough, else as JPEG.
 
     Args:
         data: A picture.
@@ -148,11 +149,15 @@ def preview(data: bytes, side: int) -> tuple[str, bytes, int]:
     image = decode(data)
     width = image.width
     if max(image.size) <= side and data.startswith(_PNG) and len(data) <= _LIGHT:
-        return "image/png", data, width
+        return _data_uri("image/png", data), width
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=88)
-    return "image/jpeg", sink.getvalue(), width
+    return _data_uri("image/jpeg", sink.getvalue()), width
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import tempfile
 from collections.abc import Iterator
@@ -144,14 +143,14 @@ def read_picture(folder: Store, key: str, side: int) -> Picture | None:
     with tempfile.TemporaryDirectory() as temporary:
         file = folder.download(key, Path(temporary, "grid.png"))
         try:
-            kind, data, width = preview(file.read_bytes(), side)
+            uri, width = preview(file.read_bytes(), side)
         except BrokenImage:
             return None
         try:
             prompts = tuple(read_recipe(file).get("prompts", ()))
         except UserError:  # it was not gtl that wrote it
             prompts = ()
-    return Picture(int(Path(key).stem), f"data:{kind};base64,{base64.b64encode(data).decode()}", width, prompts)
+    return Picture(int(Path(key).stem), uri, width, prompts)
 
 
 def spread(keys: list[str], most: int) -> list[str]:

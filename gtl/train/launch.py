@@ -92,17 +92,23 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress
 
 
 def train_once(recipe: Recipe, name: str, *, progress: Progress = quiet) -> Reference:
-    """`train`, but goes on with a run of that name that was stopped, and only names what a finished one published.
+    """`train`, but goes on with the same run if it was stopped, and only names what it published if it is finished.
 
     Raises:
         UserError: see `train`.
         KeyboardInterrupt: the run was stopped; the same call goes on with it.
     """
-    if versions := Registry(recipe.storage.registry).versions(name):
-        return Reference(name, versions[-1], 1.0)
     runs = Store(f"{recipe.storage.runs}/{name}")
-    begun = any(runs.exists(f"{version}/recipe.yaml") for version in runs.folders())
-    return train(recipe, name, resume=begun, progress=progress)
+    same = [version for version in runs.folders() if was_of(runs, version, recipe)]
+    if same and runs.exists(f"{same[-1]}/{PUBLISHED}"):
+        return Reference(name, same[-1], 1.0)
+    return train(recipe, name, resume=bool(same), progress=progress)
+
+
+def was_of(runs: Store, version: str, recipe: Recipe) -> bool:
+    """Whether a run was started with exactly this recipe."""
+    key = f"{version}/recipe.yaml"
+    return runs.exists(key) and runs.read(key).decode() == dump_recipe(pin_init(recipe))
 
 
 def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:

@@ -1,3 +1,4 @@
+import base64
 import io
 import struct
 import zlib
@@ -164,13 +165,17 @@ def test_labels_are_written_below_the_images() -> None:
 
 def test_a_preview_is_the_file_itself_where_that_is_small() -> None:
     small = encoded(Image.new("RGB", (64, 32), "red"))
-    assert preview(small, 64) == ("image/png", small, 64)
-    for data, side in ((small, 32), (encoded(Image.new("RGB", (64, 32), "red"), "WEBP"), 32)):
-        kind, shrunk, width = preview(data, side)
-        assert (kind, width, decode(shrunk).size) == ("image/jpeg", 64, (32, 16))
+    assert preview(small, 64) == (f"data:image/png;base64,{base64.b64encode(small).decode()}", 64)
     noise = encoded(Image.effect_noise((640, 640), 100))  # grey, not to be compressed
-    kind, lighter, width = preview(noise, 640)
-    assert (kind, width, decode(lighter).size) == ("image/jpeg", 640, (640, 640))
-    assert len(lighter) < len(noise)
+    for data, side, size in (
+        (small, 32, (32, 16)),
+        (encoded(Image.new("RGB", (64, 32), "red"), "WEBP"), 32, (32, 16)),
+        (noise, 640, (640, 640)),
+    ):
+        uri, width = preview(data, side)
+        kind, _, text = uri.partition(",")
+        shrunk = base64.b64decode(text)
+        assert (kind, width, decode(shrunk).size) == ("data:image/jpeg;base64", decode(data).width, size)
+    assert len(shrunk) < len(noise)
     with pytest.raises(BrokenImage):
         preview(b"nothing", 64)
