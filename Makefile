@@ -5,11 +5,14 @@ BOOTSTRAP ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.1
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help test soak lint setup pins builtin
+.PHONY: help demo test soak lint setup pins builtin
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(INSTALLED)  ## transfer learning on this machine, with pictures and numbers
+	$(BIN)/gtl demo
 
 test: lint  ## set up, then style, types and every test but the long ones
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
