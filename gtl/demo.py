@@ -105,7 +105,7 @@ def open_recipe(name: str, out: Path, overrides: Sequence[str]) -> Recipe:
     """One of the demo's recipes, with its stores inside the demo's folder."""
     places = [f"storage.{place}={json.dumps(str(out / place))}" for place in ("runs", "cache", "registry")]
     blank = [f"model.source={json.dumps(str(out / 'blank'))}"] if name == SCRATCH else []
-    return load_recipe(RECIPES / f"{name}.yaml", [*places, *blank, *overrides])
+    return load_recipe(RECIPES / f"{name}.yaml", [*places, *overrides, *blank])
 
 
 def forget(source: str, folder: Path) -> None:
