@@ -9,7 +9,9 @@ interruption at any moment.
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from gtl.adapters import Registry, apply
 from gtl.config import load_recipe
 from gtl.data.scenes.sets import SceneSet
 from gtl.families import open_family
-from gtl.families.files import write_once
+from gtl.families.files import INDEX, write_once
 from gtl.families.source import builtin_folder
 from gtl.types import Progress, UserError
 
@@ -42,7 +44,7 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
 
     Args:
         work: Keeps runs, cache, registry and the model after each stage.
-        out: Where the model goes.
+        out: Where the model goes, over an older one.
         overrides: `key=value` for both recipes.
         progress: Is called as it goes on.
 
@@ -55,6 +57,8 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
     blank = write_once(work / "blank", lambda folder: write_blank(folder, vocabulary()))
     coded = write_once(work / "autoencoder", lambda folder: learn_codec(blank, folder, work, overrides, progress))
     drawing = write_once(work / "denoiser", lambda folder: learn_drawing(coded, folder, work, overrides, progress))
+    if (out / INDEX).is_file():  # an older one, such as the one that is shipped
+        shutil.rmtree(out)
     return write_once(out, lambda folder: halve(drawing, folder))
 
 
@@ -86,8 +90,9 @@ def trained(
 
     from gtl.train.launch import train_once
 
-    places = [f"storage.{place}={work}/{place}" for place in ("runs", "cache", "registry")]
-    recipe = load_recipe(RECIPES / f"{name}.yaml", [f"model.source={model}", *places, *overrides])
+    places = [f"storage.{place}={json.dumps(str(work / place))}" for place in ("runs", "cache", "registry")]
+    source = f"model.source={json.dumps(str(model))}"
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [source, *places, *overrides])
     published = train_once(recipe, f"builtin-{name}", progress=progress)
     family = open_family(str(model))
     parts = {part: family.load(part, torch.float32) for part in ("vae", "unet", "text_encoder")}

@@ -7,6 +7,7 @@ same network learns from the same pictures, but from random weights. All of them
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,9 +81,14 @@ def demo(out: Path, overrides: Sequence[str] = (), prompts: int = 60, progress: 
     if prompts < 1:
         raise UserError(f"--prompts: {prompts}: expected 1 or more")
     out = out.absolute()
-    recipes = {name: open_recipe(name, out, overrides) for name in (*ADAPTERS, SCRATCH)}
+    recipes = {name: open_recipe(name, out, overrides) for name in ADAPTERS}
     source = recipes[ADAPTERS[0]].model.source
-    write_once(out / "blank", lambda folder: forget(source, folder))
+    # Named after what it was made of, so that a newer model in the box gets a newer one.
+    blank = out / f"blank-{open_family(source).fingerprint()[:8]}"
+    write_once(blank, lambda folder: forget(source, folder))
+    steps = sum(recipe.train.steps or 0 for recipe in recipes.values())
+    own = [f"model.source={json.dumps(str(blank))}", f"train.steps={steps}"]
+    recipes[SCRATCH] = open_recipe(SCRATCH, out, [*overrides, *own])
     seconds: dict[str, float] = {}
     folders: dict[str, Path] = {}
     with session():
@@ -92,7 +98,7 @@ def demo(out: Path, overrides: Sequence[str] = (), prompts: int = 60, progress: 
             seconds[name] = time.monotonic() - started
             folders[name] = Registry(recipe.storage.registry).fetch(str(published))
         kinds = choose_prompts(prompts)
-        drawings = plan(kinds, source, folders, out)
+        drawings = plan(kinds, source, str(blank), folders, out)
         draw([drawing for by_model in drawings.values() for drawing in by_model.values()], progress)
     progress("judge", 0, 0)
     scores = {kind: {model: score(d) for model, d in by_model.items()} for kind, by_model in drawings.items()}
@@ -104,8 +110,7 @@ def demo(out: Path, overrides: Sequence[str] = (), prompts: int = 60, progress: 
 def open_recipe(name: str, out: Path, overrides: Sequence[str]) -> Recipe:
     """One of the demo's recipes, with its stores inside the demo's folder."""
     places = [f"storage.{place}={json.dumps(str(out / place))}" for place in ("runs", "cache", "registry")]
-    blank = [f"model.source={json.dumps(str(out / 'blank'))}"] if name == SCRATCH else []
-    return load_recipe(RECIPES / f"{name}.yaml", [*places, *overrides, *blank])
+    return load_recipe(RECIPES / f"{name}.yaml", [*places, *overrides])
 
 
 def forget(source: str, folder: Path) -> None:
@@ -133,12 +138,12 @@ def choose_prompts(number: int) -> tuple[Kind, ...]:
 
 
 def plan(
-    kinds: Sequence[Kind], source: str, folders: dict[str, Path], out: Path
+    kinds: Sequence[Kind], source: str, blank: str, folders: dict[str, Path], out: Path
 ) -> dict[str, dict[str, Drawing]]:
     """Kind of prompts -> model -> what it is to draw. An adapter draws its own kind and the old one."""
 
     def drawing(kind: Kind, model: str) -> Drawing:
-        base = str(out / "blank") if model == SCRATCH else source
+        base = blank if model == SCRATCH else source
         adapters = () if model == BASE else (folders[model],)
         return Drawing(out / "pictures" / kind.name / model, base, kind.prompts, adapters, guidance=GUIDANCE)
 
@@ -216,7 +221,7 @@ def summary(outcome: Outcome) -> str:
 
 def next_commands(out: Path) -> list[str]:
     """What to type now."""
-    registry = out / "registry"
+    registry = shlex.quote(str(out / "registry"))
     return [
         f"gtl generate --registry {registry} --adapter demo-concept --prompt 'a large red wug on a blue background'"
         " --guidance 3 --out pictures",

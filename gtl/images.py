@@ -13,6 +13,7 @@ from typing import Any, cast
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from gtl.storage import explained, replacing
 from gtl.types import UserError
 
 MAX_PIXELS = 2**27
@@ -111,10 +112,11 @@ def _reason(error: Exception) -> str:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
-    """Write a PNG with the recipe that drew it as a text chunk."""
+    """Write a PNG with the recipe that drew it as a text chunk; whole or not at all."""
     info = PngInfo()
     info.add_itxt(_RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
-    image.save(path, "PNG", pnginfo=info)
+    with explained(os.fspath(path)), replacing(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=info)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

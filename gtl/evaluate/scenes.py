@@ -12,10 +12,11 @@ from typing import Any
 from gtl.data.scenes.reader import judge
 from gtl.data.scenes.sets import SceneSet
 from gtl.evaluate.intervals import wilson
+from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.images import decode, read_recipe, save_png
 from gtl.session import get
-from gtl.types import Progress, quiet
+from gtl.types import Progress, UserError, quiet
 
 RIGHT = ("shape", "colour", "style")
 """What has to be as the caption says for a picture to be right."""
@@ -94,7 +95,13 @@ def draw(drawings: Sequence[Drawing], progress: Progress = quiet) -> None:
     """
     import ray
 
-    missing = [(drawing, i) for drawing in drawings for i in range(len(drawing.prompts)) if not _is_there(drawing, i)]
+    bases = {source: open_family(source).fingerprint() for source in {drawing.source for drawing in drawings}}
+    missing = [
+        (drawing, i)
+        for drawing in drawings
+        for i in range(len(drawing.prompts))
+        if not _is_there(drawing, i, bases[drawing.source])
+    ]
     total = sum(len(drawing.prompts) for drawing in drawings)
     done = total - len(missing)
     progress("draw", done, total)
@@ -104,7 +111,7 @@ def draw(drawings: Sequence[Drawing], progress: Progress = quiet) -> None:
     for drawing in drawings:
         mine = [i for other, i in missing if other is drawing]
         for chunk in (mine[start : start + CHUNK] for start in range(0, len(mine), CHUNK)):
-            reference = task.remote(replace(drawing, folder=Path()), chunk)
+            reference = task.remote(replace(drawing, folder=Path()), chunk, bases[drawing.source])
             running[reference] = drawing, chunk
     while running:
         (ready,), _ = ray.wait(list(running), num_returns=1)
@@ -116,22 +123,23 @@ def draw(drawings: Sequence[Drawing], progress: Progress = quiet) -> None:
         progress("draw", done, total)
 
 
-def _is_there(drawing: Drawing, position: int) -> bool:
-    file = drawing.file(position)
-    return file.is_file() and read_recipe(file) == _recipe(drawing, drawing.request(position, 0))
+def _is_there(drawing: Drawing, position: int, base: str) -> bool:
+    try:
+        return read_recipe(drawing.file(position)) == _recipe(drawing, drawing.request(position, 0), base)
+    except UserError:  # not drawn yet, or by something else
+        return False
 
 
-def _recipe(drawing: Drawing, request: Request) -> dict[str, Any]:
-    # What a picture is told from others by; its side is the model's.
+def _recipe(drawing: Drawing, request: Request, base: str) -> dict[str, Any]:
+    # What a picture is told from others by; its side is the model's, and so is `base`, the hash of its files.
     own = {name: value for name, value in asdict(request).items() if name not in ("height", "width")}
-    return {**own, "model": drawing.source, "adapters": [str(folder) for folder in drawing.adapters]}
+    return {**own, "model": drawing.source, "base": base, "adapters": [str(folder) for folder in drawing.adapters]}
 
 
-def _draw_chunk(drawing: Drawing, positions: Sequence[int]) -> list[tuple[bytes, dict[str, Any]]]:
+def _draw_chunk(drawing: Drawing, positions: Sequence[int], base: str) -> list[tuple[bytes, dict[str, Any]]]:
     """On a worker: the pictures at these positions as PNG, with what drew them."""
     import torch
 
-    from gtl.families import open_family
     from gtl.generate.images import generate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,7 +151,7 @@ def _draw_chunk(drawing: Drawing, positions: Sequence[int]) -> list[tuple[bytes,
         sink = io.BytesIO()
         image.save(sink, "PNG")
         pictures[index] = sink.getvalue()
-    return [(pictures[index], _recipe(drawing, request)) for index, request in enumerate(requests)]
+    return [(pictures[index], _recipe(drawing, request, base)) for index, request in enumerate(requests)]
 
 
 def score(drawing: Drawing) -> Score:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gtl.storage import replacing
+from gtl.storage import explained, replacing
 from gtl.types import UserError
 
 INDEX = "model_index.json"
@@ -64,14 +64,21 @@ def patterns(names: Iterable[str], variant: str | None) -> list[str]:
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """The model folder, written if it is not there; what was only half written is written again."""
-    if not (folder / INDEX).is_file():
+    """The model folder, written if it is not there; what was only half written is written again.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be made.
+    """
+    if (folder / INDEX).is_file():
+        return folder
+    with explained(str(folder)):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds something that is not a model; name another folder, or empty this one")
         partial = folder.with_name(f"{folder.name}.partial")
-        for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write(partial)
-        partial.rename(folder)
+    write(partial)
+    partial.rename(folder)  # over an empty folder, too
     return folder
 
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from gtl.config import load_recipe
 from gtl.data.scenes.sets import SceneSet
-from gtl.demo import ADAPTERS, GOALS, OLD, demo
+from gtl.demo import ADAPTERS, GOALS, OLD, SCRATCH, demo, open_recipe
 from gtl.evaluate.scenes import Drawing, draw, new_prompts, score
 from gtl.images import read_recipe
+from gtl.session import Cluster
+from gtl.train.launch import Resources, choose_resources
 
-SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2", "train.workers=1"]
+SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2"]
 
 
 @pytest.mark.parametrize("number", [40, pytest.param(400, marks=pytest.mark.soak)])
@@ -43,18 +46,28 @@ def test_the_demo_in_short(ray_cluster: None, tmp_path: Path) -> None:
     assert len(re.findall(r'<img src="data:image/png', page)) == 30
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
 
-    # Interrupted while it drew: what is done stays, what is missing is done.
+    # Interrupted while it drew: what is done stays, what is missing or was cut off is done.
     picture = tmp_path / "pictures" / "concept" / "concept" / "0001.png"
-    other = picture.with_name("0002.png")
-    before, kept = picture.read_bytes(), other.stat().st_mtime_ns
+    cut, other = picture.with_name("0000.png"), picture.with_name("0002.png")
+    before, whole, kept = picture.read_bytes(), cut.read_bytes(), other.stat().st_mtime_ns
     picture.unlink()
+    cut.write_bytes(whole[:100])
     outcome.page.unlink()
     phases.clear()
     again = demo(tmp_path, SHORT, 3, lambda phase, done, total, detail="": phases.append(phase))
     assert "train" not in phases and "workers" not in phases
-    assert (picture.read_bytes(), other.stat().st_mtime_ns) == (before, kept)
+    assert (picture.read_bytes(), cut.read_bytes(), other.stat().st_mtime_ns) == (before, whole, kept)
     assert again.scores == outcome.scores and again.page.is_file()
     assert read_recipe(picture)["model"] == "builtin:tiny"
+    # As many steps as both adapters together, whatever --set says.
+    (run,) = (tmp_path / "runs" / "demo-scratch").iterdir()
+    assert load_recipe(run / "recipe.yaml").train.steps == 8
+
+
+@pytest.mark.parametrize("cluster", [Cluster(cpus=1, gpus=0), Cluster(cpus=8, gpus=1)])
+@pytest.mark.parametrize("name", [*ADAPTERS, SCRATCH])
+def test_the_demo_fits_on_one_core_and_beside_one_gpu(name: str, cluster: Cluster, tmp_path: Path) -> None:
+    assert choose_resources(open_recipe(name, tmp_path, []), cluster) == Resources(2, 0, 0.5, "fp32")
 
 
 @pytest.mark.soak

@@ -11,6 +11,7 @@ from gtl.data.scenes.sets import SceneSet
 from gtl.families import open_family
 from gtl.families.blank import START, SUFFIX, TOKENS, learn_merges, write_blank
 from gtl.families.files import write_once
+from gtl.types import UserError
 
 LARGEST = 8_000_000
 """Bytes of the model as it is shipped."""
@@ -104,3 +105,12 @@ def test_a_model_that_was_half_written_is_written_again(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
     assert write_once(tmp_path / "model", write) == write_once(tmp_path / "model", write) == tmp_path / "model"
     assert len(calls) == 1 and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("42")
+    with pytest.raises(UserError, match=f"{tmp_path}: holds something that is not a model"):
+        write_once(tmp_path, lambda folder: None)
+    with pytest.raises(UserError, match="thesis.tex"):
+        write_once(tmp_path / "thesis.tex" / "model", lambda folder: None)
+    assert (tmp_path / "thesis.tex").read_text() == "42"
