@@ -13,20 +13,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 SIZE = 64
-"""Side of its pictures in pixels; latents are [4, 16, 16]."""
+"""Side of its pictures in pixels; latents are [8, 16, 16]."""
 TOKENS = 32
 """Length of a prompt, with the tokens at its ends."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"
 """Of a token that ends a word."""
 
+# Eight channels a latent instead of Stable Diffusion's four: so small a codec then keeps edges, colours and the fine
+# lines of a style within minutes of training.
 VAE: dict[str, Any] = {
-    "sample_size": SIZE, "block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 4,
+    "sample_size": SIZE, "block_out_channels": (16, 32, 64), "layers_per_block": 1, "latent_channels": 8,
     "norm_num_groups": 8, "mid_block_add_attention": False,
     "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
 }  # fmt: skip
 UNET: dict[str, Any] = {
-    "sample_size": SIZE // 4, "block_out_channels": (32, 64, 96), "layers_per_block": 1, "cross_attention_dim": 96,
+    "sample_size": SIZE // 4, "in_channels": 8, "out_channels": 8, "block_out_channels": (32, 64, 96),
+    "layers_per_block": 1, "cross_attention_dim": 96,
     "attention_head_dim": (2, 4, 4), "norm_num_groups": 8, "use_linear_projection": True,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

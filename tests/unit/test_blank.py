@@ -39,11 +39,11 @@ def test_plain_diffusers_draws_with_it(blank: Path) -> None:
 def test_the_family_reads_it(blank: Path) -> None:
     family = open_family(str(blank))
     assert (family.name, family.default_size, family.multiple) == ("sd", (64, 64), 16)
-    assert family.latent_shape(64, 64) == (4, 16, 16)
+    assert family.latent_shape(64, 64) == (8, 16, 16)
     assert family.path.prediction == "v_prediction"
     assert float(family.path.snr(family.path.time(family.path.alphas_cumprod.new_ones(1)))) == 0.0
     sizes = {part: sum(p.numel() for p in family.load(part).parameters()) for part in family.classes}
-    assert sizes == {"unet": 2_288_484, "vae": 648_375, "text_encoder": 288_000}
+    assert sizes == {"unet": 2_290_792, "vae": 655_547, "text_encoder": 288_000}
 
 
 def test_every_caption_fits_and_its_words_are_tokens(blank: Path) -> None:
