@@ -40,7 +40,8 @@ def get(reference: Any) -> Any:
 def session() -> Iterator[Cluster]:
     """A connection for the length of a command; a local cluster that it started ends with it.
 
-    Joins the cluster that RAY_ADDRESS names, else one that runs on this machine, else starts one for this process.
+    Joins the cluster that RAY_ADDRESS names (auto: the one that `ray start` began here), else starts one. Without being
+    told it joins none: what runs here may be another command's own, which ends with that command.
 
     Raises:
         UserError: RAY_ADDRESS names a cluster that does not answer.
@@ -69,9 +70,5 @@ def _initialize() -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"RAY_ADDRESS: {address!r}: no Ray cluster answers there ({error})") from error
         return
-    if not address:
-        with contextlib.suppress(ConnectionError):
-            ray.init(address="auto", **quiet)
-            return
     # The dashboard costs seconds of start-up; only a process's own throw-away cluster goes without it.
     ray.init(address="local", include_dashboard=False, **quiet)
