@@ -1,4 +1,5 @@
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gtl.data import cache
 from gtl.data.buckets import variant_key, variants
 from gtl.data.cache import Space, prompt_key
 from gtl.data.dataset import PIXEL_SPACE, Cuts, Dataset
@@ -115,6 +117,27 @@ def test_many_writers_at_once(tmp_path: Path) -> None:
     assert len(space) == 6 * 8 + 1
     assert all(space.read(f"{w}-{i}")["mean"][0, 0, 0] == w for w in range(6) for i in range(8))
     assert torch.equal(space.read("shared")["mean"], moments(0)["mean"])
+
+
+def test_threads_read_at_once_while_shards_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, before = Store(tmp_path), sys.getswitchinterval()
+    for i in range(6):
+        Space(store, "images-x-fp32").write({f"{i}": moments(i)})
+    monkeypatch.setattr(cache, "OPEN_SHARDS", 2)
+    space = reader(store)
+
+    def read(first: int) -> set[tuple[int, float]]:
+        turns = (turn % 6 for turn in range(first, first + 1500))
+        return {(i, float(space.read(f"{i}")["mean"][0, 0, 0])) for i in turns}
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(read, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [{(i, float(i)) for i in range(6)}] * 4
+    assert len(space._open) == 2
 
 
 def test_a_view_is_stored_alone(tmp_path: Path) -> None:
