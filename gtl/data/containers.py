@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gtl.data.captions import split_lines
-from gtl.data.index import Seen, SeenFile
+from gtl.data.index import GONE, Seen, SeenFile
 from gtl.images import EXTENSIONS, BrokenImage, probe
 from gtl.storage import Store, explained
 from gtl.types import UserError
@@ -54,7 +54,7 @@ def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
         else:
             images = [look(store.read(key), "", None)]
     except FileNotFoundError:
-        images = [broken("gone since it was listed")]
+        images = [broken(GONE)]
     return SeenFile(store.url(key), num_bytes, mtime, tuple(images))
 
 

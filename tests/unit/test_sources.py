@@ -14,7 +14,7 @@ from pyarrow import parquet
 from gtl.data.captions import CaptionRule
 from gtl.data.check import check, inspect_here, render
 from gtl.data.containers import fetch
-from gtl.data.index import Index, Seen, SeenFile
+from gtl.data.index import CHANGED, GONE, Index, Seen, SeenFile
 from gtl.data.sources import File, Scan, scan
 from gtl.storage import Store
 from gtl.types import UserError
@@ -215,6 +215,32 @@ def test_only_what_changed_is_read_again(tmp_path: Path) -> None:
     assert read[1:] == [["b.png", "d.png"]]
     assert [image.record.size for image in changed.images] == [(6, 8), (40, 40), (6, 8)]
     assert [image.record.captions for image in changed.images] == [("s",), ("bee",), ("s",)]
+
+
+def test_a_file_that_was_away_for_a_moment_is_looked_into_again(tmp_path: Path) -> None:
+    folder, cache = write(tmp_path / "s", {"a.png": picture(), "b.png": picture((4, 4))}), Store(tmp_path / "cache")
+
+    def inspect(root: str, files: list[File]) -> Iterator[SeenFile]:
+        (folder / "b.png").rename(tmp_path / "b.png")
+        yield from inspect_here(root, files)
+        (tmp_path / "b.png").rename(folder / "b.png")
+
+    first = scan(str(folder), CaptionRule(), 1.0, cache, inspect)
+    assert first.broken == [(f"{folder}/b.png", GONE)]
+    again = scan(str(folder), CaptionRule(), 1.0, cache, inspect_here)
+    assert [image.record.uri for image in again.images] == [f"{folder}/a.png", f"{folder}/b.png"]
+
+
+def test_the_index_forgets_faults_that_pass(tmp_path: Path) -> None:
+    index, whole = Index(Store(tmp_path), "u"), Seen("", "00", 4, 5, "", None)
+    known = [SeenFile("u/a", 3, 5, (whole,)), SeenFile("u/b", 3, 5, (whole, whole))]
+    index.add(known)
+    index.add([SeenFile("u/a", 3, 5, (whole._replace(error=GONE),))])
+    index.add([SeenFile("u/b", 3, 5, (whole, whole._replace(error=CHANGED)))])
+    assert index.load() == {file.url: file for file in known}
+    broken = SeenFile("u/a", 3, 5, (whole._replace(error="OSError: image file is truncated"),))
+    index.add([broken])
+    assert index.load()["u/a"] == broken
 
 
 def test_the_index_keeps_every_field(tmp_path: Path) -> None:
