@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from gtl.storage import Store
 
-
 GONE = "gone since it was listed"
 CHANGED = "changed while it was being read"
 PASSING = frozenset({GONE, CHANGED})
