@@ -60,18 +60,21 @@ def prepare(
     sizes = bucket_sizes(data.resolution, family.multiple, MAX_ASPECT if data.buckets else 1.0)
     cuts = Cuts(data.crops, data.flip, data.seed)
     images, texts = spaces(family, dtype, needs)
-    entries = [make_entry(located, sizes, cuts) for located in found.images]
-    dataset = Dataset(cache, entries, images, texts, cuts)
-    dataset.refresh()
-    work = list(missing_images(dataset, found.images))
-    failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
-                  lambda done, total: tell("encode", done, total))  # fmt: skip
-    if failed:
+    failed: dict[str, str] = {}
+    while True:
+        entries = [make_entry(located, sizes, cuts) for located in found.images]
+        dataset = Dataset(cache, entries, images, texts, cuts)
+        dataset.refresh()
+        # Once is enough for all copies of an image, unless the one that was to stand for them failed.
+        work = list(missing_images(dataset, found.images, every_copy=bool(failed)))
+        failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
+                      lambda done, total: tell("encode", done, total))  # fmt: skip
+        if not failed:
+            break
         remember_broken(failed, found, cache)
         found.broken += [Broken(uri, reason) for uri, reason in sorted(failed.items())]
         found.images = [located for located in found.images if located.record.uri not in failed]
         check_usable(found, data)
-        dataset = Dataset(cache, [e for e in entries if e.record.uri not in failed], images, texts, cuts)
     name_broken(found.broken)
     dataset.refresh()
     dataset.save()
@@ -134,11 +137,11 @@ def make_entry(located: Located, sizes: tuple[Size, ...], cuts: Cuts) -> Entry:
     return Entry(record, bucket, tuple(variant_key(record.sha256, bucket, variant) for variant in found))
 
 
-def missing_images(dataset: Dataset, located: Sequence[Located]) -> Iterator[ImageWork]:
-    """What has to be encoded; an image that is there twice is encoded once."""
+def missing_images(dataset: Dataset, located: Sequence[Located], every_copy: bool) -> Iterator[ImageWork]:
+    """What has to be encoded; an image that is there twice is encoded once, or as often as it is there."""
     asked: set[str] = set()
     for entry, (record, place) in zip(dataset.entries, located, strict=True):
-        lacking = [key for key in entry.variants if key not in dataset.images and key not in asked]
+        lacking = [key for key in entry.variants if key not in dataset.images and (every_copy or key not in asked)]
         if lacking:
             asked.update(lacking)
             found = variants(record.sha256, record.size, entry.bucket, **vars(dataset.cuts))
