@@ -98,14 +98,17 @@ def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, pro
     """
     rule = CaptionRule(data.captions, data.caption_template)
     listed = data.source if isinstance(data.source, list) else [Source(source=data.source)]
-    parts = [(s.source, rule, s.weight) for s in listed]
-    if prior is not None:
-        parts.append((prior[0], CaptionRule.fixed(prior[1]), prior[2]))
+
+    def look(root: str, files: list[File]) -> Iterator[SeenFile]:
+        return inspect_all(root, files, progress)
+
     found = Scan()
-    for source, captions, weight in parts:
-        found.extend(
-            scan(source, captions, weight, cache, lambda root, files: inspect_all(root, files, progress), progress)
-        )
+    for s in listed:
+        found.extend(scan(s.source, rule, s.weight, cache, look, progress))
+    if prior is not None:
+        drawn = scan(prior[0], CaptionRule.fixed(prior[1]), prior[2], cache, look, progress)
+        drawn.images = [image._replace(record=replace(image.record, is_class_image=True)) for image in drawn.images]
+        found.extend(drawn)
     return found
 
 
@@ -172,19 +175,20 @@ def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
 
 
 def check_usable(found: Scan, data: Data) -> None:
-    """Refuse when too many images are broken, or none is left.
+    """Refuse when too many images are broken, or none is left; class images make up for none.
 
     Raises:
         UserError: so it is.
     """
-    total, broken = len(found.images) + len(found.broken), len(found.broken)
-    if broken and (broken > data.max_broken * total or not found.images):
+    whole, broken = sum(not located.record.is_class_image for located in found.images), len(found.broken)
+    total = whole + broken
+    if broken and (broken > data.max_broken * total or not whole):
         first = found.broken[0]
         raise UserError(
             f"data.max_broken: {broken} of {total} images can't be read, {data.max_broken:.0%} are allowed; "
             f"the first: {first.uri}: {first.reason}"
         )
-    if not found.images:
+    if not whole:
         raise UserError(f"data.source: {data.source}: no image in it")
 
 

@@ -130,6 +130,7 @@ def test_sources_have_weights_and_the_prior_its_prompt(family: DiffusionFamily, 
         (f"{a}/a.png", ("picture a",), 1.0), (f"{a}/b.png", ("picture b",), 1.0), (f"{b}/b.png", ("picture b",), 0.5),
         (f"{prior}/z.png", ("a photo of {dog}",), 0.25),
     ]  # fmt: skip
+    assert [e.record.is_class_image for e in made.entries] == [False, False, False, True]
     assert made.entries[1].variants == made.entries[2].variants
     item = made.item(3, 0, 0)
     assert {t.dtype for t in [*item.latents.values(), *item.conditions.values()]} == {torch.bfloat16}

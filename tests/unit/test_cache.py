@@ -3,10 +3,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 from torch import Tensor
 
 from gtl.data import cache
@@ -204,6 +206,28 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
                  fingerprint(images="j")]  # fmt: skip
     assert len(set(different)) == 5
     assert fingerprint(uri="elsewhere") == fingerprint()
+
+
+def test_class_images_are_kept_apart_and_make_another_dataset(tmp_path: Path) -> None:
+    made = make_dataset(Store(tmp_path), [(16, 16), (16, 17)])
+    plain = Dataset(Store(tmp_path), made.entries, "images-x-fp32", None, CUTS)
+    made.entries[1] = replace(made.entries[1], record=replace(made.entries[1].record, is_class_image=True))
+    made.save()
+    found = Dataset.load(Store(tmp_path), made.fingerprint)
+    assert [entry.record.is_class_image for entry in found.entries] == [False, True]
+    marked = Dataset(Store(tmp_path), made.entries, "images-x-fp32", None, CUTS)
+    assert marked.fingerprint != plain.fingerprint
+
+
+def test_a_dataset_that_an_older_version_saved_is_still_read(tmp_path: Path) -> None:
+    entry = Entry(Record("u", "s", (4, 4), ("c",)), (4, 4), ("k",))
+    made = Dataset(Store(tmp_path), [entry], "i", "p", CUTS)
+    assert made.fingerprint == "35b7594e95519264a24ffbe36b4dfcf65864083e4dbe039c4bac02b1128a44eb"
+    made.save()
+    file = tmp_path / f"datasets/{made.fingerprint}.parquet"
+    table = parquet.read_table(file)
+    parquet.write_table(table.drop_columns(["is_class_image"]), file)
+    assert Dataset.load(Store(tmp_path), made.fingerprint).entries == [entry]
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:

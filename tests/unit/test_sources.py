@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from gtl.config.recipe import Data
 from gtl.data.captions import CaptionRule
 from gtl.data.check import check, inspect_here, render
-from gtl.data.containers import fetch
+from gtl.data.containers import Place, fetch
 from gtl.data.index import CHANGED, GONE, Index, Seen, SeenFile
-from gtl.data.sources import File, Scan, scan
+from gtl.data.prepare import check_usable
+from gtl.data.sources import Broken, File, Located, Scan, scan
 from gtl.storage import Store
-from gtl.types import UserError
+from gtl.types import Record, UserError
 
 
 def picture(size: tuple[int, int] = (8, 6), color: str = "red", kind: str = "PNG") -> bytes:
@@ -148,6 +150,17 @@ def test_a_broken_image_is_set_aside_with_the_reason(tmp_path: Path) -> None:
     assert [(b.uri, b.reason.split(" (")[0]) for b in found.broken] == [
         (f"{folder}/b.png", "no image in a known format"), (f"{folder}/c.png", "the file is empty"),
     ]  # fmt: skip
+
+
+def test_class_images_do_not_make_up_for_photographs_that_are_broken() -> None:
+    drawn = Located(Record("1.png", "1", (4, 4), (), is_class_image=True), Place("", "1.png", 0, -1, -1))
+    photograph = drawn._replace(record=Record("0.png", "0", (4, 4), ()))
+    settings = Data(source="s", max_broken=0.5)
+    check_usable(Scan([drawn] * 100 + [photograph], [Broken("a.png", "x")]), settings)
+    with pytest.raises(UserError, match=r"^data\.max_broken: 2 of 3 images can't be read, 50% are allowed"):
+        check_usable(Scan([drawn] * 100 + [photograph], [Broken("a.png", "x"), Broken("b.png", "x")]), settings)
+    with pytest.raises(UserError, match=r"^data\.source: .*/s: no image in it$"):
+        check_usable(Scan([drawn] * 100), settings)
 
 
 def test_tar_shards(tmp_path: Path) -> None:
