@@ -53,10 +53,12 @@ def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
 
 
 def probe(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the upright image, from the header alone.
+    """(height, width) of the upright image, from the header where that says how the camera was turned.
+
+    A PNG may say so behind its pixels, so one whose header does not is decoded to look for it.
 
     Raises:
-        BrokenImage: not an image, or larger than `max_pixels`.
+        BrokenImage: not an image, larger than `max_pixels`, or a damaged one among those that are decoded.
         OSError: the path cannot be read.
     """
     image = _open(data, max_pixels)

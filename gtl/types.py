@@ -65,6 +65,8 @@ class Record:
     captions: tuple[str, ...]
     weight: float = 1.0
     """Weight of its loss: 1, or the weight of its source or of the prior."""
+    is_class_image: bool = False
+    """Drawn by the base model for prior preservation; the others are the subject."""
 
 
 @dataclass(frozen=True)

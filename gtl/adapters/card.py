@@ -44,6 +44,7 @@ class DatasetInfo(Part):
 
     fingerprint: str
     images: int
+    """Neither class images nor those that were held out."""
 
 
 class Lineage(Part):

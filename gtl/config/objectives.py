@@ -21,7 +21,10 @@ class Timesteps(Section):
 
 
 class PriorPreservation(Section):
-    """Class images made once by the base model and learned beside the subject (DreamBooth, arXiv 2208.12242)."""
+    """Class images made once by the base model and learned beside the subject (DreamBooth, arXiv 2208.12242).
+
+    An epoch has as many of them as images of the subject, and the next one goes on with those that follow.
+    """
 
     prompt: Annotated[str, Field(min_length=1)]
     """What the base model draws, for example `a photo of a dog`."""

@@ -113,7 +113,7 @@ class Train(Section):
     """The optimisation and where it runs."""
 
     epochs: Annotated[int, Field(ge=1)] | None = None
-    """Passes over the images; give this or steps."""
+    """Passes over the images of data.source; give this or steps."""
     steps: Annotated[int, Field(ge=1)] | None = Field(default_factory=default_steps)
     """Optimizer steps; give this or epochs. 1000 when neither is given."""
     batch_size: Annotated[int, Field(ge=1)] = 4

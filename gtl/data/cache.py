@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 import uuid
 from collections import OrderedDict
@@ -35,7 +36,7 @@ class Space:
 
     A shard is one safetensors file with a tensor `key/name` for every name of every key; its manifest has a line for
     every key and is written after it, so a shard that was not finished is never seen. Neither changes afterwards. Two
-    writers may store the same key: it means the same, and either counts.
+    writers may store the same key: it means the same, and either counts. Threads may read at once.
     """
 
     def __init__(self, store: Store, name: str) -> None:
@@ -46,6 +47,7 @@ class Space:
         self._shards: dict[str, str] = {}
         self._listed: set[str] = set()
         self._open: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __contains__(self, key: str) -> bool:
         return key in self._shards
@@ -92,14 +94,18 @@ class Space:
             UserError: the store cannot be reached.
         """
         shard = self._shards[key]
-        file = self._open.get(shard)
+        with self._lock:
+            file = self._open.get(shard)
         if file is None:
             from safetensors import safe_open
 
-            file = self._open[shard] = safe_open(self._local(shard), framework="pt")
+            # Outside the lock, since it may fetch the shard; two threads that do so open the same file.
+            file = safe_open(self._local(shard), framework="pt")
+        with self._lock:
+            self._open[shard] = file
+            self._open.move_to_end(shard)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
-        self._open.move_to_end(shard)
         return {name: file.get_tensor(f"{key}/{name}") for name in self._names[key]}
 
     def _local(self, shard: str) -> Path:

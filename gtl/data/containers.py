@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gtl.data.captions import split_lines
-from gtl.data.index import Seen, SeenFile
+from gtl.data.index import GONE, Seen, SeenFile
 from gtl.images import EXTENSIONS, BrokenImage, probe
 from gtl.storage import Store, explained
 from gtl.types import UserError
@@ -35,7 +35,8 @@ class Place(NamedTuple):
 def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
     """Read a source file once: hashes, sizes and captions of its images, or the text of a caption file.
 
-    Nothing is decoded but headers, and a file that cannot be understood is an image with an error.
+    Images are only probed (see `gtl.images.probe`), so that a damaged one may pass and fail in the decoder later. A
+    file that cannot be understood is an image with an error.
 
     Raises:
         UserError: the store cannot be reached, or a table lacks an image column.
@@ -54,14 +55,14 @@ def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
         else:
             images = [look(store.read(key), "", None)]
     except FileNotFoundError:
-        images = [broken("gone since it was listed")]
+        images = [broken(GONE)]
     return SeenFile(store.url(key), num_bytes, mtime, tuple(images))
 
 
 def look(
     data: bytes, name: str, captions: tuple[str, ...] | None, offset: int = 0, length: int = -1, row: int = -1
 ) -> Seen:
-    """Hash and header of one image."""
+    """Hash and size of one image, or why it has none; see `gtl.images.probe`."""
     digest = hashlib.sha256(data).hexdigest()
     try:
         height, width = probe(data)

@@ -48,11 +48,12 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of images, captions, weights, crops and encoders; where the files lie does not count."""
+        """Hash of images, captions, weights, crops, encoders and of which images are class images; not of places."""
         digest = hashlib.sha256(json.dumps(self._header()).encode())
         for entry in self.entries:
             record = entry.record
-            digest.update(json.dumps([record.sha256, record.captions, record.weight, entry.variants]).encode())
+            told = [record.sha256, record.captions, record.weight, entry.variants]
+            digest.update(json.dumps([*told, "class"] if record.is_class_image else told).encode())
         return digest.hexdigest()
 
     def _header(self) -> dict[str, Any]:
@@ -80,21 +81,20 @@ class Dataset:
     def _null_conditions(self) -> dict[str, Tensor]:
         return {} if self.prompts is None else self.prompts.read(prompt_key(""))
 
-    def split(self, share: float, never: str) -> tuple[Dataset, Dataset]:
-        """What is trained on, and the share of the images that is held out, at least one.
+    def split(self, share: float) -> tuple[Dataset, Dataset]:
+        """What is trained on, and the share of the subject's images that is held out, at least one.
 
         Which ones depends on their bytes, so copies of an image are on one side and few change when images come or go.
 
         Args:
-            share: Of the images, in [0, 1); 0 holds none out.
-            never: Images whose URI begins so are trained on.
+            share: Of the images, in [0, 1); 0 holds none out. Class images are all trained on.
 
         Raises:
             UserError: nothing would be left to train on.
         """
         if not share:
             return self, self._part([])
-        given = {entry.record.sha256 for entry in self.entries if not entry.record.uri.startswith(never)}
+        given = {entry.record.sha256 for entry in self.entries if not entry.record.is_class_image}
         ordered = sorted(given, key=lambda sha256: hashlib.sha256(f"validation {sha256}".encode()).digest())
         held_out = set(ordered[: max(1, round(share * len(ordered)))])
         if len(held_out) == len(given):
@@ -120,6 +120,7 @@ class Dataset:
                 {
                     "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
                     "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
+                    "is_class_image": e.record.is_class_image,
                 }
                 for e in self.entries
             ]  # fmt: skip
@@ -164,7 +165,10 @@ def read(store: Store, fingerprint: str) -> Dataset:
     header = json.loads(table.schema.metadata[b"gtl"])
     entries = [
         Entry(
-            Record(row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"]),
+            Record(
+                row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"],
+                row.get("is_class_image", False),  # unknown to datasets that older versions saved
+            ),
             tuple(row["bucket"]),
             tuple(row["variants"]),
         )

@@ -13,6 +13,7 @@ from gtl.data.buckets import Size, Variant, cut
 from gtl.data.cache import SHARD_BYTES, Space
 from gtl.data.containers import Place, fetch
 from gtl.data.dataset import PIXEL_SPACE, PIXELS
+from gtl.data.index import CHANGED, GONE
 from gtl.data.stream import MISTAKE, pack, run_actors, unpack
 from gtl.images import BrokenImage, decode
 from gtl.storage import Store
@@ -218,10 +219,10 @@ def load_crops(work: ImageWork) -> tuple[dict[str, Image], str]:
     try:
         data = fetch(work.place)
         if hashlib.sha256(data).hexdigest() != work.sha256:
-            return {}, "changed while it was being read"
+            return {}, CHANGED
         image = decode(data)
     except FileNotFoundError:
-        return {}, "gone since it was listed"
+        return {}, GONE
     except BrokenImage as error:
         return {}, str(error)
     return {key: cut(image, work.bucket, variant) for key, variant in work.variants.items()}, ""

@@ -13,6 +13,11 @@ from typing import NamedTuple
 
 from gtl.storage import Store
 
+GONE = "gone since it was listed"
+CHANGED = "changed while it was being read"
+PASSING = frozenset({GONE, CHANGED})
+"""Reasons that say nothing of the bytes of a file, which may be whole the next time."""
+
 
 class Seen(NamedTuple):
     """One image inside a source file."""
@@ -76,7 +81,8 @@ class Index:
         return known
 
     def add(self, files: Iterable[SeenFile]) -> None:
-        """Remember some more."""
-        lines = "\n".join(file.dump() for file in files)
+        """Remember some more; a file with a passing fault is looked into again instead."""
+        lasting = (file for file in files if not any(image.error in PASSING for image in file.images))
+        lines = "\n".join(file.dump() for file in lasting)
         if lines:
             self._store.write(f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.jsonl", lines.encode())

@@ -26,20 +26,29 @@ class _Epoch(NamedTuple):
 class Plan:
     """The global batches of a run.
 
-    Every batch has exactly `batch_size` items of one bucket. Every entry is in an epoch exactly once with a weight
-    above 0; a short remainder is filled with repeats of weight 0.
+    Every batch has exactly `batch_size` items of one bucket; a short remainder is filled with repeats of weight 0. An
+    epoch has every entry of the subject exactly once with a weight above 0, and where there are class images, as many
+    of them (DreamBooth, arXiv 2208.12242, pairs them so): they go round in order over the epochs, whichever is more.
     """
 
     def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int) -> None:
-        """Group the entries by bucket."""
-        if not entries or batch_size < 1:
-            raise ValueError(f"{len(entries)} entries in batches of {batch_size}")
+        """Group the entries by bucket. Class images have one size, so they have to share a bucket."""
+        subject = [i for i, entry in enumerate(entries) if not entry.record.is_class_image]
+        class_images = [i for i, entry in enumerate(entries) if entry.record.is_class_image]
+        shapes = {entries[i].bucket for i in class_images}
+        if not subject or batch_size < 1 or len(shapes) > 1:
+            raise ValueError(f"{len(subject)} entries in batches of {batch_size}, class images in {len(shapes)} shapes")
         self.batch_size = batch_size
         self.seed = seed
         self.num_entries = len(entries)
         members: dict[tuple[int, int], list[int]] = {}
-        for i, entry in enumerate(entries):
-            members.setdefault(entry.bucket, []).append(i)
+        for i in subject:
+            members.setdefault(entries[i].bucket, []).append(i)
+        # Numbers beyond the entries stand for an epoch's class images, so that all epochs have the same batches.
+        for shape in shapes:
+            members.setdefault(shape, []).extend(range(len(entries), len(entries) + len(subject)))
+        self._num_subject = len(subject)
+        self._class_images = np.array(class_images, dtype=np.int64)
         self._buckets = [np.array(members[bucket], dtype=np.int64) for bucket in sorted(members)]
         self._weights = np.array([entry.record.weight for entry in entries], dtype=np.float64)
         self._num_variants = np.array([len(entry.variants) for entry in entries], dtype=np.uint64)
@@ -49,7 +58,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in one pass over the entries."""
+        """Batches in one pass over the subject, with as many class images if there are any."""
         return sum(-(-len(bucket) // self.batch_size) for bucket in self._buckets)
 
     def batch(self, step: int) -> list[PlanItem]:
@@ -72,8 +81,13 @@ class Plan:
             shuffled = bucket[np.argsort(bits.random_raw(len(bucket)), kind="stable")]
             parts += [shuffled[i : i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
         parts = [parts[i] for i in np.argsort(bits.random_raw(len(parts)), kind="stable")]
+        order = np.concatenate(parts)
+        if len(self._class_images):
+            paired = order >= self.num_entries
+            turns = order[paired] - self.num_entries + number * self._num_subject
+            order[paired] = self._class_images[turns % len(self._class_images)]
         return _Epoch(
-            order=np.concatenate(parts),
+            order=order,
             starts=np.cumsum([0, *map(len, parts)]),
             variants=(bits.random_raw(self.num_entries) % self._num_variants).astype(np.int64),
             captions=(bits.random_raw(self.num_entries) % self._num_captions).astype(np.int64),

@@ -60,18 +60,21 @@ def prepare(
     sizes = bucket_sizes(data.resolution, family.multiple, MAX_ASPECT if data.buckets else 1.0)
     cuts = Cuts(data.crops, data.flip, data.seed)
     images, texts = spaces(family, dtype, needs)
-    entries = [make_entry(located, sizes, cuts) for located in found.images]
-    dataset = Dataset(cache, entries, images, texts, cuts)
-    dataset.refresh()
-    work = list(missing_images(dataset, found.images))
-    failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
-                  lambda done, total: tell("encode", done, total))  # fmt: skip
-    if failed:
+    failed: dict[str, str] = {}
+    while True:
+        entries = [make_entry(located, sizes, cuts) for located in found.images]
+        dataset = Dataset(cache, entries, images, texts, cuts)
+        dataset.refresh()
+        # Once is enough for all copies of an image, unless the one that was to stand for them failed.
+        work = list(missing_images(dataset, found.images, every_copy=bool(failed)))
+        failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
+                      lambda done, total: tell("encode", done, total))  # fmt: skip
+        if not failed:
+            break
         remember_broken(failed, found, cache)
         found.broken += [Broken(uri, reason) for uri, reason in sorted(failed.items())]
         found.images = [located for located in found.images if located.record.uri not in failed]
         check_usable(found, data)
-        dataset = Dataset(cache, [e for e in entries if e.record.uri not in failed], images, texts, cuts)
     name_broken(found.broken)
     dataset.refresh()
     dataset.save()
@@ -95,14 +98,17 @@ def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, pro
     """
     rule = CaptionRule(data.captions, data.caption_template)
     listed = data.source if isinstance(data.source, list) else [Source(source=data.source)]
-    parts = [(s.source, rule, s.weight) for s in listed]
-    if prior is not None:
-        parts.append((prior[0], CaptionRule.fixed(prior[1]), prior[2]))
+
+    def look(root: str, files: list[File]) -> Iterator[SeenFile]:
+        return inspect_all(root, files, progress)
+
     found = Scan()
-    for source, captions, weight in parts:
-        found.extend(
-            scan(source, captions, weight, cache, lambda root, files: inspect_all(root, files, progress), progress)
-        )
+    for s in listed:
+        found.extend(scan(s.source, rule, s.weight, cache, look, progress))
+    if prior is not None:
+        drawn = scan(prior[0], CaptionRule.fixed(prior[1]), prior[2], cache, look, progress)
+        drawn.images = [image._replace(record=replace(image.record, is_class_image=True)) for image in drawn.images]
+        found.extend(drawn)
     return found
 
 
@@ -134,11 +140,11 @@ def make_entry(located: Located, sizes: tuple[Size, ...], cuts: Cuts) -> Entry:
     return Entry(record, bucket, tuple(variant_key(record.sha256, bucket, variant) for variant in found))
 
 
-def missing_images(dataset: Dataset, located: Sequence[Located]) -> Iterator[ImageWork]:
-    """What has to be encoded; an image that is there twice is encoded once."""
+def missing_images(dataset: Dataset, located: Sequence[Located], every_copy: bool) -> Iterator[ImageWork]:
+    """What has to be encoded; an image that is there twice is encoded once, or as often as it is there."""
     asked: set[str] = set()
     for entry, (record, place) in zip(dataset.entries, located, strict=True):
-        lacking = [key for key in entry.variants if key not in dataset.images and key not in asked]
+        lacking = [key for key in entry.variants if key not in dataset.images and (every_copy or key not in asked)]
         if lacking:
             asked.update(lacking)
             found = variants(record.sha256, record.size, entry.bucket, **vars(dataset.cuts))
@@ -169,19 +175,20 @@ def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
 
 
 def check_usable(found: Scan, data: Data) -> None:
-    """Refuse when too many images are broken, or none is left.
+    """Refuse when too many images are broken, or none is left; class images make up for none.
 
     Raises:
         UserError: so it is.
     """
-    total, broken = len(found.images) + len(found.broken), len(found.broken)
-    if broken and (broken > data.max_broken * total or not found.images):
+    whole, broken = sum(not located.record.is_class_image for located in found.images), len(found.broken)
+    total = whole + broken
+    if broken and (broken > data.max_broken * total or not whole):
         first = found.broken[0]
         raise UserError(
             f"data.max_broken: {broken} of {total} images can't be read, {data.max_broken:.0%} are allowed; "
             f"the first: {first.uri}: {first.reason}"
         )
-    if not found.images:
+    if not whole:
         raise UserError(f"data.source: {data.source}: no image in it")
 
 

@@ -86,7 +86,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress
         job.run.write("recipe.yaml", dump_recipe(recipe).encode())
         if not job.run.exists(RESULT):
             run_workers(job, resources, progress)
-    published = publish(job, recipe, base, len(dataset.entries))
+    published = publish(job, recipe, base, count_learned(dataset, recipe.data.validation))
     report(job.run)
     return published
 
@@ -348,6 +348,12 @@ def publish(job: Job, recipe: Recipe, base: Base, images: int) -> Reference:
             card = registry.publish(job.name, job.version, Path(folder), card)
     job.run.write(PUBLISHED, card.to_json())
     return Reference(job.name, job.version, 1.0)
+
+
+def count_learned(dataset: Dataset, validation: float) -> int:
+    """Images of the subject that are learned from: neither class images nor those that are held out."""
+    trained, _ = dataset.split(validation)
+    return sum(not entry.record.is_class_image for entry in trained.entries)
 
 
 def report(run: Store) -> None:

@@ -110,7 +110,6 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
 
     from gtl.data.dataset import Dataset
     from gtl.data.plan import Plan
-    from gtl.generate.class_images import FOLDER
     from gtl.train.flops import peak_flops
     from gtl.train.loop import Lane, stop_on_signals, train
     from gtl.train.track import Tracker
@@ -118,8 +117,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     if job.code != __version__:
         raise UserError(f"gtl {__version__} on a worker, {job.code} where the run was started; install one version")
     recipe, begun = parse_recipe(job.recipe), time.monotonic()
-    cache = Store(recipe.storage.cache)
-    dataset, held_out = Dataset.load(cache, job.dataset).split(recipe.data.validation, never=cache.url(FOLDER))
+    dataset, held_out = Dataset.load(Store(recipe.storage.cache), job.dataset).split(recipe.data.validation)
     batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
     trainee = assemble(recipe, job.dtype)
     plan = settle(recipe, trainee, device, batches.steps_per_epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gtl.data.cache import Space
 from gtl.data.dataset import Cuts, Dataset
 from gtl.evaluate.validation import Validation
 from gtl.storage import Store
+from gtl.train.launch import count_learned
 from gtl.types import Batch, Entry, Item, Losses, Record, UserError
 from tests.engine.group import Group
 
@@ -76,23 +78,26 @@ def test_losses_are_means_over_images_and_strata(duo: Group, solo: Group, tmp_pa
 
 def test_the_held_out_share_depends_on_the_images_alone(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, 40)
-    trained, held_out = dataset.split(0.25, never="nothing/")
+    trained, held_out = dataset.split(0.25)
     names = [{entry.record.sha256 for entry in side.entries} for side in (trained, held_out)]
     assert (len(names[0]), len(names[1]), names[0] & names[1]) == (30, 10, set())
     more = dataset._part([*dataset.entries, make_dataset(tmp_path / "more", 41).entries[40]])
-    kept = {entry.record.sha256 for entry in more.split(0.25, never="nothing/")[1].entries}
+    kept = {entry.record.sha256 for entry in more.split(0.25)[1].entries}
     assert len(kept & names[1]) >= 9
     twice = dataset._part([*dataset.entries, *dataset.entries])
-    assert len(twice.split(0.25, never="nothing/")[1].entries) == 20
+    assert len(twice.split(0.25)[1].entries) == 20
     assert held_out.item(0, 0, 0).latents["mean"] == float(held_out.entries[0].variants[0].removeprefix("key"))
-    assert dataset.split(0.0, never="")[1].entries == []
-    assert len(dataset.split(0.001, never="nothing/")[1].entries) == 1
+    assert dataset.split(0.0)[1].entries == []
+    assert len(dataset.split(0.001)[1].entries) == 1
 
 
 def test_class_images_are_never_held_out(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, 4)
-    trained, held_out = dataset.split(0.5, never="images/1")
+    dataset.entries[1] = replace(dataset.entries[1], record=replace(dataset.entries[1].record, is_class_image=True))
+    trained, held_out = dataset.split(0.5)
     assert "images/1.png" in {entry.record.uri for entry in trained.entries}
     assert len(held_out.entries) == 2
+    assert count_learned(dataset, 0.5) == 1
+    assert count_learned(dataset, 0.0) == 3
     with pytest.raises(UserError, match=r"^data\.validation: 0\.9: of 1 different images none is left to train on$"):
-        make_dataset(tmp_path, 1).split(0.9, never="nothing/")
+        make_dataset(tmp_path, 1).split(0.9)

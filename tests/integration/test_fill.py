@@ -1,3 +1,4 @@
+import io
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from gtl.data.fill import to_pixels
 from gtl.data.prepare import prepare
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
-from gtl.images import decode
+from gtl.images import decode, probe
 from gtl.storage import Store
 from gtl.types import UserError
 from tests.tiny import make_sd
@@ -54,6 +55,15 @@ def write_images(folder: Path, names: str, size: tuple[int, int] = (80, 80)) -> 
         Image.linear_gradient("L").resize(size).rotate(13 * (ord(name) - 96)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"picture {name}")
     return folder
+
+
+def truncated_jpeg() -> bytes:
+    """The header is fine, so that only the decoder fails: a PNG would already be decoded in the scan."""
+    sink = io.BytesIO()
+    Image.effect_noise((80, 80), 80).save(sink, "JPEG")
+    whole = sink.getvalue()
+    assert probe(whole[: len(whole) // 2]) == (80, 80)
+    return whole[: len(whole) // 2]
 
 
 def data(source: object, **options: object) -> Data:
@@ -120,6 +130,7 @@ def test_sources_have_weights_and_the_prior_its_prompt(family: DiffusionFamily, 
         (f"{a}/a.png", ("picture a",), 1.0), (f"{a}/b.png", ("picture b",), 1.0), (f"{b}/b.png", ("picture b",), 0.5),
         (f"{prior}/z.png", ("a photo of {dog}",), 0.25),
     ]  # fmt: skip
+    assert [e.record.is_class_image for e in made.entries] == [False, False, False, True]
     assert made.entries[1].variants == made.entries[2].variants
     item = made.item(3, 0, 0)
     assert {t.dtype for t in [*item.latents.values(), *item.conditions.values()]} == {torch.bfloat16}
@@ -130,8 +141,7 @@ def test_broken_files_are_named_counted_and_left_out(
     family: DiffusionFamily, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source, cache = write_images(tmp_path / "source", "abcdefgh"), str(tmp_path / "cache")
-    whole = (source / "c.png").read_bytes()
-    (source / "c.png").write_bytes(whole[: len(whole) // 2])  # the header is fine
+    (source / "c.png").write_bytes(truncated_jpeg())
     (source / "x.png").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING, "gtl.data.prepare"):
         made = prepare(data(str(source), max_broken=0.25), family, cache, dtype="fp32")
@@ -146,6 +156,37 @@ def test_broken_files_are_named_counted_and_left_out(
     assert told.totals == {}  # the file that broke in the decoder is remembered too
     with pytest.raises(UserError, match=r"^data\.max_broken: 2 of 9 images can't be read, 10% are allowed; "):
         prepare(data(str(source)), family, cache, dtype="fp32")
+
+
+def test_every_copy_of_a_broken_image_is_left_out(
+    family: DiffusionFamily, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, cache = write_images(tmp_path / "source", "ab"), str(tmp_path / "cache")
+    broken = truncated_jpeg()
+    for name in "cde":
+        (source / f"{name}.jpg").write_bytes(broken)
+    made = prepare(data(str(source), max_broken=0.6), family, cache, dtype="fp32")
+    assert [e.record.uri[-5] for e in made.entries] == list("ab")
+    assert all(key in made.images for entry in made.entries for key in entry.variants)
+    named = [record.getMessage().split(": ") for record in caplog.records if record.name == "gtl.data.prepare"]
+    assert [(uri, kind) for uri, kind, *_ in named] == [(f"{source}/{name}.jpg", "OSError") for name in "cde"]
+    with pytest.raises(UserError, match=r"^data\.max_broken: 3 of 5 images can't be read, 50% are allowed; "):
+        prepare(data(str(source), max_broken=0.5), family, cache, dtype="fp32")
+
+
+def test_a_copy_stands_in_for_an_image_that_is_gone(family: DiffusionFamily, tmp_path: Path) -> None:
+    source, cache = write_images(tmp_path / "source", "ac"), str(tmp_path / "cache")
+    whole = (source / "a.png").read_bytes()
+    (source / "b.png").write_bytes(whole)
+
+    def take_away(phase: str, done: int, total: int, detail: str = "") -> None:
+        if phase == "scan" and done == total:
+            (source / "a.png").unlink()
+
+    options = data(str(source), max_broken=0.4, captions="folder")
+    made = prepare(options, family, cache, dtype="fp32", progress=take_away)
+    assert [e.record.uri[-5] for e in made.entries] == list("bc")
+    assert torch.isfinite(made.item(0, 0, 0).latents["mean"]).all()
 
 
 @pytest.mark.parametrize("max_broken", [0.1, 1.0])

@@ -141,6 +141,7 @@ def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path) -> None:
     card = Registry(place / "registry").show("shown")
     assert card.training is not None
     assert (card.training.best_step, card.training.steps) == (best, best + 4)
+    assert card.dataset is not None and card.dataset.images == 7
     assert card.training.steps < 40
     assert card.training.val_loss == looks[best]["val_loss"]
     assert ("validate", 0, 0, f"step {best}  val_loss {looks[best]['val_loss']:.4f}") in told
@@ -166,7 +167,7 @@ def test_class_images_are_drawn_once_and_learned_beside_the_subject(place: Path)
         train(parse_recipe(values), name, progress=lambda phase, done, total, detail="": seen.append((phase, done)))
     assert losses(place, "prior") == losses(place, "again")
     card = Registry(place / "registry").show("prior")
-    assert card.dataset is not None and card.dataset.images == 13
+    assert card.dataset is not None and card.dataset.images == 10
     pictures = sorted((place / "cache").rglob("class_images/*/*.png"))
     assert [picture.name for picture in pictures] == ["00000.png", "00001.png", "00002.png"]
     assert seen.count(("class images", 3)) == 1

@@ -1,13 +1,17 @@
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pyarrow import parquet
 from torch import Tensor
 
+from gtl.data import cache
 from gtl.data.buckets import variant_key, variants
 from gtl.data.cache import Space, prompt_key
 from gtl.data.dataset import PIXEL_SPACE, Cuts, Dataset
@@ -117,6 +121,27 @@ def test_many_writers_at_once(tmp_path: Path) -> None:
     assert torch.equal(space.read("shared")["mean"], moments(0)["mean"])
 
 
+def test_threads_read_at_once_while_shards_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, before = Store(tmp_path), sys.getswitchinterval()
+    for i in range(6):
+        Space(store, "images-x-fp32").write({f"{i}": moments(i)})
+    monkeypatch.setattr(cache, "OPEN_SHARDS", 2)
+    space = reader(store)
+
+    def read(first: int) -> set[tuple[int, float]]:
+        turns = (turn % 6 for turn in range(first, first + 1500))
+        return {(i, float(space.read(f"{i}")["mean"][0, 0, 0])) for i in turns}
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(read, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [{(i, float(i)) for i in range(6)}] * 4
+    assert len(space._open) == 2
+
+
 def test_a_view_is_stored_alone(tmp_path: Path) -> None:
     store, big = Store(tmp_path), torch.arange(10000.0).view(100, 100)
     name = Space(store, "images-x-fp32").write({"a": {"row": big[3], "column": big[:, 2]}})
@@ -181,6 +206,28 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
                  fingerprint(images="j")]  # fmt: skip
     assert len(set(different)) == 5
     assert fingerprint(uri="elsewhere") == fingerprint()
+
+
+def test_class_images_are_kept_apart_and_make_another_dataset(tmp_path: Path) -> None:
+    made = make_dataset(Store(tmp_path), [(16, 16), (16, 17)])
+    plain = Dataset(Store(tmp_path), made.entries, "images-x-fp32", None, CUTS)
+    made.entries[1] = replace(made.entries[1], record=replace(made.entries[1].record, is_class_image=True))
+    made.save()
+    found = Dataset.load(Store(tmp_path), made.fingerprint)
+    assert [entry.record.is_class_image for entry in found.entries] == [False, True]
+    marked = Dataset(Store(tmp_path), made.entries, "images-x-fp32", None, CUTS)
+    assert marked.fingerprint != plain.fingerprint
+
+
+def test_a_dataset_that_an_older_version_saved_is_still_read(tmp_path: Path) -> None:
+    entry = Entry(Record("u", "s", (4, 4), ("c",)), (4, 4), ("k",))
+    made = Dataset(Store(tmp_path), [entry], "i", "p", CUTS)
+    assert made.fingerprint == "35b7594e95519264a24ffbe36b4dfcf65864083e4dbe039c4bac02b1128a44eb"
+    made.save()
+    file = tmp_path / f"datasets/{made.fingerprint}.parquet"
+    table = parquet.read_table(file)
+    parquet.write_table(table.drop_columns(["is_class_image"]), file)
+    assert Dataset.load(Store(tmp_path), made.fingerprint).entries == [entry]
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:

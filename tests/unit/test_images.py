@@ -31,6 +31,22 @@ def test_exif_orientation_is_applied() -> None:
     assert upright.getpixel((0, 0)) == (0, 0, 0)
 
 
+def test_the_orientation_of_a_png_may_stand_behind_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.effect_noise((64, 32), 80), exif=exif)
+    begin = data.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(data[begin : begin + 4], "big")
+    chunk, rest = data[begin : begin + length], data[:begin] + data[begin + length :]
+    assert probe(rest) == (32, 64)
+    behind = rest[:-12] + chunk + rest[-12:]  # before IEND
+    assert probe(behind) == (64, 32)
+    assert decode(behind).size == (32, 64)
+    with pytest.raises(BrokenImage):
+        probe(behind[: len(behind) // 2])
+    assert probe(data[: len(data) // 2]) == (64, 32)  # what the header says is believed
+
+
 def test_transparency_goes_on_white() -> None:
     image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))

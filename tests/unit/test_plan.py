@@ -1,6 +1,7 @@
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -97,6 +98,56 @@ def test_a_weight_is_divided_by_the_number_of_real_items() -> None:
     weights = {item.entry: item.weight for item in plan.batch(0) if item.weight}
     assert weights == {0: 1 / 3, 1: 1 / 3, 2: 0.25 / 3}
     assert [item.weight for item in plan.batch(0)].count(0.0) == 1
+
+
+def with_class_images(num_subject: int, num_class: int, weight: float = 1.0, shape: int = 0) -> list[Entry]:
+    """A subject in two buckets, and class images in one."""
+    subject = make_entries([i % 2 for i in range(num_subject)])
+    drawn = make_entries([shape] * num_class, [weight] * num_class)
+    return subject + [replace(entry, record=replace(entry.record, is_class_image=True)) for entry in drawn]
+
+
+def count_epoch(plan: Plan, epoch: int) -> Counter[int]:
+    """How often every entry counts."""
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    return Counter(item.entry for step in steps for item in plan.batch(step) if item.weight > 0)
+
+
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 2), batch_sizes, seeds, st.integers(0, 5))
+def test_an_epoch_pairs_the_subject_with_as_many_class_images(
+    num_subject: int, num_class: int, shape: int, size: int, seed: int, epoch: int
+) -> None:
+    plan = Plan(with_class_images(num_subject, num_class, shape=shape), size, seed)
+    counted = count_epoch(plan, epoch)
+    assert all(counted[i] == 1 for i in range(num_subject))
+    assert counted.total() == 2 * num_subject
+    turns = range(epoch * num_subject, (epoch + 1) * num_subject)
+    assert counted - Counter(range(num_subject)) == Counter(num_subject + turn % num_class for turn in turns)
+
+
+def test_class_images_go_round_over_the_epochs() -> None:
+    plan = Plan(with_class_images(5, 12), 4, seed=1)
+    shown = [sorted(i - 5 for i in count_epoch(plan, epoch).elements() if i >= 5) for epoch in range(3)]
+    assert shown == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 10, 11]]
+    fewer = count_epoch(Plan(with_class_images(5, 2), 4, seed=1), 0)
+    assert (fewer[5], fewer[6]) == (3, 2)
+
+
+def test_a_hundred_class_images_weigh_as_much_as_five_photographs() -> None:
+    plan = Plan(with_class_images(5, 100, weight=0.5, shape=2), 4, seed=1)
+    assert plan.steps_per_epoch == 2 + 2  # three and two photographs, five class images
+    shares = {True: 0.0, False: 0.0}
+    for step in range(plan.steps_per_epoch):
+        for item in plan.batch(step):
+            shares[item.entry >= 5] += item.weight
+    assert shares == {False: pytest.approx(2.0), True: pytest.approx(0.5 * 2.0)}
+
+
+def test_class_images_need_a_subject_and_one_shape() -> None:
+    with pytest.raises(ValueError, match="^0 entries in batches of 2, class images in 1 shapes$"):
+        Plan(with_class_images(0, 3), 2, seed=0)
+    with pytest.raises(ValueError, match="^1 entries in batches of 2, class images in 2 shapes$"):
+        Plan([*with_class_images(1, 3), *with_class_images(0, 1, shape=1)], 2, seed=0)
 
 
 def test_epochs_and_seeds_differ() -> None:

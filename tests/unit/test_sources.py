@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from gtl.config.recipe import Data
 from gtl.data.captions import CaptionRule
 from gtl.data.check import check, inspect_here, render
-from gtl.data.containers import fetch
-from gtl.data.index import Index, Seen, SeenFile
-from gtl.data.sources import File, Scan, scan
+from gtl.data.containers import Place, fetch
+from gtl.data.index import CHANGED, GONE, Index, Seen, SeenFile
+from gtl.data.prepare import check_usable
+from gtl.data.sources import Broken, File, Located, Scan, scan
 from gtl.storage import Store
-from gtl.types import UserError
+from gtl.types import Record, UserError
 
 
 def picture(size: tuple[int, int] = (8, 6), color: str = "red", kind: str = "PNG") -> bytes:
@@ -150,6 +152,17 @@ def test_a_broken_image_is_set_aside_with_the_reason(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_class_images_do_not_make_up_for_photographs_that_are_broken() -> None:
+    drawn = Located(Record("1.png", "1", (4, 4), (), is_class_image=True), Place("", "1.png", 0, -1, -1))
+    photograph = drawn._replace(record=Record("0.png", "0", (4, 4), ()))
+    settings = Data(source="s", max_broken=0.5)
+    check_usable(Scan([drawn] * 100 + [photograph], [Broken("a.png", "x")]), settings)
+    with pytest.raises(UserError, match=r"^data\.max_broken: 2 of 3 images can't be read, 50% are allowed"):
+        check_usable(Scan([drawn] * 100 + [photograph], [Broken("a.png", "x"), Broken("b.png", "x")]), settings)
+    with pytest.raises(UserError, match=r"^data\.source: .*/s: no image in it$"):
+        check_usable(Scan([drawn] * 100), settings)
+
+
 def test_tar_shards(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -215,6 +228,32 @@ def test_only_what_changed_is_read_again(tmp_path: Path) -> None:
     assert read[1:] == [["b.png", "d.png"]]
     assert [image.record.size for image in changed.images] == [(6, 8), (40, 40), (6, 8)]
     assert [image.record.captions for image in changed.images] == [("s",), ("bee",), ("s",)]
+
+
+def test_a_file_that_was_away_for_a_moment_is_looked_into_again(tmp_path: Path) -> None:
+    folder, cache = write(tmp_path / "s", {"a.png": picture(), "b.png": picture((4, 4))}), Store(tmp_path / "cache")
+
+    def inspect(root: str, files: list[File]) -> Iterator[SeenFile]:
+        (folder / "b.png").rename(tmp_path / "b.png")
+        yield from inspect_here(root, files)
+        (tmp_path / "b.png").rename(folder / "b.png")
+
+    first = scan(str(folder), CaptionRule(), 1.0, cache, inspect)
+    assert first.broken == [(f"{folder}/b.png", GONE)]
+    again = scan(str(folder), CaptionRule(), 1.0, cache, inspect_here)
+    assert [image.record.uri for image in again.images] == [f"{folder}/a.png", f"{folder}/b.png"]
+
+
+def test_the_index_forgets_faults_that_pass(tmp_path: Path) -> None:
+    index, whole = Index(Store(tmp_path), "u"), Seen("", "00", 4, 5, "", None)
+    known = [SeenFile("u/a", 3, 5, (whole,)), SeenFile("u/b", 3, 5, (whole, whole))]
+    index.add(known)
+    index.add([SeenFile("u/a", 3, 5, (whole._replace(error=GONE),))])
+    index.add([SeenFile("u/b", 3, 5, (whole, whole._replace(error=CHANGED)))])
+    assert index.load() == {file.url: file for file in known}
+    broken = SeenFile("u/a", 3, 5, (whole._replace(error="OSError: image file is truncated"),))
+    index.add([broken])
+    assert index.load()["u/a"] == broken
 
 
 def test_the_index_keeps_every_field(tmp_path: Path) -> None:
