@@ -15,7 +15,7 @@ from gtl import __version__
 from gtl.types import UserError
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or its bucket URL.")]
 RegistryUrl = Annotated[str, typer.Option("--registry", envvar="GTL_REGISTRY", help="Folder or bucket URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
@@ -35,44 +35,49 @@ class Bar:
     def __init__(self) -> None:
         self._live: object | None = None
         self._phase = ""
+        self._began = 0.0, 0
         self._printed = 0.0
 
     def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
         """Show that `done` of `total` of a phase is through."""
+        now = time.monotonic()
+        if phase != self._phase:
+            self._began = now, done
         if sys.stderr.isatty():
             self._draw(phase, done, total, detail)
-        elif phase != self._phase or done >= total or time.monotonic() - self._printed > 10:
+        elif phase != self._phase or done >= total or now - self._printed > 10:
             counts = f" {done}/{total}" if total else ""
-            print(f"{phase}{counts} {detail}".rstrip(), file=sys.stderr, flush=True)
-            self._printed = time.monotonic()
+            print(f"{phase}{counts} {detail}".rstrip() + self._left(now, done, total), file=sys.stderr, flush=True)
+            self._printed = now
         self._phase = phase
 
+    def _left(self, now: float, done: int, total: int) -> str:
+        """How long the phase still takes at its rate so far, which a resumed one does not begin at 0."""
+        began, first = self._began
+        if not first < done < total:
+            return ""
+        from gtl.report.facts import duration
+
+        return f"  {duration((total - done) * (now - began) / (done - first))} left"
+
     def _draw(self, phase: str, done: int, total: int, detail: str) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
 
         if phase != self._phase:
             self.close()
-            text = TextColumn("{task.description:<12}"), TextColumn("{task.fields[detail]}")
+            text = progress.TextColumn("{task.description:<12}"), progress.TextColumn("{task.fields[detail]}")
             # What has no end to count towards turns while it lasts, and leaves no line behind.
             columns = (
-                (text[0], BarColumn(), MofNCompleteColumn(), text[1], TimeRemainingColumn())
+                (text[0], progress.BarColumn(), progress.MofNCompleteColumn(), text[1], progress.TimeRemainingColumn())
                 if total
-                else (SpinnerColumn(), *text, TimeElapsedColumn())
+                else (progress.SpinnerColumn(), *text, progress.TimeElapsedColumn())
             )
-            self._live = Progress(*columns, console=Console(stderr=True), transient=not total)
+            self._live = progress.Progress(*columns, console=Console(stderr=True), transient=not total)
             self._live.start()
             self._live.add_task(phase, total=total or None, detail="")
         bar = self._live
-        assert isinstance(bar, Progress)
+        assert isinstance(bar, progress.Progress)
         bar.update(bar.task_ids[0], completed=done, total=total or None, detail=detail)
 
     def close(self) -> None:
@@ -97,7 +102,7 @@ def init(
     finally:
         bar.close()
     print(draft.file)
-    print(f"next: gtl train {draft.file}", file=sys.stderr)
+    print(f"next: {draft.command}", file=sys.stderr)
 
 
 @app.command()
@@ -112,7 +117,7 @@ def train(
     from gtl.config.names import check_name
 
     loaded = load_recipe(recipe, set_ or ())
-    run = check_name(name or recipe.stem.lower(), "--name")
+    run = check_name(name or Path(recipe).stem.lower(), "--name" if name else f"--name, left out, of {recipe}")
     from gtl.report.command import PAGE
     from gtl.storage import Store
     from gtl.train.launch import train as launch

@@ -45,6 +45,11 @@ ABOVE_TORCH = tuple(room for room, floor in ROOMS.items() if 2 <= floor <= 9 and
 DOORS: dict[str, tuple[str, ...]] = {
     "torch": ABOVE_TORCH,
     "deepspeed": ("gtl/train/engine.py",),
+    "safetensors": (
+        "gtl/adapters", "gtl/families/loading.py", "gtl/data/cache.py", "gtl/train/checkpoint.py",
+        "gtl/bench/models.py",
+    ),
+    "filelock": ("gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
     "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py"),
     "diffusers.schedulers": ("gtl/families", "gtl/diffusion"),
@@ -77,7 +82,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "botocore": ("gtl/storage.py",),
     "PIL": ("gtl/images.py", "gtl/data", "gtl/generate"),
     "torchvision": (),
-}
+}  # fmt: skip
 """Library -> the only places that import it; the longest name that fits decides."""
 
 SHUT = {("gtl/train/loop.py", "ray"), ("gtl/train/engine.py", "ray"), ("gtl/train/checkpoint.py", "ray")}

@@ -73,9 +73,10 @@ def key_of(mistake: ErrorDetails, values: Any) -> Key:
 
 
 def alternatives(mistakes: Sequence[ErrorDetails], key: Key, values: Any) -> list[ErrorDetails]:
-    """The mistakes at one key, one for each member of a union; those of a wrong type only if there are no others."""
+    """The mistakes at one key, one for each member of a union; those of a wrong type only beside none but words."""
     here = [m for m in mistakes if key_of(m, values) == key]
-    return [m for m in here if not m["type"].endswith("_type")] or here
+    fitting = [m for m in here if not m["type"].endswith("_type")]
+    return here if all(m["type"] == "literal_error" for m in fitting) else fitting
 
 
 def wording(mistake: ErrorDetails, key: Key, model: type[BaseModel], values: Any) -> str:

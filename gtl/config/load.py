@@ -1,5 +1,6 @@
 """Reading and writing a recipe: YAML and `--set a.b=c`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,32 +10,46 @@ from pydantic import ValidationError
 
 from gtl.config.explain import explain
 from gtl.config.recipe import Recipe
+from gtl.storage import Store
 from gtl.types import UserError
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply `key=value` overrides, check it.
+    """Read a recipe file, or a bucket URL of one, apply `key=value` overrides, check it.
 
     Relative paths inside the file are relative to the working directory, as on any command line.
 
     Raises:
         UserError: the file or a key is wrong; the message is one line.
     """
-    file = Path(path)
     try:
-        values = read_yaml(file.read_text(encoding="utf-8"))
+        values = read_yaml(read_bytes(str(path)).decode())
     except OSError as error:
-        raise UserError(f"recipe {file}: {error.strerror or error}; expected a YAML file") from error
+        reason = os.strerror(error.errno) if error.errno else error  # that of a bucket is long
+        raise UserError(f"recipe {path}: {reason}; expected a YAML file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"recipe {file}: not text in UTF-8 ({error})") from error
+        raise UserError(f"recipe {path}: not text in UTF-8 ({error})") from error
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {file}: not valid YAML: {explain_yaml(error)}") from error
+        raise UserError(f"recipe {path}: not valid YAML: {explain_yaml(error)}") from error
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        raise UserError(f"recipe {file}: expected sections such as `model:` and `data:`, found {found}")
+        raise UserError(f"recipe {path}: expected sections such as `model:` and `data:`, found {found}")
     for override in overrides:
         set_key(values, override)
     return parse_recipe(values)
+
+
+def read_bytes(place: str) -> bytes:
+    """What is in a local file or in an object of a bucket.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        UserError: the store cannot be reached.
+    """
+    if "://" not in place:
+        return Path(place).read_bytes()
+    folder, _, key = place.rpartition("/")
+    return Store(folder).read(key)
 
 
 def parse_recipe(values: dict[str, Any]) -> Recipe:

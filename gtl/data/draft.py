@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gtl.config import load_recipe
+from gtl.config.base import absolute
+from gtl.config.names import NAME
 from gtl.data.check import Report, check
 from gtl.types import Progress, UserError, quiet
 
@@ -27,7 +30,7 @@ FEWEST_TO_HOLD_OUT = 40
 TEMPLATE = """\
 # {images} images of {source}.
 #
-#   gtl train {file}
+#   {command}
 #   gtl generate --adapter {name} --prompt {prompt} --out pictures
 #
 # Every key: gtl/config/recipe.py. One for this run only: --set train.steps=100
@@ -67,6 +70,8 @@ class Draft(NamedTuple):
     file: Path
     name: str
     """Of the run and the adapter."""
+    command: str
+    """To train it with."""
     prompt: str
     """To try it with."""
     report: Report
@@ -86,8 +91,8 @@ def write_draft(folder: str, model: str | None = None, out: Path | None = None, 
     """
     from gtl.families import open_family
 
-    name = re.sub(r"[^a-z0-9._-]+", "-", posixpath.basename(folder.rstrip("/")).lower()).strip("-._") or "images"
-    file = out or Path(f"{name}.yaml")
+    title = posixpath.basename(absolute(folder).rstrip("/"))  # of `.` and `..` too
+    file = out or Path(f"{name_after(title)}.yaml")
     if file.exists():
         raise UserError(f"--out {file}: is there already; remove it, or name another file")
     source = model or choose_model()
@@ -95,14 +100,21 @@ def write_draft(folder: str, model: str | None = None, out: Path | None = None, 
     report = check(folder, min(family.default_size), family.multiple, progress)
     if not report.num_images:
         raise UserError(f"data.source: {folder}: none of the images there can be read; gtl data check {folder}")
-    name, prompt = file.stem.lower(), subject(report, posixpath.basename(folder.rstrip("/")))
-    text = fill(report, family, source, file=file, name=name, prompt=prompt)
+    name, prompt = name_after(file.stem), subject(report, title)
+    command = f"gtl train {shlex.quote(str(file))}" + ("" if name == file.stem.lower() else f" --name {name}")
+    text = fill(report, family, source, command=command, name=name, prompt=prompt)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {file}: cannot be written: {error.strerror or error}") from error
     load_recipe(file)
-    return Draft(file, name, prompt, report)
+    return Draft(file, name, command, prompt, report)
+
+
+def name_after(text: str) -> str:
+    """A text as a name that the registry takes."""
+    name = text.lower()
+    return name if NAME.fullmatch(name) else re.sub(r"[^a-z0-9._-]+", "-", name).strip("-._") or "images"
 
 
 def choose_model() -> str:
@@ -126,7 +138,7 @@ def has_classes(report: Report) -> bool:
     return len({posixpath.dirname(uri) for uri in report.captionless}) > 1
 
 
-def fill(report: Report, family: DiffusionFamily, source: str, *, file: Path, name: str, prompt: str) -> str:
+def fill(report: Report, family: DiffusionFamily, source: str, *, command: str, name: str, prompt: str) -> str:
     """The recipe."""
     images, resolution = report.num_images, min(family.default_size)
     wished = PASSES * images / BATCH_SIZE
@@ -134,7 +146,7 @@ def fill(report: Report, family: DiffusionFamily, source: str, *, file: Path, na
     small = len(report.too_small)
     other = f"on a GPU: {GPU_MODEL}" if source == LAPTOP_MODEL else "a hub id, or a folder in diffusers layout"
     return TEMPLATE.format(
-        images=images, source=report.source, file=file, name=name, prompt=json.dumps(prompt),
+        images=images, source=report.source, command=command, name=name, prompt=shlex.quote(one_line(prompt)),
         folder=scalar(report.source), model=scalar(source), model_note=other,
         dropout="0.1" if report.captions else "0.0", captions=captions(report), resolution=resolution,
         sizes=f"{small} images are smaller and are enlarged" if small else "no image is smaller",
@@ -162,6 +174,11 @@ def validation(images: int) -> str:
     if images < FEWEST_TO_HOLD_OUT:
         return "  # validation: 0.05              # share held out for val_loss; worth it from 40 images on"
     return "  validation: 0.05                # share held out, for val_loss"
+
+
+def one_line(text: str) -> str:
+    """A text that a comment can hold, where a line break would end it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def scalar(text: str) -> str:

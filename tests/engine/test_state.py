@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from gtl.train import checkpoint
 from gtl.train.checkpoint import State
 from gtl.train.engine import Engine
 from gtl.train.loop import Lane, train
+from gtl.train.optimizer import make_optimizer
 from gtl.train.schedule import ema_decay
+from gtl.types import UserError
 from tests.engine.group import Group
 from tests.engine.toy import Toy, batches, make_engine, make_train
 
@@ -203,6 +206,17 @@ def eight_bit(stage: int, resume: bool) -> Outcome:
         engine.step()
         rows.append({"loss": loss.item()})
     return rows, engine.state()
+
+
+def test_eight_bits_need_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError) as refused:
+        make_optimizer(list(Toy().parameters()), make_train(optimizer={"type": "adamw_8bit"}), torch.device("cpu"))
+    assert str(refused.value) == (
+        "train.optimizer.type: 'adamw_8bit' needs bitsandbytes, which is not installed: "
+        "pip install bitsandbytes, or use adamw"
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -31,12 +32,23 @@ print(json.dumps({
 """
 
 
+def no_source(folder: str, names: list[str]) -> list[str]:
+    """Of the names in a folder of the tree, those that are made and not written."""
+    if Path(folder) != ROOT:
+        return [name for name in names if name == "__pycache__"]
+    made = ("build", "dist", "runs", "cache", "registry", "out", "demo")
+    return [name for name in names if name in made or name.startswith(".") or name.endswith(".egg-info")]
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of an environment with the wheel alone, which finds the libraries where this one has them."""
     folder = tmp_path_factory.mktemp("wheel")
+    # What an earlier build left in the tree would be packed again, whether its pattern is still there or not.
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=no_source)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    build = ["wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    build = ["wheel", str(source), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     subprocess.run([*pip, *build], check=True, cwd=folder)
     (wheel,) = folder.glob("gtl-*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)

@@ -26,8 +26,15 @@ print(all(map(callable, verbs)), callable(gtl.train), callable(gtl.generate), {"
 def test_the_verbs_take_plain_values(tmp_path: Path) -> None:
     with pytest.raises(gtl.UserError, match=r"^model.source: .*nowhere"):
         gtl.generate(prompt="a dog", model=str(tmp_path / "nowhere"), out=str(tmp_path / "out"))
-    with pytest.raises(gtl.UserError, match="recipe.yaml"):
-        gtl.train(gtl.load_recipe(tmp_path / "recipe.yaml"), "dog")
+    file = tmp_path / "recipe.yaml"
+    with pytest.raises(gtl.UserError, match=r"^recipe .*/recipe\.yaml: No such file"):
+        gtl.load_recipe(file)
+    file.write_text(f"{{model: {{source: {tmp_path}/nowhere}}, data: {{source: {tmp_path}}}}}")
+    recipe = gtl.load_recipe(str(file), [f"storage.{place}={tmp_path / place}" for place in ("runs", "registry")])
+    with pytest.raises(gtl.UserError, match=r"^model\.source: .*/nowhere: no such folder"):
+        gtl.train(recipe, "dog")
+    with pytest.raises(gtl.UserError, match=r"^--resume: no unfinished run under .*/runs/dog$"):
+        gtl.train(recipe, "dog", resume=True)
 
 
 @pytest.mark.parametrize("text", ["dog", "dog@prod", "dog@prod:0.5", "dog:2"])

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gtl.adapters import apply
-from gtl.config import parse_recipe
+from gtl.config import load_recipe, parse_recipe
+from gtl.config.tuners import FreezeTuner
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.objectives import make_objective
@@ -19,8 +20,9 @@ from gtl.tuners import make_tuner
 from gtl.tuners.base import Tuner
 from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
-from tests.tiny import make_sd
+from tests.tiny import make_sd, write_json
 
+RECIPES = Path(__file__).parents[2] / "gtl" / "recipes"
 HEAD = {"conv_norm_out.weight", "conv_norm_out.bias", "conv_out.weight", "conv_out.bias"}
 
 
@@ -112,6 +114,38 @@ def test_only_some_kinds_of_weights(family: DiffusionFamily, only: list[str], ex
         "bias": {"conv_norm_out.bias", "conv_out.bias", "up_blocks.1.attentions.1.proj_out.bias"},
     }
     assert {name for name in found if not name.startswith(prefix)} == outside[only[0]]
+
+
+SD15_UNET = {
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "downsample_padding": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}  # fmt: skip
+"""unet/config.json of Stable Diffusion 1.5."""
+
+
+def test_the_classic_recipe_moves_the_last_three_resnets_and_transformers(tmp_path: Path) -> None:
+    write_json(make_sd(tmp_path) / "unet" / "config.json", SD15_UNET)
+    recipe = load_recipe(RECIPES / "portraits_sd15_last_blocks.yaml", [f"model.source={tmp_path}"])
+    family = open_family(recipe.model.source)
+    with torch.device("meta"):
+        unet = family.build("unet")
+    assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
+    blocks = family.blocks(unet)
+    assert isinstance(recipe.tuner, FreezeTuner)
+    assert (recipe.tuner.freeze_depth, len(blocks)) == (32, 38)
+    kinds = [type(unet.get_submodule(prefix)).__name__ for block in blocks[32:] for prefix in block]
+    assert Counter(kinds) == {"ResnetBlock2D": 3, "BasicTransformerBlock": 3, "GroupNorm": 3, "Conv2d": 6}
+
+    chosen = make_tuner(recipe.tuner, family).apply({"unet": unet}, 0)
+    last = tuple(f"up_blocks.3.{kind}.{i}." for kind in ("resnets", "attentions") for i in range(3))
+    names = {name for name, _ in unet.named_parameters() if name.startswith(last)} | HEAD
+    assert set(chosen) == {f"unet.{name}" for name in names}
+    assert {name for name, parameter in unet.named_parameters() if parameter.requires_grad} == names
 
 
 def test_kinds_add_up_over_all_blocks(family: DiffusionFamily) -> None:

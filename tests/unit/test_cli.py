@@ -1,6 +1,7 @@
 """Commands as a user types them: what they print, and with which status they end."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from PIL import Image
 from gtl.adapters import Card, Registry
 from gtl.adapters.card import Base
 from gtl.cli import main
+from gtl.config import Recipe, load_recipe
+from tests.tiny import make_sd
 
 RECIPE = "{model: {source: %s}, data: {source: %s, resolution: 64}}"
 
@@ -35,6 +38,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main()
     return int(ended.value.code or 0)
+
+
+def stop(*_: object, **__: object) -> None:
+    """Of a training that is interrupted at once."""
+    raise KeyboardInterrupt("stopped and saved")
 
 
 @pytest.mark.parametrize(
@@ -95,12 +103,35 @@ def test_data_check_and_garbage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == "removed 0 shards, 0.0 MiB\n"
 
 
+def test_init_writes_a_recipe_and_what_to_type_next(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(make_sd(here / "tiny"))
+    monkeypatch.setattr("gtl.data.draft.choose_model", lambda: model)
+    assert run(monkeypatch, "init", "pictures") == 0
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()[-1]) == ("pictures.yaml\n", "next: gtl train pictures.yaml")
+    assert load_recipe("pictures.yaml").model.source == model
+    assert run(monkeypatch, "init", "pictures", "--model", "tiny", "--out", "My Photos.yaml") == 0
+    out, err = capsys.readouterr()
+    assert out == "My Photos.yaml\n"
+    command = err.splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(command) == ["gtl", "train", "My Photos.yaml", "--name", "my-photos"]
+    assert run(monkeypatch, "init", "pictures") == 2
+    assert capsys.readouterr().err.startswith("error: --out pictures.yaml: is there already")
+
+    trained: list[tuple[Recipe, str]] = []
+    monkeypatch.setattr("gtl.train.launch.train", lambda recipe, name, **_: trained.append((recipe, name)) or stop())
+    assert run(monkeypatch, *shlex.split(command)[1:]) == 130
+    assert trained == [(load_recipe("My Photos.yaml"), "my-photos")]
+    assert run(monkeypatch, "train", "My Photos.yaml") == 2
+    assert len(trained) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(
+        "error: --name, left out, of My Photos.yaml: 'my photos': a name starts with a-z or 0-9"
+    )
+
+
 def test_ctrl_c_says_what_it_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import gtl.train.launch
-
-    def stopped(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt("stopped and saved")
-
-    monkeypatch.setattr(gtl.train.launch, "train", stopped)
+    monkeypatch.setattr("gtl.train.launch.train", stop)
     assert run(monkeypatch, "train", "dog.yaml") == 130
     assert capsys.readouterr().err == "stopped and saved\n"

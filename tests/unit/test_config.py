@@ -2,6 +2,7 @@
 
 import copy
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gtl.config import Recipe, load_recipe, parse_recipe
 from gtl.config.load import dump_recipe, set_key
 from gtl.config.names import Reference, check_name, new_version, parse_reference
 from gtl.config.pairs import PAIRS, Needs, Pair, pair
+from gtl.storage import Store
 from gtl.types import UserError
 
 BASE: dict[str, Any] = {"model": {"source": "org/name"}, "data": {"source": "s3://bucket/photos"}}
@@ -219,7 +221,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("tuner.alpha=much", "tuner.alpha: 'much': should be a number or 'auto'"),
         ("tuner.dropout=1", "tuner.dropout: 1: should be less than 1"),
         ("tuner.targets=all",
-         "tuner.targets: 'all': should be 'attention', 'attention+ff', 'all-linear' or 'all-linear+conv'"),
+         "tuner.targets: 'all': should be 'attention', 'attention+ff', 'all-linear' or 'all-linear+conv' or a list"),
         ("tuner.targets=[]",
          "tuner.targets: []: should be 'attention', 'attention+ff', 'all-linear' or 'all-linear+conv' "
          "or have at least 1 in its list"),
@@ -253,6 +255,26 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("train.zero.stage=4", "train.zero.stage: 4: should be 'auto', 0, 1, 2 or 3"),
         ("train.optimizer.betas=[0.9, 1.5]", "train.optimizer.betas.1: 1.5: should be less than 1"),
         ("train.optimizer.betas=0.9", "train.optimizer.betas: 0.9: should be a list"),
+        ("data.validation=1", "data.validation: 1: should be less than 1"),
+        ("data.validation=-0.1", "data.validation: -0.1: should be greater than or equal to 0"),
+        ("objective={type: autoencode, l2: -1}", "objective.l2: -1: should be greater than or equal to 0"),
+        ("train.micro_batch=[1]", "train.micro_batch: [1]: should be a whole number or 'auto'"),
+        ("train.early_stopping=3",
+         "train.early_stopping: 3: should be a section with the keys metric, patience, min_delta"),
+        ("train.early_stopping.metric=fid", "train.early_stopping.metric: 'fid': should be 'val_loss'"),
+        ("train.early_stopping.patience=0",
+         "train.early_stopping.patience: 0: should be greater than or equal to 1"),
+        ("train.early_stopping.min_delta=-0.1",
+         "train.early_stopping.min_delta: -0.1: should be greater than or equal to 0"),
+        ("train.early_stopping={patience: 2}",
+         "train.early_stopping: there is nothing to judge by; set data.validation, such as 0.05"),
+        ("evaluate.every=0", "evaluate.every: 0: should be greater than or equal to 1"),
+        ("evaluate.prompts=a dog", "evaluate.prompts: 'a dog': should be 'auto' or a list"),
+        ("evaluate.prompts=['']", "evaluate.prompts.0: '': should not be empty"),
+        ("evaluate.negative_prompt=5", "evaluate.negative_prompt: 5: should be text"),
+        ("evaluate.steps=1001", "evaluate.steps: 1001: should be less than or equal to 1000"),
+        ("evaluate.guidance=-1", "evaluate.guidance: -1: should be greater than or equal to 0"),
+        ("evaluate.seed=-1", "evaluate.seed: -1: should be greater than or equal to 0"),
         ("storage.runs=''", "storage.runs: '': should not be empty"),
     ],
 )  # fmt: skip
@@ -322,6 +344,14 @@ def test_a_zero_stage_above_the_pair_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert mistake("train.zero.stage=2") == "train.zero.stage: 2: lora with denoise bears at most 1"
 
 
+@pytest.mark.parametrize("key", ["activation_checkpointing", "compile"])
+def test_what_goes_block_by_block_is_refused_without_blocks(key: str) -> None:
+    assert mistake("objective.type=autoencode", "tuner.type=full", f"train.{key}=true") == (
+        f"train.{key}: true: goes block by block, which an autoencoder is not divided into"
+    )
+    assert getattr(recipe(f"train.{key}=true").train, key) is True
+
+
 def test_a_pair_outside_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         pair("lora", "classify")
@@ -357,6 +387,22 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
     with pytest.raises(UserError, match=r"image\.png: not text in UTF-8 \(.*\)$"):
         load_recipe(tmp_path / "image.png")
+
+
+def test_a_recipe_in_a_bucket(s3: str) -> None:
+    folder = Store(s3).sub(uuid.uuid4().hex)
+    folder.write("r.yaml", dump_recipe(recipe("train.steps=7")).encode())
+    assert load_recipe(folder.url("r.yaml")) == recipe("train.steps=7")
+    assert load_recipe(folder.url("r.yaml"), ["train.steps=8"]).train.steps == 8
+    folder.write("broken.yaml", b"a: b: c")
+    for place, message in (
+        (folder.url("none.yaml"), "recipe {}: No such file or directory; expected a YAML file"),
+        (folder.url("broken.yaml"), "recipe {}: not valid YAML: line 1: mapping values are not allowed here"),
+        ("s3://no-such-bucket/r.yaml", "recipe {}: No such file or directory; expected a YAML file"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_recipe(place)
+        assert str(caught.value) == message.format(place)
 
 
 def test_an_empty_section_means_its_defaults(tmp_path: Path) -> None:

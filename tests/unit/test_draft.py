@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from gtl.config import load_recipe
-from gtl.data.draft import write_draft
+from gtl.config.names import check_name
+from gtl.data.draft import Draft, choose_model, write_draft
 from gtl.types import UserError
 from tests.tiny import make_sd
 
@@ -68,6 +71,66 @@ def test_folders_of_classes_are_their_own_captions(here: Path, model: str) -> No
 def test_any_name_of_a_folder_is_quoted(folder: str, here: Path, model: str) -> None:
     picture(f"{folder}/0.png")
     assert load_recipe(write_draft(folder, model, Path("r.yaml")).file).data.source == str(here / folder)
+
+
+def printed(draft: Draft) -> list[list[str]]:
+    """The commands at the head of a recipe, as a shell reads them."""
+    return [shlex.split(line) for line in re.findall("^#   (gtl .*)$", draft.file.read_text(), re.M)]
+
+
+@pytest.mark.parametrize("caption", ["ein Käfer für 5 $HOME", "it's a \"dog\" \\ `id`", "犬 🐕", "a dog"])
+def test_what_it_prints_can_be_pasted(caption: str, here: Path, model: str) -> None:
+    picture("dog/0.png")
+    Path("dog/0.txt").write_text(caption, encoding="utf-8")
+    draft = write_draft("dog", model)
+    assert printed(draft) == [
+        ["gtl", "train", "dog.yaml"],
+        ["gtl", "generate", "--adapter", "dog", "--prompt", caption, "--out", "pictures"],
+    ]
+    assert caption.isascii() or caption in draft.file.read_text(encoding="utf-8")  # not \u00e4
+
+
+def test_a_caption_of_several_lines_stays_in_its_comment(here: Path, model: str) -> None:
+    picture("dog/0.png")
+    Path("dog/metadata.jsonl").write_text(r'{"file_name": "0.png", "text": "a dog\nmodel: \u2028 \u0007 evil"}')
+    assert printed(write_draft("dog", model))[1][5] == "a dog model: evil"
+
+
+@pytest.mark.parametrize(
+    ("out", "name"), [("My Photos.yaml", "my-photos"), ("-$x.yaml", "x"), ("ÄÖ.yaml", "images"), ("Dog_.yaml", None)]
+)
+def test_a_file_whose_name_is_no_adapters_gets_one(out: str, name: str | None, here: Path, model: str) -> None:
+    picture("dog/0.png")
+    draft = write_draft("dog", model, Path(f"./{out}"))
+    assert draft.name == check_name(name or "dog_")
+    assert shlex.split(draft.command) == ["gtl", "train", out, *(["--name", name] if name else [])]
+    assert printed(draft)[0] == shlex.split(draft.command)
+    assert f"runs/{draft.name}/VERSION" in draft.file.read_text()
+
+
+def test_this_folder_has_a_name(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture("Red Fox/old/0.png")
+    monkeypatch.chdir("Red Fox")
+    draft = write_draft(".", model)
+    assert (draft.file, draft.prompt) == (Path("red-fox.yaml"), "a photo of sks Red Fox")
+    assert load_recipe(draft.file).data.source == str(here / "Red Fox")
+    monkeypatch.chdir("old")
+    assert write_draft("..", model).name == "red-fox"
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "model"), [(False, "builtin:tiny"), (True, "stable-diffusion-v1-5/stable-diffusion-v1-5")]
+)
+def test_the_model_suits_the_machine(has_gpu: bool, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    assert choose_model() == model
+
+
+def test_a_model_is_chosen_where_none_is_named(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gtl.data.draft.LAPTOP_MODEL", model)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    picture("dog/0.png")
+    assert load_recipe(write_draft("dog").file).model.source == model
 
 
 def test_mistakes_write_nothing(here: Path, model: str) -> None:

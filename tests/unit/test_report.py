@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ import pytest
 from PIL import Image
 
 from gtl.cli import main
+from gtl.config import Recipe, parse_recipe
 from gtl.images import save_png
 from gtl.report.chart import MAX_POINTS, Series, draw, linear_ticks, log_ticks, short, smooth
 from gtl.report.command import report
-from gtl.report.facts import incomparable, state
+from gtl.report.demo import Panel, render_demo
+from gtl.report.facts import incomparable, next_commands, state
 from gtl.report.run import MAX_PICTURES, read_run
 from gtl.storage import Store
 from gtl.types import UserError
@@ -296,6 +299,23 @@ def test_a_bucket_is_as_good_as_a_folder(s3: str, tmp_path: Path) -> None:
     assert len([tag for tag, _ in page.elements if tag == "img"]) == 1
 
 
+def test_what_a_run_in_a_bucket_says_to_type_goes_on_with_it(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(Store(s3).sub(uuid.uuid4().hex), finished=False)
+    (command,) = next_commands(read_run(run))
+    assert command == f"gtl train {run.url()}/recipe.yaml --name dog --resume"
+    asked: list[Any] = []
+
+    def train(recipe: Recipe, name: str, *, resume: bool, **_: object) -> None:
+        asked.extend((recipe, name, resume))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gtl.train.launch.train", train)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit):
+        main()
+    assert asked == [parse_recipe(read_run(run).recipe), "dog", True]
+
+
 def test_large_and_many_pictures_stay_a_small_page(runs: Store, tmp_path: Path) -> None:
     run = make_run(runs)
     for step in range(MAX_PICTURES + 6):
@@ -388,19 +408,40 @@ def chromium() -> str:
     return found
 
 
+@pytest.fixture
+def demo_page(tmp_path: Path) -> Path:
+    """The page of a demo, with two panels of two prompts and two models each."""
+    picture = tmp_path / "picture.png"
+    save_png(Image.new("RGB", (64, 64), "red"), picture, {})
+    prompts = ["a photo of an uncommonly large red wug on a blue background", "a wug"]
+    models = dict.fromkeys(("the base model", "with the concept adapter"), [picture, picture])
+    scores = [{"prompts": "new prompts with the concept", "drawn by": model, "right": "57 of 60",
+               "95 % interval": "86% to 99%", "goal": "95%, goal 90%: reached"} for model in models]  # fmt: skip
+    page = render_demo(
+        scores, [Panel("new prompts", prompts, models), Panel("old prompts", prompts, models)], {"concept": 400},
+        {"concept": 600.0}, ["gtl generate --registry demo/registry --adapter demo-concept --prompt 'a wug' --out it"],
+    )  # fmt: skip
+    file = tmp_path / "demo.html"
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_a_phone_shows_it_without_scrolling_sideways(
-    is_dark: bool, chromium: str, runs: Store, shown: Store, tmp_path: Path
+    is_dark: bool, chromium: str, runs: Store, shown: Store, demo_page: Path, tmp_path: Path
 ) -> None:
     other = make_run(runs, "an-uncommonly-long-name-of-a-run-that-does-not-fit", "20261125-043753-919-324dee")
-    for file in (report(shown.url(), [], None, ""), report(shown.url(), [other.url()], None, "")):
+    pages = {
+        report(shown.url(), [], None, ""): 4, report(shown.url(), [other.url()], None, ""): 4, str(demo_page): 8,
+    }  # fmt: skip
+    for file, pictures in pages.items():
         seen = look(chromium, Path(file), tmp_path, is_dark)
         assert seen["inner"] == 375
         assert seen["scroll"] <= seen["inner"]
         assert seen["dark"] is is_dark
         assert seen["paper"] == ("rgb(20, 23, 27)" if is_dark else "rgb(255, 255, 255)")
         assert seen["broken"] == 0
-        assert seen["pictures"] == 4
+        assert seen["pictures"] == pictures
 
 
 FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark">
