@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gtl.adapters.card import Card, Lineage, base_of
 from gtl.adapters.registry import Registry
+from gtl.config.base import absolute_if_local
 from gtl.config.names import check_name, new_version, parse_reference
 from gtl.types import UserError
 
@@ -69,6 +70,7 @@ def import_adapter(
     from gtl.families import open_family
 
     check_name(name, "adapter name")
+    model = absolute_if_local(model)  # the card is read from other folders too
     family = open_family(model, revision=revision, variant=variant)
     with torch.device("meta"):
         parts = {part: family.build(part) for part in (family.main, *getattr(family, "encoders", ()))}

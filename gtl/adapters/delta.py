@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gtl.adapters.formats import write_safetensors
 from gtl.adapters.read import read_safetensors
 from gtl.types import UserError
 
@@ -23,11 +24,9 @@ MOVED = "gtl_moved"
 
 def write_delta(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write new values by `<part>.<parameter>`; equal tensors make equal files."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(values, folder / DELTA, metadata={"format": "pt"})
+    write_safetensors(values, folder / DELTA)
 
 
 def apply_delta(parts: Mapping[str, nn.Module], folder: Path, name: str, scale: float) -> None:

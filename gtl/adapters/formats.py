@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,7 +141,6 @@ def plain(value: float) -> float:
 
 def _write_peft(part: str, layers: Mapping[str, Mapping[str, Tensor]], folder: Path, config: LoraExport) -> None:
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     own = {layer: group for layer, group in layers.items() if layer.startswith(f"{part}.")}
     ranks = {layer: int(group[A].shape[0]) for layer, group in own.items()}
@@ -152,13 +153,11 @@ def _write_peft(part: str, layers: Mapping[str, Mapping[str, Tensor]], folder: P
         for layer, group in own.items()
         for suffix, tensor in group.items()
     }
-    # One key: safetensors writes several in random order, and equal tensors should make equal files.
-    save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(named, folder / PEFT_WEIGHTS)
 
 
 def _write_diffusers(layers: Mapping[str, Mapping[str, Tensor]], folder: Path, config: LoraExport) -> None:
     import torch
-    from safetensors.torch import save_file
 
     scales = {layer: config.scale(layer, int(group[A].shape[0])) for layer, group in layers.items()}
     dtypes = {tensor.dtype for group in layers.values() for tensor in group.values()}
@@ -171,7 +170,25 @@ def _write_diffusers(layers: Mapping[str, Mapping[str, Tensor]], folder: Path, c
         for suffix, tensor in group.items():
             value = tensor.detach().cpu().float() * (scales[layer] if suffix == B else 1.0)
             named[stored_name(layer, suffix)] = value.to(dtype).contiguous()
-    save_file(named, folder / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(named, folder / DIFFUSERS_WEIGHTS)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a file of tensors, which are contiguous and on the CPU; equal tensors make equal files.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written to; safetensors' own error is none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        # One key: safetensors writes several in random order.
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
 
 
 def stored_name(layer: str, suffix: str) -> str:

@@ -37,7 +37,9 @@ class Registry:
     def publish(self, name: str, version: str, folder: Path, card: Card) -> Card:
         """Publish a folder's files as NAME@VERSION: weights first, the card last. Returns the card with its files.
 
-        On a local disk the version appears by one rename, so of two publishers of one version exactly one wins.
+        Of two publishers of one version exactly one wins: on a local disk the version appears by one rename, in a
+        bucket by creating the card (see `Store.create`), where the loser's files may have replaced the winner's: those
+        of one run are the same, and others are found damaged by `fetch`.
 
         Raises:
             UserError: a name is malformed, the folder is empty, or the version exists.
@@ -56,8 +58,8 @@ class Registry:
         else:
             for key, path in local.items():
                 self.store.upload(path, f"{name}/{version}/{key}")
-            self._refuse_existing(name, version)
-            self.store.write(f"{name}/{version}/{CARD}", card.to_json())
+            if not self.store.create(f"{name}/{version}/{CARD}", card.to_json()):
+                raise self._taken(name, version)
         return card
 
     def list(self, name: str | None = None) -> tuple[Listing, ...]:
@@ -173,7 +175,10 @@ class Registry:
 
     def _refuse_existing(self, name: str, version: str) -> None:
         if self.store.exists(f"{name}/{version}/{CARD}"):
-            raise UserError(f"adapter {name}@{version}: already published in {self.store.root}; versions never change")
+            raise self._taken(name, version)
+
+    def _taken(self, name: str, version: str) -> UserError:
+        return UserError(f"adapter {name}@{version}: already published in {self.store.root}; versions never change")
 
     def _hidden(self, name: str, version: str) -> Store:
         return self.store.sub(f"{name}/.{version}.{os.getpid()}.{os.urandom(4).hex()}")

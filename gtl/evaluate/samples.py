@@ -43,7 +43,8 @@ def draw_shares(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     padded = [*requests, *[requests[-1]] * (-len(requests) % world)]
-    engine = Engine(family, parts, device, torch.float32, MAX_BATCH, encoded)
+    known = encode(family, parts, requests) if encoded is None else encoded
+    engine = Engine(family, parts, device, torch.float32, MAX_BATCH, known)
     mine = {engine.add(request): rank + world * turn for turn, request in enumerate(padded[rank::world])}
     pictures: dict[int, Image.Image] = {}
     while len(engine):
@@ -54,3 +55,17 @@ def draw_shares(
     shares: list[dict[int, Image.Image]] = [{}] * world
     dist.gather_object(pictures, shares if rank == 0 else None)
     return [shares[position % world][position] for position in range(len(requests))] if rank == 0 else []
+
+
+@torch.inference_mode()
+def encode(
+    family: DiffusionFamily, parts: Mapping[str, nn.Module], requests: Sequence[Request]
+) -> dict[str, Conditions]:
+    """Conditions of all texts of all requests. Collective.
+
+    Every rank encodes all of them in the same order: the engine would encode those of its share only, and weights that
+    are spread over ranks demand as many forward passes of each.
+    """
+    texts = {text for request in requests for text in (request.prompt, request.negative_prompt)}
+    encoders = {part: parts[part] for part in family.encoders}
+    return {text: family.encode_prompts(encoders, [text])[0] for text in sorted(texts)}

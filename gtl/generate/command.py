@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl import __version__
 from gtl.adapters.registry import Registry
+from gtl.config.base import absolute_if_local
 from gtl.config.names import parse_reference
 from gtl.generate.prompts import Prompt, read_prompts
 from gtl.types import Progress, UserError
@@ -122,6 +123,7 @@ def choose_base(
     Raises:
         UserError: neither is given.
     """
+    model = None if model is None else absolute_if_local(model)  # as cards have it
     bases = [adapter.base for adapter in adapters if model in (None, adapter.base.source)]
     if bases:
         return Origin(bases[0].source, revision or bases[0].revision, variant or bases[0].variant)

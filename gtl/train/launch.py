@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe, read_yaml
-from gtl.config.names import Reference, new_version
+from gtl.config.names import Reference, new_version, parse_reference
 from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
@@ -55,22 +55,26 @@ class Resources:
     """Of the frozen weights and the arithmetic: fp32 or bf16."""
 
 
-def train(recipe: Recipe, name: str, *, resume: bool = False, progress: Progress = quiet) -> Reference:
+def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Progress = quiet) -> Reference:
     """Run a recipe on the cluster and publish what it learned; returns the name and version of that.
 
     Args:
         recipe: See `gtl.load_recipe`.
         name: Of the run and its adapter.
-        resume: Go on with the newest unfinished run of that name.
+        resume: Go on with the newest unfinished run of that name, or with this version of it.
         progress: Is called as it goes on.
 
     Raises:
         UserError: the recipe, the model, the data or the cluster is not what it has to be.
         KeyboardInterrupt: the run was stopped; it has saved, and `resume` goes on with it.
     """
-    recipe = pin_init(recipe)
     runs = Store(f"{recipe.storage.runs}/{name}")
-    version = unfinished(runs, recipe) if resume else new_version(dump_recipe(recipe))
+    if resume:
+        version = resume if isinstance(resume, str) else unfinished(runs)
+        recipe = go_on(runs, version, recipe)
+    else:
+        recipe = pin_init(recipe)
+        version = new_version(dump_recipe(recipe))
     Registry(recipe.storage.registry).versions(name)  # out of reach is better known now than when all is learned
     family = open_model(recipe, progress)
     base = base_of(family, recipe.model.source, recipe.model.revision)
@@ -102,13 +106,16 @@ def train_once(recipe: Recipe, name: str, *, progress: Progress = quiet) -> Refe
     same = [version for version in runs.folders() if was_of(runs, version, recipe)]
     if same and runs.exists(f"{same[-1]}/{PUBLISHED}"):
         return Reference(name, same[-1], 1.0)
-    return train(recipe, name, resume=bool(same), progress=progress)
+    return train(recipe, name, resume=same[-1] if same else False, progress=progress)
 
 
 def was_of(runs: Store, version: str, recipe: Recipe) -> bool:
     """Whether a run was started with exactly this recipe."""
     key = f"{version}/recipe.yaml"
-    return runs.exists(key) and runs.read(key).decode() == dump_recipe(pin_init(recipe))
+    if not runs.exists(key):
+        return False
+    text = runs.read(key).decode()
+    return text == dump_recipe(pin_init(recipe, read_yaml(text).get("tuner", {}).get("init")))
 
 
 def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:
@@ -123,8 +130,10 @@ def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:
         return prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
 
 
-def pin_init(recipe: Recipe) -> Recipe:
-    """The recipe with the version that `tuner.init` means now, since an alias may move while the run lasts.
+def pin_init(recipe: Recipe, begun: str | None = None) -> Recipe:
+    """The recipe with the version that `tuner.init` means, since an alias may move while the run lasts.
+
+    Of a run that `begun` was pinned for, a bare name or an alias of the same adapter means what it did then.
 
     Raises:
         UserError: there is no such adapter.
@@ -132,7 +141,11 @@ def pin_init(recipe: Recipe) -> Recipe:
     if recipe.tuner.init is None:
         return recipe
     card, version = Registry(recipe.storage.registry).resolve(recipe.tuner.init)
-    tuner = recipe.tuner.model_copy(update={"init": f"{card.name}@{version}"})
+    pinned = f"{card.name}@{version}"
+    if begun is not None and parse_reference(begun).name == card.name:
+        names_version = parse_reference(recipe.tuner.init).version == version
+        pinned = pinned if names_version else begun
+    tuner = recipe.tuner.model_copy(update={"init": pinned})
     return recipe.model_copy(update={"tuner": tuner})
 
 
@@ -185,24 +198,34 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     return Resources(workers, gpus, asked.cpus_per_worker, resolved)
 
 
-def unfinished(runs: Store, recipe: Recipe) -> str:
+def unfinished(runs: Store) -> str:
     """The newest version of a run whose adapter has not been published.
 
     Raises:
-        UserError: there is none, or what it learns has changed since.
+        UserError: there is none.
     """
     versions = [v for v in runs.folders() if runs.exists(f"{v}/recipe.yaml") and not runs.exists(f"{v}/{PUBLISHED}")]
     if not versions:
         raise UserError(f"--resume: no unfinished run under {runs.url()}")
-    old = parse_recipe(read_yaml(runs.read(f"{versions[-1]}/recipe.yaml").decode()))
+    return versions[-1]
+
+
+def go_on(runs: Store, version: str, recipe: Recipe) -> Recipe:
+    """The recipe to go on with a run by: `tuner.init` is pinned as the run has it.
+
+    Raises:
+        UserError: what it learns has changed since it was started.
+    """
+    old = parse_recipe(read_yaml(runs.read(f"{version}/recipe.yaml").decode()))
+    recipe = pin_init(recipe, old.tuner.init)
     changed = sorted(differing(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
     harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in HARMLESS)]
     if harmful:
         raise UserError(
-            f"--resume: {runs.url(versions[-1])} was started with other values of {', '.join(harmful)}; "
+            f"--resume: {runs.url(version)} was started with other values of {', '.join(harmful)}; "
             "put them back, or start a new run without --resume"
         )
-    return versions[-1]
+    return recipe
 
 
 def check_unchanged(job: Job) -> None:
@@ -259,9 +282,7 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
     with stop_signals(lambda: board.stop.remote()) as stopped:
         thread.start()
         with closing(Services(job, progress)) as services:
-            while thread.is_alive():
-                thread.join(0.25)
-                rows = ray.get(board.take.remote())
+            for rows in follow(thread, lambda: ray.get(board.take.remote())):
                 show(rows, progress)
                 services.log(rows)
             services.is_finished = job.run.exists(RESULT)
@@ -272,6 +293,15 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
     if not job.run.exists(RESULT):
         message = f"{job.run.url()}: stopped and saved before its last step; --resume goes on"
         raise KeyboardInterrupt(message) if stopped else RuntimeError(message)
+
+
+def follow(thread: threading.Thread, take: Callable[[], list[Row]]) -> Iterator[list[Row]]:
+    """What a thread's work posts, as it comes; the last time after its end."""
+    is_alive = True
+    while is_alive:
+        thread.join(0.25)
+        is_alive = thread.is_alive()
+        yield take()
 
 
 def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -38,11 +38,17 @@ class Stopping:
     """Of the best."""
     waited: int = 0
 
-    def replay(self, rows: Iterable[Mapping[str, Any]], done: int) -> None:
-        """Take in what a run that is resumed after `done` steps had measured."""
+    def replay(self, rows: Iterable[Mapping[str, Any]], done: int, kept: Collection[int]) -> None:
+        """Take in what a run that is resumed after `done` steps had measured, and `kept` checkpoints of which steps.
+
+        A best one without its checkpoint is forgotten, since it could not be published: a later one took its place
+        before the run was cut off, and will not come again if it was after the last save.
+        """
         for row in rows:
             if row["step"] <= done and self.config.metric in row:
                 self.take(int(row["step"]), row[self.config.metric])
+        if self.step not in kept:
+            self.best, self.step = math.inf, 0
 
     def take(self, step: int, value: float) -> bool:
         """Whether the value is a new best. A model that has learned nothing yet, at step 0, does not count."""
@@ -123,7 +129,7 @@ class Watch:
     keep_best: Callable[[int], None]
     """Saves the state after that many steps as the best one. Called on every rank."""
     seen: dict[str, float] = field(default_factory=dict)
-    """The newest validation of this process."""
+    """The newest validation; of a run that is resumed, that of the step it goes on from."""
 
     def __call__(self, done: int) -> Mapping[str, float]:
         """Validation losses, when it is time for them. Collective."""
@@ -143,7 +149,7 @@ class Watch:
     @property
     def verdict(self) -> dict[str, float]:
         """For the card: how good the weights that are published were on the held-out images."""
-        if self.stopping is not None:
+        if self.stopping is not None and self.stopping.step:
             return {"val_loss": self.stopping.best, "best_step": self.stopping.step}
         return {name: self.seen[name] for name in ("val_loss",) if name in self.seen}
 

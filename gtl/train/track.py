@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from gtl.storage import Store
+from gtl.storage import Store, explained
 
 Row = Mapping[str, float | int | str | None]
 
@@ -17,33 +20,36 @@ class Tracker:
     """Writes rows of metrics into a run's folder; one process of a run has one.
 
     On a local disk every row is there at once. A bucket has no append: rows go to a local copy, which replaces the
-    object at each `flush`.
+    object at each `flush`. Every method raises UserError, naming the rows' file, when the disk is full.
     """
 
     def __init__(self, run: Store, first_step: int = 0) -> None:
         """Keep the rows before `first_step` of an earlier part of the same run, drop what it will do again."""
-        from tensorboardX import SummaryWriter
-
         self._run = run
         self._temporary = None if run.is_local else tempfile.TemporaryDirectory()
         self._folder = Path(self._temporary.name if self._temporary else run.url())
-        self._folder.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_rows(run) if int(row.get("step") or 0) <= first_step] if first_step else []
         Store(self._folder).write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = (self._folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+        self._place = str(self._folder / "metrics.jsonl")
+        with explained(self._place):
+            self._file = open(self._place, "a", encoding="utf-8", buffering=1)
+            self._events = open_events(self._folder / "tensorboard", first_step + 1)
 
     def log(self, row: Row) -> None:
         """Append one row; it names its step."""
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, int(row["step"]))  # type: ignore[arg-type]
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        event = Event(wall_time=time.time(), step=int(row["step"]), summary=Summary(value=values))  # type: ignore[arg-type]
+        with explained(self._place):
+            self._file.write(json.dumps(row) + "\n")
+            self._events.write_event(event)
+            self._events.flush()
 
     def flush(self) -> None:
         """Make what was logged visible to others."""
-        self._file.flush()
-        self._events.flush()
         if self._temporary:
             for file in sorted(self._folder.rglob("*")):
                 if file.is_file():
@@ -51,11 +57,12 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and let go of the files."""
-        self._events.close()
-        self.flush()
-        self._file.close()
-        if self._temporary:
-            self._temporary.cleanup()
+        with explained(self._place), ExitStack() as stack:
+            if self._temporary:
+                stack.callback(self._temporary.cleanup)
+            stack.callback(self._file.close)
+            stack.callback(self._events.close)
+            self.flush()
 
     def __enter__(self) -> Tracker:
         return self
@@ -64,6 +71,21 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_events(folder: Path, first_step: int) -> Any:
+    """A new file of TensorBoard events in a folder; it hides what older files there have from `first_step` on.
+
+    Not a `SummaryWriter`: its thread dies of a full disk, unseen, and the next event waits for it for ever.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder.mkdir(parents=True, exist_ok=True)
+    events = EventsWriter(str(folder / "events"))
+    events.write_event(Event(step=first_step, file_version="brain.Event:2"))
+    events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    return events
 
 
 def read_rows(run: Store) -> list[dict[str, float | int | str | None]]:

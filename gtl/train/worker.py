@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gtl import __version__
 from gtl.config import Recipe, parse_recipe
-from gtl.storage import Store
+from gtl.storage import Store, explained
 from gtl.types import DTYPES, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class Job:
     dataset: str
     """Fingerprint of the prepared dataset in the cache."""
     base: str
-    """Fingerprint of the base model's main part."""
+    """Fingerprint of the base model."""
     dtype: str
     """Of the frozen weights: fp32 or bf16."""
     code: str = __version__
@@ -103,7 +105,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     Leaves metrics, checkpoints, the exported adapter and, last of all, `RESULT` in the run's folder.
 
     Raises:
-        UserError: versions differ, the model does not fit the recipe, the loss diverges, a store fails.
+        UserError: versions or models differ, the model does not fit the recipe, the loss diverges, a store fails.
     """
     import torch
     import torch.distributed as dist
@@ -120,6 +122,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     dataset, held_out = Dataset.load(Store(recipe.storage.cache), job.dataset).split(recipe.data.validation)
     batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
     trainee = assemble(recipe, job.dtype)
+    check_base(trainee.family, job)
     plan = settle(recipe, trainee, device, batches.steps_per_epoch)
     engines = make_engines(trainee, recipe, plan, device)
     done, spent = restore(engines, job.run)
@@ -140,9 +143,9 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
             return notify({**row, "steps": plan.steps})
 
         def save_all(step: int) -> None:
-            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep)
             if tracker is not None:
-                tracker.flush()
+                tracker.flush()  # first: who goes on from the checkpoint finds the rows that lead to it
+            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep)
 
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
@@ -183,6 +186,21 @@ def assemble(recipe: Recipe, dtype: str) -> Trainee:
         if recipe.train.compile:
             compile_blocks(main, chain.from_iterable(family.blocks(main)))
     return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
+
+
+def check_base(family: DiffusionFamily, job: Job) -> None:
+    """Compare the model on this machine with the launcher's; one rank of a machine does, since that reads all of it.
+
+    Raises:
+        UserError: its files are others.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if (found := family.fingerprint()) != job.base:
+        raise UserError(
+            f"model.source: {job.recipe['model']['source']}: its files on the worker {platform.node()} ({found[:12]}) "
+            f"are not those where the run was started ({job.base[:12]}); give all machines the same model"
+        )
 
 
 def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
@@ -263,7 +281,7 @@ def make_watch(
     import torch.distributed as dist
 
     from gtl.evaluate.validation import Validation
-    from gtl.train.checkpoint import forget_after
+    from gtl.train.checkpoint import complete, forget_after
     from gtl.train.look import Grid, Stopping, Watch, auto_prompts
     from gtl.train.track import read_rows
 
@@ -273,6 +291,8 @@ def make_watch(
         seed=recipe.data.seed,
     )  # fmt: skip
     shown, grid, stopping = recipe.evaluate, None, None
+    rows: list[dict[str, Any]] = read_rows(job.run) if done else []
+    seen = next(({"val_loss": row["val_loss"]} for row in rows if row["step"] == done and "val_loss" in row), {})
     if recipe.needs.text != "none":
         prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
         size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
@@ -280,10 +300,10 @@ def make_watch(
         grid = Grid(shown, prompts, size, trainee, trained, device, dtype) if prompts else None
     if recipe.train.early_stopping is not None:
         stopping = Stopping(recipe.train.early_stopping)
-        stopping.replay(read_rows(job.run), done)
+        stopping.replay(rows, done, [int(key.rpartition("/")[2]) for key in complete(job.run, BEST)])
         if dist.get_rank() == 0:
             forget_after(job.run, BEST, done)
-    return Watch(shown.every, plan.steps, job.run, engines, validation, device, grid, stopping, keep_best)
+    return Watch(shown.every, plan.steps, job.run, engines, validation, device, grid, stopping, keep_best, seen)
 
 
 def restore(engines: Mapping[str, Engine], run: Store) -> tuple[int, float]:
@@ -335,7 +355,8 @@ def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Eng
         tensors = {name: kinds[kind] for state in states.values() for name, kinds in state.tensors.items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        trainee.tuner.export(tensors, folder)
+        with explained(temporary):
+            trainee.tuner.export(tensors, folder)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
     result = {**result, "final_loss": read_rows(job.run)[-1].get("loss")}

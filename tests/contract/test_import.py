@@ -347,3 +347,10 @@ def test_import_command(sd, tmp_path):
     with pytest.raises(UserError, match="misfit.safetensors: 8 of 40 keys match no layer of the model's unet, text"):
         import_adapter(url, tmp_path / "misfit.safetensors", str(sd), "misfit")
     assert [listing.name for listing in Registry(url).list()] == ["theirs"]
+
+
+def test_the_card_of_a_local_model_names_its_whole_path(sd, tmp_path, monkeypatch):
+    save_file(kohya(random_lora(load_unet(sd), "unet", only="attn1"), 2.0), tmp_path / "them.safetensors")
+    monkeypatch.chdir(sd.parent)
+    card = import_adapter(str(tmp_path / "registry"), tmp_path / "them.safetensors", f"./{sd.name}", "theirs")
+    assert card.base.source == str(sd)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gtl.train.blocks import checkpoint_blocks
-from gtl.train.flops import FlopMeter, peak_flops
+from gtl.train.flops import FlopMeter, peak_flops, peak_of
 from gtl.train.loop import utilisation
 from gtl.types import Batch
 from tests.engine.group import Group
@@ -88,3 +88,18 @@ def test_utilisation_is_a_share_of_the_peak() -> None:
     assert utilisation(3e12, None) == {"tflops": 3.0}
     assert utilisation(0.0, 12e12) == {}
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA B200", 2250), ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10G", 70), ("NVIDIA L40S", 362), ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121), ("NVIDIA A40", 150), ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA A10", None), ("NVIDIA GeForce RTX 4080", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_known_by_whole_words(name: str, tflops: int | None) -> None:
+    assert peak_of(name) == (None if tflops is None else tflops * 1e12)

@@ -13,7 +13,9 @@ from torch import nn
 
 from gtl.config import parse_recipe
 from gtl.config.objectives import DenoiseObjective
+from gtl.evaluate.samples import draw_shares
 from gtl.families import open_family
+from gtl.generate.engine import Request
 from gtl.objectives import make_objective
 from gtl.train.engine import Engine
 from gtl.train.worker import assemble
@@ -150,3 +152,34 @@ def test_checkpointed_and_compiled_blocks_learn_the_same(duo: Group, short: Path
         assert graphs >= 2  # a ResNet's and a transformer block's
     else:
         assert (runs, graphs) == (6, 0)
+
+
+def draw_together(folder: Path, stage: int) -> list[bytes]:
+    """Pixels of three prompts, of which two are the same, by the encoder that is trained."""
+    recipe = parse_recipe({
+        "model": {"source": str(folder)}, "data": {"source": "s3://b"}, "tuner": {"type": "full", "train": PARTS},
+    })
+    trainee = assemble(recipe, "fp32")
+    engine = Engine(
+        trainee.players["denoiser"], trainee.parameters, make_train(), stage=stage, micro_batch=1, accumulation=1,
+        device="cpu", total_steps=4,
+    )  # fmt: skip
+    parts = {**trainee.parts, "vae": trainee.family.load("vae")}
+    requests = [Request(prompt, 64, 64, steps=2, seed=i) for i, prompt in enumerate(("a dog", "a cat", "a dog"))]
+    with engine.evaluating():
+        images = draw_shares(
+            trainee.family, parts, requests, encoded=None, device=torch.device("cpu"), dtype=torch.float32
+        )
+    return [image.tobytes() for image in images]
+
+
+def test_ranks_whose_pictures_have_fewer_texts_keep_step(solo: Group, duo: Group, model: Path) -> None:
+    alone = solo.run(draw_together, model, 0)[0]
+    assert len(set(alone)) == 3
+    together, nothing = duo.run(draw_together, model, 3)
+    assert nothing == []
+    for a, b in zip(alone, together, strict=True):
+        difference = torch.frombuffer(bytearray(a), dtype=torch.uint8).int() - torch.frombuffer(
+            bytearray(b), dtype=torch.uint8
+        )
+        assert difference.abs().max() <= 1

@@ -77,7 +77,7 @@ def stop_early(losses: list[float], patience: int, done: int = 0) -> dict[str, A
     rows: list[dict[str, float]] = []
     saved: list[int] = []
     look = Staged(losses, Stopping(EarlyStopping(patience=patience)))
-    look.stopping.replay(({"step": i + 1, "val_loss": loss} for i, loss in enumerate(losses)), done)
+    look.stopping.replay(({"step": i + 1, "val_loss": loss} for i, loss in enumerate(losses)), done, range(done + 1))
     lane = Lane(1, 100, saved.append, lambda row: bool(rows.append(row)), look, done=done)
     steps = train({"toy": make_engine(Toy(), make_train(), 0)}, batches(done, 10), lane)
     return {"steps": steps, "saved": saved, "rows": [(row["step"], row.get("val_loss")) for row in rows],

@@ -232,15 +232,17 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path) -> None:
 
 def test_resume_refuses_another_recipe(place: Path) -> None:
     from gtl.storage import Store
-    from gtl.train.launch import unfinished
+    from gtl.train.launch import go_on
 
     recipe = make_recipe(place)
     runs = Store(place / "runs" / "changed")
-    runs.write("20260101-000000-000-abcdef/recipe.yaml", dump_recipe(recipe).encode())
+    version = "20260101-000000-000-abcdef"
+    runs.write(f"{version}/recipe.yaml", dump_recipe(recipe).encode())
     other = make_recipe(place, learning_rate=0.5, workers=1)
     with pytest.raises(UserError, match=r"other values of train\.learning_rate; put them back"):
-        unfinished(runs, other)
-    assert unfinished(runs, make_recipe(place, workers=1)) == "20260101-000000-000-abcdef"
+        go_on(runs, version, other)
+    fewer = make_recipe(place, workers=1)
+    assert go_on(runs, version, fewer) == fewer
 
 
 def test_a_run_that_could_not_publish_publishes_on_resume(place: Path, one_worker: list[float]) -> None:

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from gtl.adapters import Card, Registry
-from gtl.adapters.card import base_of
+from gtl.adapters.card import Base, base_of
 from gtl.adapters.formats import LoraExport, write_lora
 from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
 from gtl.generate.class_images import class_images
-from gtl.generate.command import run
+from gtl.generate.command import Adapter, choose_base, run
 from gtl.generate.engine import Engine, Finished, Request
 from gtl.generate.images import generate, load_parts, to_image
 from gtl.generate.prompts import Prompt, read_prompts
@@ -362,6 +362,16 @@ def test_run_takes_the_base_from_the_adapter(sd, published, tmp_path):
     images = {path: Image.open(path) for path in (base, full, half, none)}
     assert images[none].tobytes() == images[base].tobytes()
     assert channel_difference(images[base], images[full]) > channel_difference(images[base], images[half]) > 5
+
+
+def test_a_relative_path_is_the_model_of_the_card(tmp_path, monkeypatch):
+    base = Base(source=str(tmp_path / "sd"), variant="fp16", fingerprint="f" * 64, family="sd")
+    (tmp_path / "sd").mkdir()
+    monkeypatch.chdir(tmp_path)
+    adapter = Adapter("dog@v1", tmp_path, 1.0, base)
+    for written in ("sd", "./sd", str(tmp_path / "sd")):
+        assert choose_base(written, [adapter]) == (base.source, None, "fp16")
+    assert choose_base("org/other", [adapter]) == ("org/other", None, None)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,21 @@ def test_concurrent_publishers(tmp_path, same_version):
     assert [p.name for p in Path(url, "animals").iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_publisher_that_is_overtaken_is_refused(url, tmp_path):
+    registry, files = Registry(url), make_files(tmp_path / "a")
+
+    class OvertakenCard(Card):
+        """A card that comes second, after its publisher has looked whether there is one."""
+
+        def to_json(self) -> bytes:
+            registry.publish("animals", V1, files, make_card(tuner={"type": "lora", "rank": 1}))
+            return super().to_json()
+
+    with pytest.raises(UserError, match=f"^adapter animals@{V1}: already published in "):
+        registry.publish("animals", V1, files, OvertakenCard(**make_card().model_dump()))
+    assert registry.show("animals").tuner["rank"] == 1
+
+
 def test_damaged_files_are_named(tmp_path):
     registry = Registry(tmp_path / "registry")
     registry.publish("animals", V1, make_files(tmp_path / "a"), make_card())

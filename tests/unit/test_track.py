@@ -1,7 +1,9 @@
-"""What a run writes while it goes on: TensorBoard reads back the values of metrics.jsonl, on a disk and in a bucket."""
+"""What a run writes while it goes on: TensorBoard reads back the values of metrics.jsonl; a disk that is full."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gtl.storage import Store
 from gtl.train.track import Tracker, read_rows
+from gtl.types import UserError
 
 ROWS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4 * step, "device": "cpu"} for step in range(1, 6)]
 LOOK = {"step": 4, "val_loss": 0.3}
@@ -62,3 +65,28 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path, monkeypatch: pytest.M
     losses = [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 9.0), (5, 9.0)]
     assert [(row["step"], row["loss"]) for row in read_rows(run)] == losses
     assert events(tmp_path)["loss"] == metrics(run)["loss"]
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_a_line_about_the_run(tmp_path: Path, full: str) -> None:
+    said: list[str] = []
+
+    def log() -> None:
+        tracker = Tracker(Store(tmp_path))
+        open_files = [path for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        (number,) = (int(path.name) for path in open_files if path.resolve().is_relative_to(tmp_path / full))
+        sink = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(sink, number)
+        os.close(sink)
+        for attempt in (lambda: [tracker.log({"step": step, "loss": 1.0}) for step in range(30)], tracker.close):
+            try:
+                attempt()
+            except UserError as error:
+                said.append(str(error))
+
+    thread = threading.Thread(target=log, daemon=True)  # which need not come back, if somebody waits for ever
+    thread.start()
+    thread.join(20)
+    line = f"{tmp_path / 'metrics.jsonl'}: the disk is full; free some space and go on with --resume"
+    assert not thread.is_alive()
+    assert said == [line] * 2

@@ -1,0 +1,97 @@
+"""What the launcher decides without a cluster: which run to go on with, by which recipe, and what it passes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gtl.train.launch as launch
+from gtl.adapters import Card, Registry
+from gtl.adapters.card import Base
+from gtl.config import Recipe, parse_recipe
+from gtl.config.load import dump_recipe
+from gtl.config.names import Reference
+from gtl.storage import Store
+from gtl.train.board import Board
+from gtl.train.launch import follow, go_on, pin_init, train_once, unfinished, was_of
+from gtl.types import UserError
+
+
+def make_recipe(folder: Path, init: str | None = None, **train: Any) -> Recipe:
+    return parse_recipe({
+        "model": {"source": str(folder / "model")},
+        "tuner": {"type": "lora", "init": init},
+        "data": {"source": str(folder / "images")},
+        "train": train,
+        "storage": {name: str(folder / name) for name in ("runs", "cache", "registry")},
+    })
+
+
+def publish(folder: Path, version: str) -> Registry:
+    files = folder / "files"
+    files.mkdir(exist_ok=True)
+    (files / "adapter_model.safetensors").write_bytes(b"weights")
+    registry = Registry(folder / "registry")
+    base = Base(source="some/model", fingerprint="f" * 64, family="sd")
+    registry.publish("dog", version, files, Card(name="dog", version=version, base=base, tuner={"type": "lora"}))
+    return registry
+
+
+def test_a_run_is_started_once_and_gone_on_with_by_its_own_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | bool] = []
+
+    def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Any = None) -> Reference:
+        asked.append(resume)
+        if resume:
+            go_on(Store(f"{recipe.storage.runs}/{name}"), str(resume), recipe)
+        return Reference(name, "v", 1.0)
+
+    monkeypatch.setattr(launch, "train", train)
+    runs, mine = Store(tmp_path / "runs" / "run"), make_recipe(tmp_path)
+    train_once(mine, "run")
+    runs.write("v1/recipe.yaml", dump_recipe(mine).encode())
+    runs.write("v2/recipe.yaml", dump_recipe(make_recipe(tmp_path, learning_rate=0.5)).encode())
+    train_once(mine, "run")
+    assert asked == [False, "v1"]
+    assert unfinished(runs) == "v2"
+    with pytest.raises(UserError, match=r"v2 was started with other values of train\.learning_rate; put them back"):
+        go_on(runs, "v2", mine)
+
+
+@pytest.mark.parametrize("init", ["dog", "dog@prod"])
+def test_a_resumed_run_starts_from_what_it_was_started_from(tmp_path: Path, init: str) -> None:
+    publish(tmp_path, "v1").promote("dog@v1", "prod")
+    recipe, runs = make_recipe(tmp_path, init), Store(tmp_path / "runs" / "run")
+    begun = pin_init(recipe)
+    assert begun.tuner.init == "dog@v1"
+    runs.write("r1/recipe.yaml", dump_recipe(begun).encode())
+    publish(tmp_path, "v2").promote("dog@v2", "prod")
+    assert go_on(runs, "r1", recipe) == begun
+    assert was_of(runs, "r1", recipe)
+    assert pin_init(recipe).tuner.init == "dog@v2"
+    other = make_recipe(tmp_path, "dog@v2")
+    assert not was_of(runs, "r1", other)
+    with pytest.raises(UserError, match=r"other values of tuner\.init; put them back"):
+        go_on(runs, "r1", other)
+
+
+def test_what_comes_last_is_passed_on() -> None:
+    board, told, next_one = Board(), [], threading.Event()
+
+    def work() -> None:
+        board.push({"step": 1})
+        next_one.wait(10)
+        board.push({"step": 2})
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    for rows in follow(thread, board.take):
+        told += [row["step"] for row in rows]
+        next_one.set()
+        thread.join()  # a slow service: all ends while it is told
+    assert told == [1, 2]
