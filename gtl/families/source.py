@@ -47,7 +47,7 @@ def _builtin(name: str) -> Path:
     folder = builtin_folder(name)
     if not HUB_ID.fullmatch(name) or not (folder / INDEX).is_file():
         known = sorted(index.parent.name for index in builtin_folder("").glob(f"*/{INDEX}"))
-        raise UserError(f"model.source: {BUILTIN}{name}: no such model; built in: {', '.join(known) or 'none'}")
+        raise UserError(f"model.source: {BUILTIN}{name}: no such model; built in: {', '.join(known) or 'none yet: make builtin'}")
     return folder
 
 

@@ -20,8 +20,10 @@ SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2"]
 
 
 @pytest.mark.parametrize("number", [40, pytest.param(400, marks=pytest.mark.soak)])
-def test_combinations_that_were_held_out_are_drawn_right(ray_cluster: None, tmp_path: Path, number: int) -> None:
-    drawing = Drawing(tmp_path, "builtin:tiny", new_prompts(SceneSet(split="heldout", seed=2), number), guidance=3.0)
+def test_combinations_that_were_held_out_are_drawn_right(
+    tiny: str, ray_cluster: None, tmp_path: Path, number: int
+) -> None:
+    drawing = Drawing(tmp_path, tiny, new_prompts(SceneSet(split="heldout", seed=2), number), guidance=3.0)
     draw([drawing])
     found = score(drawing)
     assert found.total == number
@@ -29,7 +31,7 @@ def test_combinations_that_were_held_out_are_drawn_right(ray_cluster: None, tmp_
     assert found.share >= (0.9 if number >= 400 else 0.8), found
 
 
-def test_the_demo_in_short(ray_cluster: None, tmp_path: Path) -> None:
+def test_the_demo_in_short(tiny: str, ray_cluster: None, tmp_path: Path) -> None:
     phases: list[str] = []
     outcome = demo(tmp_path, SHORT, 3, lambda phase, done, total, detail="": phases.append(phase))
     assert {"workers", "train", "draw", "judge"} <= set(phases)
@@ -58,7 +60,7 @@ def test_the_demo_in_short(ray_cluster: None, tmp_path: Path) -> None:
     assert "train" not in phases and "workers" not in phases
     assert (picture.read_bytes(), cut.read_bytes(), other.stat().st_mtime_ns) == (before, whole, kept)
     assert again.scores == outcome.scores and again.page.is_file()
-    assert read_recipe(picture)["model"] == "builtin:tiny"
+    assert read_recipe(picture)["model"] == tiny
     # As many steps as both adapters together, whatever --set says.
     (run,) = (tmp_path / "runs" / "demo-scratch").iterdir()
     assert load_recipe(run / "recipe.yaml").train.steps == 8
@@ -71,7 +73,7 @@ def test_the_demo_fits_on_one_core_and_beside_one_gpu(name: str, cluster: Cluste
 
 
 @pytest.mark.soak
-def test_the_demo_reaches_its_goals(ray_cluster: None, tmp_path: Path) -> None:
+def test_the_demo_reaches_its_goals(tiny: str, ray_cluster: None, tmp_path: Path) -> None:
     outcome = demo(tmp_path)
     for name in ADAPTERS:
         assert outcome.scores[name][name].share >= GOALS["new"], outcome.scores[name]
