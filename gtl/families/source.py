@@ -47,7 +47,8 @@ def _builtin(name: str) -> Path:
     folder = builtin_folder(name)
     if not HUB_ID.fullmatch(name) or not (folder / INDEX).is_file():
         known = sorted(index.parent.name for index in builtin_folder("").glob(f"*/{INDEX}"))
-        raise UserError(f"model.source: {BUILTIN}{name}: no such model; built in: {', '.join(known) or 'none yet: make builtin'}")
+        there = ", ".join(known) or "none yet; `make builtin` makes tiny"
+        raise UserError(f"model.source: {BUILTIN}{name}: no such model; built in: {there}")
     return folder
 
 

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Card, Registry
 from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
-from gtl.config import Recipe, parse_recipe
-from gtl.config.load import dump_recipe, read_yaml
-from gtl.config.names import Reference, new_version, parse_reference
+from gtl.config import Recipe
+from gtl.config.load import dump_recipe
+from gtl.config.names import Reference, new_version
 from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.board import Row, make_board
-from gtl.train.checkpoint import latest, read_manifest
 from gtl.train.prepare import prepare
+from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
 from gtl.train.services import Services
-from gtl.train.worker import CHECKPOINTS, RESULT, Job, main
+from gtl.train.worker import RESULT, Job, main
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
     from gtl.families.base import DiffusionFamily
 
-HARMLESS = {"storage", "evaluate", "train.workers", "train.gpus_per_worker", "train.cpus_per_worker",
-            "train.micro_batch", "train.zero", "train.checkpoints", "train.activation_checkpointing",
-            "train.compile"}  # fmt: skip
-"""Keys that may change between a run and its resumption without changing what is learned."""
-PUBLISHED = "adapter.json"
-"""In a run's folder: the card under which the registry has its adapter."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +97,11 @@ def train_once(recipe: Recipe, name: str, *, progress: Progress = quiet) -> Refe
         KeyboardInterrupt: the run was stopped; the same call goes on with it.
     """
     runs = Store(f"{recipe.storage.runs}/{name}")
-    same = [version for version in runs.folders() if was_of(runs, version, recipe)]
+    base = open_model(recipe, progress).fingerprint()
+    same = [version for version in runs.folders() if was_of(runs, version, recipe, base)]
     if same and runs.exists(f"{same[-1]}/{PUBLISHED}"):
         return Reference(name, same[-1], 1.0)
     return train(recipe, name, resume=same[-1] if same else False, progress=progress)
-
-
-def was_of(runs: Store, version: str, recipe: Recipe) -> bool:
-    """Whether a run was started with exactly this recipe."""
-    key = f"{version}/recipe.yaml"
-    if not runs.exists(key):
-        return False
-    text = runs.read(key).decode()
-    return text == dump_recipe(pin_init(recipe, read_yaml(text).get("tuner", {}).get("init")))
 
 
 def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:
@@ -128,25 +114,6 @@ def fill_cache(recipe: Recipe, progress: Progress) -> Dataset:
     with session() as cluster:
         resources = choose_resources(recipe, cluster)
         return prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
-
-
-def pin_init(recipe: Recipe, begun: str | None = None) -> Recipe:
-    """The recipe with the version that `tuner.init` means, since an alias may move while the run lasts.
-
-    Of a run that `begun` was pinned for, a bare name or an alias of the same adapter means what it did then.
-
-    Raises:
-        UserError: there is no such adapter.
-    """
-    if recipe.tuner.init is None:
-        return recipe
-    card, version = Registry(recipe.storage.registry).resolve(recipe.tuner.init)
-    pinned = f"{card.name}@{version}"
-    if begun is not None and parse_reference(begun).name == card.name:
-        names_version = parse_reference(recipe.tuner.init).version == version
-        pinned = pinned if names_version else begun
-    tuner = recipe.tuner.model_copy(update={"init": pinned})
-    return recipe.model_copy(update={"tuner": tuner})
 
 
 def check_init(recipe: Recipe, base: Base) -> None:
@@ -196,66 +163,6 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     dtype = recipe.model.dtype
     resolved = ("bf16" if gpus else "fp32") if dtype == "auto" else dtype
     return Resources(workers, gpus, asked.cpus_per_worker, resolved)
-
-
-def unfinished(runs: Store) -> str:
-    """The newest version of a run whose adapter has not been published.
-
-    Raises:
-        UserError: there is none.
-    """
-    versions = [v for v in runs.folders() if runs.exists(f"{v}/recipe.yaml") and not runs.exists(f"{v}/{PUBLISHED}")]
-    if not versions:
-        raise UserError(f"--resume: no unfinished run under {runs.url()}")
-    return versions[-1]
-
-
-def go_on(runs: Store, version: str, recipe: Recipe) -> Recipe:
-    """The recipe to go on with a run by: `tuner.init` is pinned as the run has it.
-
-    Raises:
-        UserError: what it learns has changed since it was started.
-    """
-    old = parse_recipe(read_yaml(runs.read(f"{version}/recipe.yaml").decode()))
-    recipe = pin_init(recipe, old.tuner.init)
-    changed = sorted(differing(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
-    harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in HARMLESS)]
-    if harmful:
-        raise UserError(
-            f"--resume: {runs.url(version)} was started with other values of {', '.join(harmful)}; "
-            "put them back, or start a new run without --resume"
-        )
-    return recipe
-
-
-def check_unchanged(job: Job) -> None:
-    """Compare what the run's newest checkpoint was trained on with what is there now.
-
-    Raises:
-        UserError: the images, their captions or the model are others.
-    """
-    if (key := latest(job.run, CHECKPOINTS)) is None:
-        return
-    manifest = read_manifest(job.run, key)
-    for kind, now, what in (
-        ("base", job.base, "model.source: its files"),
-        ("dataset", job.dataset, "data.source: its images or captions, or the model's dtype"),
-    ):
-        if manifest[kind] != now:
-            raise UserError(
-                f"{what} changed since {job.run.url(key)} was saved ({kind} {manifest[kind][:12]}, now {now[:12]}); "
-                "put them back, or start a new run without --resume"
-            )
-
-
-def differing(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values differ."""
-    for key in old.keys() | new.keys():
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from differing(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield prefix + key
 
 
 def run_workers(job: Job, resources: Resources, progress: Progress) -> None:

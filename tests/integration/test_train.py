@@ -232,7 +232,7 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path) -> None:
 
 def test_resume_refuses_another_recipe(place: Path) -> None:
     from gtl.storage import Store
-    from gtl.train.launch import go_on
+    from gtl.train.resume import go_on
 
     recipe = make_recipe(place)
     runs = Store(place / "runs" / "changed")
@@ -275,7 +275,7 @@ def test_a_run_that_could_not_publish_publishes_on_resume(place: Path, one_worke
 )
 def test_resume_refuses_other_images_or_another_model(tmp_path: Path, kind: str, message: str) -> None:
     from gtl.train import checkpoint
-    from gtl.train.launch import check_unchanged
+    from gtl.train.resume import check_unchanged
     from gtl.train.worker import Job
 
     recipe = make_recipe(tmp_path).model_dump(mode="json")

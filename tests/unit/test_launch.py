@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from gtl.config.load import dump_recipe
 from gtl.config.names import Reference
 from gtl.storage import Store
 from gtl.train.board import Board
-from gtl.train.launch import follow, go_on, pin_init, train_once, unfinished, was_of
+from gtl.train.launch import follow, train_once
+from gtl.train.resume import go_on, pin_init, unfinished, was_of
 from gtl.types import UserError
+from tests.tiny import make_sd
 
 
 def make_recipe(folder: Path, init: str | None = None, **train: Any) -> Recipe:
@@ -52,12 +55,16 @@ def test_a_run_is_started_once_and_gone_on_with_by_its_own_version(
         return Reference(name, "v", 1.0)
 
     monkeypatch.setattr(launch, "train", train)
+    make_sd(tmp_path / "model")
     runs, mine = Store(tmp_path / "runs" / "run"), make_recipe(tmp_path)
     train_once(mine, "run")
     runs.write("v1/recipe.yaml", dump_recipe(mine).encode())
     runs.write("v2/recipe.yaml", dump_recipe(make_recipe(tmp_path, learning_rate=0.5)).encode())
     train_once(mine, "run")
-    assert asked == [False, "v1"]
+    # Another model at the same place: what was trained on the old one is no part of the new one.
+    runs.write("v1/checkpoints/00000005/manifest.json", json.dumps({"schema": 1, "base": "0" * 64}).encode())
+    train_once(mine, "run")
+    assert asked == [False, "v1", False]
     assert unfinished(runs) == "v2"
     with pytest.raises(UserError, match=r"v2 was started with other values of train\.learning_rate; put them back"):
         go_on(runs, "v2", mine)
@@ -72,10 +79,10 @@ def test_a_resumed_run_starts_from_what_it_was_started_from(tmp_path: Path, init
     runs.write("r1/recipe.yaml", dump_recipe(begun).encode())
     publish(tmp_path, "v2").promote("dog@v2", "prod")
     assert go_on(runs, "r1", recipe) == begun
-    assert was_of(runs, "r1", recipe)
+    assert was_of(runs, "r1", recipe, "f" * 64)
     assert pin_init(recipe).tuner.init == "dog@v2"
     other = make_recipe(tmp_path, "dog@v2")
-    assert not was_of(runs, "r1", other)
+    assert not was_of(runs, "r1", other, "f" * 64)
     with pytest.raises(UserError, match=r"other values of tuner\.init; put them back"):
         go_on(runs, "r1", other)
 
