@@ -13,7 +13,7 @@ from typing import Any, cast
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from gtl.storage import explained, replacing
+from gtl.storage import replacing
 from gtl.types import UserError
 
 MAX_PIXELS = 2**27
@@ -117,7 +117,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: dict[str,
     """Write a PNG with the recipe that drew it as a text chunk; whole or not at all."""
     info = PngInfo()
     info.add_itxt(_RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
-    with explained(os.fspath(path)), replacing(path) as temporary:
+    with replacing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
 
 

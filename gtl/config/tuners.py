@@ -66,8 +66,12 @@ class LoraTuner(Section):
     """Weight-decomposed adapters (Liu et al. 2024, arXiv 2402.09353)."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
-    initialization: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How A and B start. default: Kaiming A, zero B. pissa and olora start from the base weight's principal part."""
+    initialization: (
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+        | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
+    ) = "default"
+    """How A and B start. default: Kaiming A, zero B. pissa and olora start from the base weight's principal part, which
+    pissa_niter_16 finds by 16 rounds of subspace iteration, much faster in large layers."""
     init: Init | None = None
     """Continue from a published LoRA of the same rank and layers."""
 

@@ -16,6 +16,7 @@ from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.images import decode, read_recipe, save_png
 from gtl.session import get
+from gtl.storage import explained
 from gtl.types import Progress, UserError, quiet
 
 RIGHT = ("shape", "colour", "style")
@@ -91,7 +92,7 @@ def draw(drawings: Sequence[Drawing], progress: Progress = quiet) -> None:
     Pictures of other prompts, models or settings that an earlier call left in a folder are drawn again.
 
     Raises:
-        UserError: a model or an adapter is wrong.
+        UserError: a model or an adapter is wrong, or a folder cannot be written.
     """
     import ray
 
@@ -116,9 +117,9 @@ def draw(drawings: Sequence[Drawing], progress: Progress = quiet) -> None:
     while running:
         (ready,), _ = ray.wait(list(running), num_returns=1)
         drawing, chunk = running.pop(ready)
-        drawing.folder.mkdir(parents=True, exist_ok=True)
         for position, (png, recipe) in zip(chunk, get(ready), strict=True):
-            save_png(decode(png), drawing.file(position), recipe)
+            with explained(str(drawing.file(position))):
+                save_png(decode(png), drawing.file(position), recipe)
         done += len(chunk)
         progress("draw", done, total)
 

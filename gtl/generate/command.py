@@ -223,6 +223,8 @@ def draw(
     if len(shown) > 1:
         paths.append(out / "grid.png")
         columns = columns or math.ceil(math.sqrt(len(shown)))
+        whole = grid([shown[index] for index in sorted(shown)], columns)
+        pictures = [dataclasses.asdict(requests[index]) for index in sorted(shown)]
         with writing(out):
-            grid([shown[index] for index in sorted(shown)], columns).save(paths[-1])
+            save_png(whole, paths[-1], {**recipe, "pictures": pictures})
     return paths

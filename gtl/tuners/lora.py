@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """PEFT's name of the adapter in training; it appears in no exported name."""
 PRINCIPAL = ("pissa", "olora")
-"""Initialisations that move a part of the base weight into the adapter."""
+"""How initialisations begin that move a part of the base weight into the adapter."""
 
 
 class Lora:
@@ -63,7 +63,7 @@ class Lora:
             for key, parameter in adapter.named_parameters():
                 if parameter.requires_grad:
                     trainable[f"{part}.{target}.{key.replace(f'.{ADAPTER}', '')}"] = parameter
-        if self.config.initialization in PRINCIPAL:
+        if self.config.initialization.startswith(PRINCIPAL):
             self._initial = {key: value.detach().cpu().clone() for key, value in trainable.items()}
         if init is not None:
             try:
@@ -103,7 +103,7 @@ class Lora:
         """Write the adapters as PEFT and as diffusers read them, for the base model as it was published."""
         config = self.config
         export = LoraExport(config.rank, config.resolved_alpha, config.rslora, config.dora, config.dropout)
-        if config.initialization in PRINCIPAL:
+        if config.initialization.startswith(PRINCIPAL):
             tensors = relative(tensors, self._initial)
             export = LoraExport(2 * config.rank, self._scale * 2 * config.rank, False, config.dora, config.dropout)
         write_lora(tensors, folder, config=export)
@@ -155,11 +155,11 @@ class Lora:
         if isinstance(layer, nn.Conv2d):
             if rank % layer.groups:
                 raise UserError(f"tuner.rank: {rank}: {target} has {layer.groups} groups and needs a multiple of them")
-            if initialization in (*PRINCIPAL, "orthogonal"):
+            if initialization.startswith((*PRINCIPAL, "orthogonal")):
                 raise UserError(
                     f"tuner.initialization: {initialization!r}: {target} is a convolution; take default or gaussian"
                 )
-        elif initialization in PRINCIPAL and rank > (smaller := min(layer.weight.shape)):
+        elif initialization.startswith(PRINCIPAL) and rank > (smaller := min(layer.weight.shape)):
             raise UserError(f"tuner.rank: {rank}: {initialization} takes at most rank {smaller} out of {target}")
 
 

@@ -328,6 +328,10 @@ def test_run_writes_pictures_with_recipes_and_a_grid(sd, tmp_path):
     ]  # fmt: skip
     grid = Image.open(paths[-1])
     assert grid.size == (128, 128)
+    made_of = read_recipe(paths[-1])
+    assert [{**picture, **made_of, "pictures": None} for picture in made_of["pictures"]] == [
+        {**recipe, "pictures": None} for recipe in recipes
+    ]
     for index, corner in enumerate([(0, 0), (64, 0), (0, 64), (64, 64)]):
         cell = grid.crop((*corner, corner[0] + 64, corner[1] + 64))
         assert cell.tobytes() == Image.open(paths[index]).tobytes()
