@@ -128,11 +128,27 @@ class Engine:
         modes = {module: module.training for module in self._engine.module.modules()}
         self._engine.module.eval()
         try:
-            with torch.no_grad(), self._averaged():
+            with torch.no_grad(), self._averaged(), self._discovering():
                 yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+    @contextmanager
+    def _discovering(self) -> Iterator[None]:
+        """Within it ZeRO-3 gathers what a module reads of its children's weights, as it does in the engine's forward.
+
+        A grid may be the first to run a text encoder, whose embeddings look at the shape of such a weight.
+        """
+        tables: list[Any] = [module._parameters for module in self._engine.module.modules()]
+        tables = [table for table in tables if hasattr(table, "_in_forward")]
+        for table in tables:
+            table._in_forward = True
+        try:
+            yield
+        finally:
+            for table in tables:
+                table._in_forward = False
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
