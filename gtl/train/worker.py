@@ -293,7 +293,7 @@ def make_watch(
         seed=recipe.data.seed,
     )  # fmt: skip
     shown, grid, stopping = recipe.evaluate, None, None
-    rows = read_rows(job.run) if done else []
+    rows: list[dict[str, Any]] = read_rows(job.run) if done else []
     seen = next(({"val_loss": row["val_loss"]} for row in rows if row["step"] == done and "val_loss" in row), {})
     if recipe.needs.text != "none":
         prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts

@@ -13,6 +13,7 @@ import torch
 
 from gtl.bench.models import write_dataset, write_model
 from gtl.config import parse_recipe
+from gtl.families import open_family
 from gtl.storage import Store
 from gtl.train.engine import Engine
 from gtl.train.plan import TrainPlan
@@ -84,7 +85,7 @@ def test_a_run_that_was_cut_off_at_its_end_knows_its_loss(
 
 def test_a_worker_that_has_another_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    family = write_model(tmp_path / "model", "small")
+    family = open_family(str(make_sd(tmp_path / "model")))
     job = replace(make_job(tmp_path), base=family.fingerprint())
     check_base(family, job)
     other = replace(job, base="0" * 64)
