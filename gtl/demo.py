@@ -226,7 +226,7 @@ def next_commands(out: Path) -> list[str]:
         f"gtl generate --registry {registry} --adapter demo-concept --prompt 'a large red wug on a blue background'"
         " --guidance 3 --out pictures",
         f"gtl generate --registry {registry} --adapter demo-concept --adapter demo-style"
-        " --prompt 'a mosaic of a green wug' --guidance 3 --out both",
+        " --prompt 'an outline drawing of a green wug' --guidance 3 --out both",
         f"gtl adapters list --registry {registry}",
         "gtl init FOLDER_OF_YOUR_IMAGES",
     ]
