@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from gtl.adapters.apply import fitting_lora, kind_of
 from gtl.adapters.formats import A, B, LoraExport, split_name, write_lora
@@ -145,7 +145,7 @@ class Lora:
             target_modules=["layer"],
             use_dora=config.dora,
             use_rslora=config.rslora,
-            init_lora_weights=True if config.initialization == "default" else config.initialization,
+            init_lora_weights=cast(Any, True if config.initialization == "default" else config.initialization),
         )
 
     def _check(self, target: str, layer: nn.Linear | nn.Conv2d) -> None:
