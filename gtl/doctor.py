@@ -60,7 +60,12 @@ def versions() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     yield Finding("python", "ok", f"{platform.python_version()} ({sys.executable}), {platform.platform()}")
-    for text in importlib.metadata.requires("gtl") or []:
+    try:
+        needs = importlib.metadata.requires("gtl") or []
+    except importlib.metadata.PackageNotFoundError:
+        needs = []
+        yield Finding("gtl", "warning", "not installed, only on the path; what it needs is not known")
+    for text in needs:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue

@@ -7,9 +7,10 @@ import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gtl import __version__
+from gtl.adapters.card import library_versions
 from gtl.storage import Store
 from gtl.types import UserError
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MAX_SHARD_BYTES = 2 << 30
 MANIFEST = "manifest.json"
-LIBRARIES = ("gtl", "torch", "deepspeed", "safetensors")
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every trained parameter of one player, by name."""
@@ -88,7 +88,7 @@ def save(
             names.append(name)
         shapes = {name: list(kinds["weight"].shape) for name, kinds in state.tensors.items()}
         players[player] = {"steps": state.steps, "files": names, "parameters": shapes}
-    versions = {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+    versions = {"python": platform.python_version(), "gtl": __version__, **library_versions()}
     content = {"schema": SCHEMA, **manifest, "versions": versions, "players": players, "files": files}
     store.write(f"{key}/{MANIFEST}", json.dumps(content, indent=1).encode())
 

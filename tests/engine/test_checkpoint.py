@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gtl.adapters.card import LIBRARIES
 from gtl.storage import Store
 from gtl.train import checkpoint
 from gtl.train.checkpoint import Shapes, State, complete, latest, load, prune, save, step_key
@@ -50,7 +51,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / key / "manifest.json").read_text())
     assert manifest.keys() == {"schema", "step", "recipe", "world_size", "stage", "versions", "players", "files"}
     assert manifest["schema"] == 1
-    assert manifest["versions"].keys() == {"python", "gtl", "torch", "deepspeed", "safetensors"}
+    assert manifest["versions"].keys() == {"python", "gtl", *LIBRARIES}
     assert manifest["players"] == {
         "denoiser": {"steps": 2, "files": ["denoiser.safetensors"], "parameters": {"a.weight": [4, 3], "b": [5]}}
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -59,3 +60,12 @@ def test_a_library_out_of_its_range_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert (torch.state, library.state, yaml.state) == ("missing", "missing", "ok")
     assert torch.detail.endswith("but gtl needs >=99; pip install 'torch>=99'")
     assert library.detail == "not installed; pip install 'no-such-library>=1'"
+
+
+def test_a_checkout_that_is_not_installed_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", missing)
+    python, gtl = doctor.versions()
+    assert (python.state, gtl.subject, gtl.state) == ("ok", "gtl", "warning")
