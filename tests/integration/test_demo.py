@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from gtl.builtin import make
 from gtl.config import load_recipe
 from gtl.data.scenes.sets import SceneSet
 from gtl.demo import ADAPTERS, GOALS, OLD, SCRATCH, demo, open_recipe
 from gtl.evaluate.scenes import Drawing, draw, new_prompts, score
+from gtl.families import open_family
+from gtl.families.source import builtin_folder
 from gtl.images import read_recipe
 from gtl.session import Cluster
 from gtl.train.launch import Resources, choose_resources
@@ -79,3 +85,55 @@ def test_the_demo_reaches_its_goals(tiny: str, ray_cluster: None, tmp_path: Path
         assert outcome.scores[name][name].share >= GOALS["new"], outcome.scores[name]
         assert outcome.kept(name) >= GOALS["kept"], outcome.scores[OLD]
         assert outcome.scores[name]["scratch"].right < outcome.scores[name][name].right
+
+
+def start_demo(out: Path) -> subprocess.Popen[str]:
+    settings = [argument for setting in SHORT for argument in ("--set", setting)]
+    command = [sys.executable, "-c", "from gtl.cli import main; main()", "demo", "--prompts", "3", *settings]
+    return subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.soak
+def test_the_demo_goes_on_after_it_was_killed_in_any_phase(tiny: str, tmp_path: Path) -> None:
+    """Killed where nothing can be saved any more, and left to end by itself the last time."""
+    runs = tmp_path / "runs"
+    for phase in ("workers", "train", "train", "draw"):
+        running = start_demo(tmp_path)
+        assert running.stderr is not None
+        reached = any(line.startswith(phase) for line in iter(running.stderr.readline, ""))
+        running.kill()
+        running.wait()
+        assert reached, f"it ended before {phase}"
+        assert not (tmp_path / "demo.html").exists()
+    running = start_demo(tmp_path)
+    _, err = running.communicate()
+    assert running.returncode == 0, err
+    assert "train" not in {line.partition(" ")[0] for line in err.splitlines()}
+    assert {run.name: len(list(run.iterdir())) for run in runs.iterdir()} == {
+        f"demo-{name}": 1 for name in (*ADAPTERS, SCRATCH)
+    }
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 30
+    assert (tmp_path / "demo.html").is_file()
+
+
+@pytest.mark.soak
+def test_the_model_in_the_box_is_made_by_its_two_recipes(ray_cluster: None, tmp_path: Path) -> None:
+    few = ["train.steps=2", "data.source=builtin:scenes?count=8", "data.validation=0", "evaluate.prompts=[]"]
+    phases: list[str] = []
+
+    def make_again() -> dict[str, bytes]:
+        phases.clear()
+        out = make(tmp_path / "work", tmp_path / "tiny", few, lambda phase, *_: phases.append(phase))
+        return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    made = make_again()
+    assert phases.count("workers") == 2
+    assert sum(map(len, made.values())) <= 8 * 2**20
+    family = open_family(str(tmp_path / "tiny"))
+    for part in ("vae", "unet", "text_encoder"):
+        assert {parameter.dtype for parameter in family.load(part).parameters()} == {torch.float16}
+    shipped = builtin_folder("tiny")
+    assert {file for file in made if (shipped / file).is_file()} == set(made)
+    # The work is kept: what was made is written again, over an older one, without training.
+    assert make_again() == made
+    assert phases == []

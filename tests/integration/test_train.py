@@ -22,6 +22,8 @@ from tests.tiny import make_sd
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 6
+LONG = 60
+"""Steps of the one run that another one is stopped and resumed beside."""
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +70,36 @@ def one_worker(place: Path) -> list[float]:
     return losses(place, "one")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_workers_learn_what_one_does_at_every_stage(place: Path, one_worker: list[float], stage: int) -> None:
+@pytest.fixture(scope="module")
+def straight(place: Path) -> Recipe:
+    """The recipe of a run named zero2, which nothing stopped."""
     from gtl.train.launch import train
 
-    published = train(make_recipe(place, zero={"stage": stage}), f"zero{stage}", progress=silent)
-    assert len(one_worker) == STEPS
-    np.testing.assert_allclose(losses(place, f"zero{stage}"), one_worker, rtol=1e-5)
+    recipe = make_recipe(place, zero={"stage": 2}, steps=LONG, ema=0.9, checkpoints={"every": 1000})
+    train(recipe, "zero2", progress=silent)
+    return recipe
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_workers_learn_what_one_does_at_every_stage(
+    place: Path, one_worker: list[float], straight: Recipe, stage: int
+) -> None:
+    from gtl.train.launch import train
+
+    steps = LONG if stage == 2 else STEPS
+    if stage != 2:
+        train(make_recipe(place, zero={"stage": stage}), f"zero{stage}", progress=silent)
+    assert (len(one_worker), len(losses(place, f"zero{stage}"))) == (STEPS, steps)
+    np.testing.assert_allclose(losses(place, f"zero{stage}")[:STEPS], one_worker, rtol=1e-5)
     card = Registry(place / "registry").show(f"zero{stage}")
-    assert card.version == published.version
     assert card.dataset is not None and card.dataset.images == 10
-    assert card.training is not None and card.training.steps == STEPS
+    assert card.training is not None and card.training.steps == steps
     assert set(card.files) == {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
-    run = place / "runs" / f"zero{stage}" / published.version
+    run = place / "runs" / f"zero{stage}" / card.version
     left = {"recipe.yaml", "metrics.jsonl", "result.json", "tensorboard", "checkpoints", "adapter", "report.html"}
     assert {path.name for path in run.iterdir()} >= left
-    manifest = json.loads((run / "checkpoints" / f"{STEPS:08d}" / "manifest.json").read_text())
-    assert (manifest["step"], manifest["stage"], manifest["workers"]) == (STEPS, stage, 2)
+    manifest = json.loads((run / "checkpoints" / f"{steps:08d}" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["stage"], manifest["workers"]) == (steps, stage, 2)
 
 
 def test_plain_diffusers_draws_what_gtl_learned_from_photographs(place: Path, photos: Path, tmp_path: Path) -> None:
@@ -157,17 +172,18 @@ def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path) -> None:
 
 
 def test_class_images_are_drawn_once_and_learned_beside_the_subject(place: Path) -> None:
-    from gtl.train.launch import train
+    from gtl.train.launch import fill_cache, train
 
     values = make_recipe(place, workers=1, steps=4).model_dump(mode="json")
     values["objective"]["prior"] = {"prompt": "a photo of a bird", "images": 3, "steps": 2, "weight": 0.5}
     values["train"] |= {"activation_checkpointing": True, "compile": False, "micro_batch": 2}
-    seen = []
-    for name in ("prior", "again"):
-        train(parse_recipe(values), name, progress=lambda phase, done, total, detail="": seen.append((phase, done)))
-    assert losses(place, "prior") == losses(place, "again")
+    seen: list[tuple[str, int]] = []
+    recipe = parse_recipe(values)
+    train(recipe, "prior", progress=lambda phase, done, total, detail="": seen.append((phase, done)))
+    again = fill_cache(recipe, lambda phase, done, total, detail="": seen.append((phase, done)))
     card = Registry(place / "registry").show("prior")
     assert card.dataset is not None and card.dataset.images == 10
+    assert card.dataset.fingerprint == again.fingerprint
     pictures = sorted((place / "cache").rglob("class_images/*/*.png"))
     assert [picture.name for picture in pictures] == ["00000.png", "00001.png", "00002.png"]
     assert seen.count(("class images", 3)) == 1
@@ -200,13 +216,8 @@ def start(place: Path, recipe: Recipe, *arguments: str) -> "subprocess.Popen[str
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path) -> None:
-    recipe = make_recipe(place, steps=60, ema=0.9, checkpoints={"every": 1000})
-    straight = start(place, recipe, "--name", "straight")
-    out, err = straight.communicate()
-    assert straight.returncode == 0, err
-    assert out.splitlines()[-1].startswith("adapter straight@")
-    stopped = start(place, recipe, "--name", "stopped")
+def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path, straight: Recipe) -> None:
+    stopped = start(place, straight, "--name", "stopped")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and stopped.poll() is None:
         if any(len(file.read_text().splitlines()) >= 3 for file in (place / "runs/stopped").glob("*/metrics.jsonl")):
@@ -218,15 +229,16 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path) -> None:
     assert err.splitlines()[-1].endswith("stopped and saved before its last step; --resume goes on")
     (manifest,) = (place / "runs" / "stopped").glob("*/checkpoints/*/manifest.json")
     saved = json.loads(manifest.read_text())
-    assert 3 <= saved["step"] < 60
-    resumed = start(place, recipe, "--name", "stopped", "--resume")
+    assert 3 <= saved["step"] < LONG
+    resumed = start(place, straight, "--name", "stopped", "--resume")
     out, err = resumed.communicate()
     assert resumed.returncode == 0, err
-    assert losses(place, "stopped") == losses(place, "straight")
+    assert out.splitlines()[-1].startswith("adapter stopped@")
+    assert losses(place, "stopped") == losses(place, "zero2")
     training = Registry(place / "registry").show("stopped").training
     assert training is not None and training.final_loss == losses(place, "stopped")[-1]
     assert training.device_hours > saved["device_hours"] > 0
-    files = [Registry(place / "registry").fetch(name) / "adapter_model.safetensors" for name in ("straight", "stopped")]
+    files = [Registry(place / "registry").fetch(name) / "adapter_model.safetensors" for name in ("zero2", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -296,7 +308,6 @@ def test_resume_refuses_other_images_or_another_model(tmp_path: Path, kind: str,
         ({"tuner": {"type": "lora", "targets": ["to_z"]}}, "tuner.targets: "),
         ({"train": {"workers": 2, "gpus_per_worker": 1}}, "train.workers: 2 workers with 1 GPU each need 2 GPUs"),
         ({"train": {"workers": 99}}, "train.workers: 99 workers with 1 CPUs each need 99 CPUs; the cluster has 6"),
-        ({"train": {"steps": 20, "learning_rate": 1e30, "max_grad_norm": None}}, "train.learning_rate: loss is "),
         ({"storage": {"cache": "s3://no-such-bucket/cache"}}, "s3://no-such-bucket"),
         ({"storage": {"registry": "s3://no-such-bucket/registry"}}, "s3://no-such-bucket/registry/mistake"),
     ],
