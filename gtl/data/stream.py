@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from gtl.types import UserError
@@ -46,9 +47,12 @@ def _results(work: Sequence[Any], calls: int, function: Callable[..., Any], **op
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    items = [{COLUMN: json.dumps(value)} for value in work]
-    dataset = ray.data.from_items(items, override_num_blocks=max(1, min(calls, len(items))))
-    for row in dataset.map_batches(function, batch_size=None, **options).iter_rows():
+    calls = max(1, min(calls, len(work)))
+    bounds = [len(work) * i // calls for i in range(calls + 1)]
+    parts = [{COLUMN: json.dumps(work[start:stop])} for start, stop in pairwise(bounds)]
+    # A row a call: with GPUs Ray Data wants a batch size, to which it would join or cut parts of other lengths.
+    dataset = ray.data.from_items(parts, override_num_blocks=calls).map_batches(function, batch_size=1, **options)
+    for row in dataset.iter_rows():
         value = json.loads(row[COLUMN])
         if isinstance(value, dict) and MISTAKE in value:
             raise UserError(value[MISTAKE])
@@ -56,12 +60,14 @@ def _results(work: Sequence[Any], calls: int, function: Callable[..., Any], **op
 
 
 def unpack(batch: dict[str, Any]) -> list[Any]:
-    """The values of a batch."""
-    return [json.loads(text) for text in batch[COLUMN]]
+    """The part of the work that is in a batch."""
+    (part,) = batch[COLUMN]
+    values: list[Any] = json.loads(part)
+    return values
 
 
 def pack(values: Sequence[Any]) -> dict[str, list[str]]:
-    """A batch of values."""
+    """A batch of results."""
     return {COLUMN: [json.dumps(value) for value in values]}
 
 

@@ -324,3 +324,24 @@ def test_pixels_are_cached_as_they_are_for_every_model(family: DiffusionFamily, 
     same = prepare(data(str(source), flip=True), other, cache, dtype="bf16", needs=PIXELS, progress=again)
     assert same.fingerprint == made.fingerprint
     assert "encode" not in again.totals
+
+
+ON_GPUS = """
+import ray
+from gtl.data.stream import pack, run_actors, unpack
+
+class Doubler:
+    def __call__(self, batch):
+        values = unpack(batch)
+        yield pack([[2 * value, len(values)] for value in values])
+
+ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+print(sorted(run_actors(list(range(7)), Doubler, (), calls=3, actors=1, gpus=1)))
+"""
+
+
+def test_actors_on_gpus_get_the_parts_that_were_cut() -> None:
+    """On a cluster that only says it has one: what Ray Data asks of work with GPUs differs from that without."""
+    done = subprocess.run([sys.executable, "-c", ON_GPUS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[[0, 2], [2, 2], [4, 2], [6, 2], [8, 3], [10, 3], [12, 3]]"
