@@ -1,4 +1,4 @@
-"""Makes `builtin:tiny` from nothing: random weights, two recipes of `gtl/recipes/builtin/`, the files of the package.
+"""Makes `builtin:tiny` from nothing: random weights, the recipes of `gtl/recipes/builtin/`, the files of the package.
 
     python -m gtl.builtin
 
@@ -14,7 +14,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +39,9 @@ MEASURED = 512
 """Pictures whose latents say how the model has to scale them."""
 TELL_SECONDS = 5.0
 
+Trained = tuple["DiffusionFamily", dict[str, "nn.Module"]]
+"""A model, and its parts after a recipe."""
+
 
 def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) -> Path:
     """Do what is not done yet; the folder of the finished model, stored in half precision.
@@ -45,7 +49,7 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
     Args:
         work: Keeps runs, cache, registry and the model after each stage.
         out: Where the model goes, over an older one.
-        overrides: `key=value` for both recipes.
+        overrides: `key=value` for all recipes.
         progress: Is called as it goes on.
 
     Raises:
@@ -54,12 +58,13 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
     """
     from gtl.families.blank import write_blank
 
-    blank = write_once(work / "blank", lambda folder: write_blank(folder, vocabulary()))
-    coded = write_once(work / "autoencoder", lambda folder: learn_codec(blank, folder, work, overrides, progress))
-    drawing = write_once(work / "denoiser", lambda folder: learn_drawing(coded, folder, work, overrides, progress))
+    model = write_once(work / "blank", lambda folder: write_blank(folder, vocabulary()))
+    for name, learn in (("autoencoder", learn_codec), ("denoiser", learn_drawing), ("finish", learn_drawing)):
+        train = partial(trained, name, model, work, overrides, progress)
+        model = write_once(work / name, partial(learn, train))
     if (out / INDEX).is_file():  # an older one, such as the one that is shipped
         shutil.rmtree(out)
-    return write_once(out, lambda folder: halve(drawing, folder))
+    return write_once(out, lambda folder: halve(model, folder))
 
 
 def vocabulary() -> set[str]:
@@ -68,23 +73,21 @@ def vocabulary() -> set[str]:
     return {word for i in range(CAPTIONS) for word in re.findall("[a-z]+", scenes.scene(i)[1].lower())}
 
 
-def learn_codec(model: Path, folder: Path, work: Path, overrides: Sequence[str], progress: Progress) -> None:
+def learn_codec(train: Callable[[], Trained], folder: Path) -> None:
     """Train the codec, and write the model with it and with the scale of its latents."""
-    family, parts = trained("autoencoder", model, work, overrides, progress)
+    family, parts = train()
     codec = cast(Any, parts["vae"])
     codec.register_to_config(scaling_factor=round(1 / latent_std(family, codec), 5))
     family.export({"vae": codec}, folder)
 
 
-def learn_drawing(model: Path, folder: Path, work: Path, overrides: Sequence[str], progress: Progress) -> None:
+def learn_drawing(train: Callable[[], Trained], folder: Path) -> None:
     """Train UNet and text encoder, and write the model with them."""
-    family, parts = trained("denoiser", model, work, overrides, progress)
+    family, parts = train()
     family.export(parts, folder)
 
 
-def trained(
-    name: str, model: Path, work: Path, overrides: Sequence[str], progress: Progress
-) -> tuple[DiffusionFamily, dict[str, nn.Module]]:
+def trained(name: str, model: Path, work: Path, overrides: Sequence[str], progress: Progress) -> Trained:
     """A model's parts after a recipe; trains, or goes on with a run that was stopped, unless that is done."""
     import torch
 
@@ -142,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gtl.builtin", description="Make builtin:tiny from nothing.")
     parser.add_argument("--work", type=Path, default=Path("out/builtin"), help="keeps what is done (%(default)s)")
     parser.add_argument("--out", type=Path, default=builtin_folder("tiny"), help="the model (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both recipes")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all recipes")
     given = parser.parse_args()
     try:
         print(make(given.work.absolute(), given.out.absolute(), given.set, Lines()))

@@ -73,7 +73,7 @@ class Engine:
         self._micro_steps = 0
         self.shapes: Shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
         assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
-        self._optimizer = make_optimizer(list(parameters.values()), train, self._device)
+        self._optimizer = make_optimizer(list(parameters.values()), train)
         numel = sum(math.prod(shape) for shape in self.shapes.values())
         config = make_config(train, stage, micro_batch, accumulation, numel, self._device)
         self._engine = initialize(player, self._optimizer, config, self._device)

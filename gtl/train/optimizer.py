@@ -15,8 +15,8 @@ BLOCK = 256
 """Elements that share one scale in bitsandbytes' 8-bit moments."""
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], train: Train, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW as the recipe says; fused on CUDA.
+def make_optimizer(parameters: Sequence[nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    """AdamW as the recipe says, fused.
 
     Raises:
         UserError: adamw_8bit without bitsandbytes.
@@ -35,7 +35,7 @@ def make_optimizer(parameters: Sequence[nn.Parameter], train: Train, device: tor
         )
     return torch.optim.AdamW(
         parameters, train.learning_rate, betas=asked.betas, eps=asked.eps, weight_decay=asked.weight_decay,
-        fused=device.type == "cuda",
+        fused=True,
     )  # fmt: skip
 
 
@@ -58,8 +58,7 @@ def write_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: 
     8-bit moments are quantised again: a run goes on from them as closely as 8 bits tell, not bit for bit.
     """
     if not hasattr(optimizer, "init_state"):
-        device = parameter.device if optimizer.defaults["fused"] else "cpu"
-        step = torch.tensor(float(steps), dtype=torch.float32, device=device)
+        step = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
         return
     group = optimizer.param_groups[0]

@@ -212,7 +212,7 @@ def test_eight_bits_need_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError) as refused:
-        make_optimizer(list(Toy().parameters()), make_train(optimizer={"type": "adamw_8bit"}), torch.device("cpu"))
+        make_optimizer(list(Toy().parameters()), make_train(optimizer={"type": "adamw_8bit"}))
     assert str(refused.value) == (
         "train.optimizer.type: 'adamw_8bit' needs bitsandbytes, which is not installed: "
         "pip install bitsandbytes, or use adamw"
