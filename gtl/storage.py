@@ -182,9 +182,11 @@ class Store:
             try:
                 # allow_not_found would also take a bucket that does not exist for an empty one.
                 infos = self.fs.get_file_info(FileSelector(self.path(prefix), recursive=recursive))
+                return sorted(infos, key=lambda info: info.path)
             except FileNotFoundError:
                 return []
-        return sorted(infos, key=lambda info: info.path)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{self.url(prefix)}: a file name in it is not UTF-8: {error.object!r}") from error
 
     def _explained(self, key: str = "") -> AbstractContextManager[None]:
         return explained(self.url(key))

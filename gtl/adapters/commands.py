@@ -20,15 +20,20 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def list_adapters(registry: str) -> list[dict[str, Any]]:
-    """One row a published version, sorted by name and version: name, version, aliases, kind, base, created."""
+    """One row a published version, sorted by name and version: name, version, aliases, kind, base, created.
+
+    Of a version whose card is damaged that is said as its kind, with the reason as its base.
+    """
     opened = Registry(registry)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, version, aliases in opened.list():
-        card = opened.show(f"{name}@{version}")
-        rows.append({
-            "name": name, "version": version, "aliases": list(aliases), "kind": card.kind,
-            "base": card.base.source, "created": card.created.isoformat(timespec="seconds"),
-        })  # fmt: skip
+        try:
+            card = opened.show(f"{name}@{version}")
+            told = card.kind, card.base.source, card.created.isoformat(timespec="seconds")
+        except UserError as error:
+            told = "damaged", str(error), ""
+        row = dict(zip(("kind", "base", "created"), told, strict=True))
+        rows.append({"name": name, "version": version, "aliases": list(aliases), **row})
     return rows
 
 
@@ -94,7 +99,13 @@ def export_adapter(registry: str, reference: str, out: Path) -> str:
     check_new(out)
     opened = Registry(registry)
     card, version = opened.resolve(reference)
-    shutil.copytree(opened.fetch(f"{card.name}@{version}"), out, dirs_exist_ok=True)
+    folder = opened.fetch(f"{card.name}@{version}")
+    try:
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+    except shutil.Error as error:  # a list of (source, target, reason)
+        raise UserError(f"--out {out}: cannot be written to: {error.args[0][0][2]}") from error
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to: {error.strerror or error}") from error
     return f"{card.name}@{version}"
 
 

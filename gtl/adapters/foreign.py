@@ -22,7 +22,7 @@ from gtl.adapters.formats import (
     layers_of,
 )
 from gtl.adapters.match import match
-from gtl.adapters.read import read_peft, read_safetensors
+from gtl.adapters.read import is_part, read_peft, read_safetensors
 from gtl.families.sgm import diffusers_keys
 from gtl.types import UserError
 
@@ -59,7 +59,26 @@ def import_lora(path: Path, parts: Mapping[str, nn.Module]) -> LoraWeights:
     main = next((part for part in parts if part in MAIN_PARTS), None)
     unet: Any = parts.get("unet")
     layers_per_block = LAYERS_PER_BLOCK if unet is None else unet.config.layers_per_block
-    return match(read_lora(path, main, layers_per_block), parts, path)
+    weights = match(read_lora(path, main, layers_per_block), parts, path)
+    check_values(weights, path)
+    return weights
+
+
+def check_values(weights: LoraWeights, path: Path) -> None:
+    """Refuse values that no training leaves.
+
+    Raises:
+        UserError: a tensor does not hold real numbers, or one of its numbers is not finite.
+    """
+    for name, tensor in weights.tensors.items():
+        key = weights.keys[name]
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {key}: holds {str(tensor.dtype).removeprefix('torch.')}; expected real numbers")
+        if not bool(tensor.float().isfinite().all()):
+            raise UserError(f"{path}: {key}: holds values that are not finite; the file is damaged")
+    for alpha in (weights.config.alpha, *weights.config.alphas.values()):
+        if not math.isfinite(alpha):
+            raise UserError(f"{path}: alpha: {alpha}: expected a finite number")
 
 
 def read_lora(path: Path, main: str | None = "unet", layers_per_block: int = LAYERS_PER_BLOCK) -> LoraWeights:
@@ -73,7 +92,7 @@ def read_lora(path: Path, main: str | None = "unet", layers_per_block: int = LAY
     """
     file = _find(path)
     if file.name in (PEFT_CONFIG, PEFT_WEIGHTS) and file.with_name(PEFT_CONFIG).is_file():
-        return read_peft(file.parent, main)
+        return read_peft(path if path.is_dir() else file.parent, main)
     stored, metadata = read_safetensors(file)
     tensors: dict[str, Tensor] = {}
     keys: dict[str, str] = {}
@@ -85,7 +104,7 @@ def read_lora(path: Path, main: str | None = "unet", layers_per_block: int = LAY
             if tensor.numel() != 1:
                 raise UserError(f"{file}: {key}: expected one number, found shape {list(tensor.shape)}")
             alphas[layer] = float(tensor.item())
-        elif key.endswith(".dora_scale") and tensor.shape[0] != tensor.numel():
+        elif key.endswith(".dora_scale") and tensor.shape[:1] != (tensor.numel(),):
             raise UserError(f"{file}: {key}: a DoRA with a magnitude per input; only one per output can be imported")
         else:
             tensors[f"{layer}.{suffix}"], keys[f"{layer}.{suffix}"] = tensor, key
@@ -103,6 +122,8 @@ def _find(path: Path) -> Path:
         for name in (PEFT_CONFIG, DIFFUSERS_WEIGHTS):
             if (path / name).is_file():
                 return path / name
+        if below := sorted(file for file in path.glob(f"*/{PEFT_CONFIG}") if is_part(file.parent.name)):
+            return below[0]
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
             raise UserError(f"{path}: {len(files)} safetensors files in it; name the file of the LoRA")
@@ -150,12 +171,15 @@ def _header_alphas(metadata: Mapping[str, str], ranks: Mapping[str, int], file: 
     except ValueError as error:
         raise UserError(f"{file}: lora_adapter_metadata in its header is not JSON ({error})") from error
     alphas = {}
-    for layer, rank in ranks.items():
-        part, _, module = layer.partition(".")
-        if f"{part}.lora_alpha" in values:
-            own = values.get(f"{part}.alpha_pattern") or {}
-            alpha = float(own.get(module, own.get(f"^{module}", values[f"{part}.lora_alpha"])))
-            alphas[layer] = alpha * math.sqrt(rank) if values.get(f"{part}.use_rslora") else alpha
+    try:
+        for layer, rank in ranks.items():
+            part, _, module = layer.partition(".")
+            if f"{part}.lora_alpha" in values:
+                own = values.get(f"{part}.alpha_pattern") or {}
+                alpha = float(own.get(module, own.get(f"^{module}", values[f"{part}.lora_alpha"])))
+                alphas[layer] = alpha * math.sqrt(rank) if values.get(f"{part}.use_rslora") else alpha
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: lora_adapter_metadata in its header is not that of diffusers ({error})") from error
     return alphas
 
 

@@ -91,6 +91,8 @@ def layers_of(tensors: Mapping[str, Tensor], where: str | Path = "adapter") -> d
         for suffix in needed:
             if suffix not in group:
                 raise UserError(f"{where}: {layer}.{suffix} is missing; a layer needs {' and '.join(needed)}")
+        if group[A].dim() < 2 or 0 in group[A].shape:
+            raise UserError(f"{where}: {layer}.{A} has shape {list(group[A].shape)}; expected [rank, inputs]")
     return layers
 
 

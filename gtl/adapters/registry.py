@@ -81,7 +81,7 @@ class Registry:
     def aliases(self, name: str) -> dict[str, str]:
         """Alias -> version, sorted by alias."""
         keys = [key for key, _, _ in self.store.list(name, recursive=False) if key.rpartition("/")[2].startswith("@")]
-        return {key.rpartition("@")[2]: self.store.read(key).decode().strip() for key in keys}
+        return {key.rpartition("@")[2]: self.store.read(key).decode(errors="replace").strip() for key in keys}
 
     def resolve(self, reference: str) -> tuple[Card, str]:
         """The card and version of NAME (the newest), NAME@VERSION or NAME@ALIAS; a :SCALE is skipped.
@@ -89,6 +89,11 @@ class Registry:
         Raises:
             UserError: there is no such adapter; the message lists what there is.
         """
+        name, version = self.locate(reference)
+        return self._card(name, version), version
+
+    def locate(self, reference: str) -> tuple[str, str]:
+        """The name and version of a reference, without a look at the card; see `resolve`."""
         name, wanted, _ = parse_reference(reference)
         versions = self.versions(name)
         if not versions:
@@ -101,7 +106,7 @@ class Registry:
             if version not in versions:
                 known = ", ".join([*(f"@{alias}" for alias in aliases), *reversed(versions)][:10])
                 raise UserError(f"adapter {reference!r}: {name} has no such version or alias; it has: {known}")
-        return self._card(name, version), version
+        return name, version
 
     def show(self, reference: str) -> Card:
         """The card of a reference; see `resolve`."""
@@ -152,16 +157,16 @@ class Registry:
         """
         if parse_reference(reference).version is None:
             raise UserError(f"adapter {reference!r}: name the version to remove, for example {reference}@VERSION")
-        card, version = self.resolve(reference)
-        pointing = [alias for alias, target in self.aliases(card.name).items() if target == version]
+        name, version = self.locate(reference)  # also of a version whose card is damaged
+        pointing = [alias for alias, target in self.aliases(name).items() if target == version]
         if pointing and not force:
             names = ", ".join(f"@{alias}" for alias in pointing)
-            raise UserError(f"adapter {card.name}@{version}: {names} points at it; promote another or use --force")
+            raise UserError(f"adapter {name}@{version}: {names} points at it; promote another or use --force")
         for alias in pointing:
-            self.store.delete(f"{card.name}/@{alias}")
-        key = f"{card.name}/{version}"
+            self.store.delete(f"{name}/@{alias}")
+        key = f"{name}/{version}"
         if self.store.is_local:  # one rename, so that a removal that is cut off leaves no half version
-            hidden = self._hidden(card.name, version)
+            hidden = self._hidden(name, version)
             os.rename(self.store.url(key), hidden.root)
             hidden.delete_folder("")
         else:

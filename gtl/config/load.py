@@ -116,9 +116,14 @@ def read_yaml(text: str) -> Any:
     """The value of a YAML document.
 
     Raises:
-        yaml.YAMLError: it is none, or gives a key twice.
+        yaml.YAMLError: it is none, gives a key twice, or holds what is only written like a number or a date.
     """
-    return yaml.load(text, Loader=UniqueKeyLoader)  # noqa: S506 - a safe loader
+    try:
+        return yaml.load(text, Loader=UniqueKeyLoader)  # noqa: S506 - a safe loader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except ValueError as error:  # of the constructors: 2024-13-01, !!int x
+        raise yaml.YAMLError(str(error)) from error
 
 
 def explain_yaml(error: yaml.YAMLError) -> str:

@@ -31,7 +31,7 @@ class PriorPreservation(Section):
     images: Annotated[int, Field(ge=1)] = 100
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of a class image's loss beside a subject image's 1."""
-    steps: Annotated[int, Field(ge=1)] = 25
+    steps: Annotated[int, Field(ge=1, le=999)] = 25
     """Denoising steps of the class images."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance of the class images."""

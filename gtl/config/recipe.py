@@ -159,11 +159,11 @@ class Evaluate(Section):
     prompts: Literal["auto"] | list[Annotated[str, Field(min_length=1)]] = "auto"
     """A grid of them is drawn at every look. auto: captions of four images, held-out ones first; []: none."""
     negative_prompt: str = ""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    steps: Annotated[int, Field(ge=1, le=999)] = 25
     """Denoising steps of a picture."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
     """Classifier-free guidance of a picture."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
     """Of the first prompt's picture; the next has the next."""
 
 

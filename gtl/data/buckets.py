@@ -38,8 +38,8 @@ def bucket_sizes(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT)
     Raises:
         UserError: the resolution is not a multiple.
     """
-    if resolution % multiple:
-        below = resolution // multiple * multiple
+    if resolution < 1 or resolution % multiple:
+        below = max(0, resolution // multiple * multiple)
         right = f"{below} or {below + multiple}" if below else f"{multiple}"
         raise UserError(f"data.resolution: {resolution}: this model needs a multiple of {multiple}, such as {right}")
     step = multiple * max(1, round(resolution / 16 / multiple))

@@ -38,6 +38,11 @@ class CaptionRule:
                 "known are {folder} and {file}"
             )
 
+        try:
+            (self.template or "").format(folder="", file="")
+        except ValueError as error:
+            raise UserError(f"data.caption_template: {self.template!r}: {error}; use {{folder}}") from error
+
     @classmethod
     def fixed(cls, caption: str) -> CaptionRule:
         """The same caption for every image."""
@@ -95,20 +100,30 @@ def read_metadata(data: bytes, url: str) -> Iterator[tuple[int, str, list[str]]]
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{url}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, row in _csv_rows(text) if url.endswith(".csv") else _jsonl_rows(text, url):
+    for number, row in _csv_rows(text, url) if url.endswith(".csv") else _jsonl_rows(text, url):
         if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str) or not name:
             raise UserError(f"{url}:{number}: no file_name in it; a line needs file_name and text")
         captions = row.get("text")
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
             raise UserError(f"{url}:{number}: no text in it; a line needs file_name and text (one caption or a list)")
+        if not is_text("".join([name, *captions])):
+            raise UserError(f"{url}:{number}: half a character in it (a \\ud... escape without its other half)")
         yield number, posixpath.normpath(name), captions
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
+def is_text(value: str) -> bool:
+    """Whether it can be stored: JSON may escape half a character, which no encoding has."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _csv_rows(text: str, url: str) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        yield reader.line_num, row
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{url}:{reader.line_num}: not valid CSV ({error})") from error
 
 
 def _jsonl_rows(text: str, url: str) -> Iterator[tuple[int, Any]]:

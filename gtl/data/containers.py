@@ -9,7 +9,7 @@ import tarfile
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from gtl.data.captions import split_lines
+from gtl.data.captions import is_text, split_lines
 from gtl.data.index import GONE, Seen, SeenFile
 from gtl.images import EXTENSIONS, BrokenImage, probe
 from gtl.storage import Store, explained
@@ -44,8 +44,7 @@ def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
     store, extension = Store(root), posixpath.splitext(key)[1].lower()
     try:
         if extension == ".txt":
-            text = store.read(key).decode("utf-8-sig", errors="replace")
-            return SeenFile(store.url(key), num_bytes, mtime, text=text)
+            return _caption_file(store.url(key), num_bytes, mtime, store.read(key))
         if extension == ".tar":
             images = inspect_tar(store, key)
         elif extension == ".parquet":
@@ -76,10 +75,24 @@ def broken(reason: str, name: str = "") -> Seen:
     return Seen(name, "", 0, 0, reason, None)
 
 
+def _caption_file(url: str, num_bytes: int, mtime: int, data: bytes) -> SeenFile:
+    try:
+        return SeenFile(url, num_bytes, mtime, text=data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return SeenFile(url, num_bytes, mtime, (broken(_not_utf8(error)),))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 text ({error.reason} at byte {error.start})"
+
+
 def inspect_tar(store: Store, key: str) -> list[Seen]:
-    """Images of a WebDataset shard in one pass; `a.jpg` takes its captions from `a.txt` or `a.json`."""
-    images: dict[str, Seen] = {}
-    captions: dict[str, tuple[str, ...]] = {}
+    """Images of a WebDataset shard in one pass; `a.jpg` takes its captions from `a.txt` or `a.json`.
+
+    Beside `a.jpg`, `a.mask.png` is another field of that sample and no image of its own.
+    """
+    images: list[tuple[str, Seen]] = []
+    captions: dict[str, tuple[str, ...] | str] = {}
     with explained(store.url(key)), store.fs.open_input_stream(store.path(key)) as stream:
         try:
             # r| never seeks: a shard in a bucket is read in one go.
@@ -87,28 +100,46 @@ def inspect_tar(store: Store, key: str) -> list[Seen]:
                 for member in tar:
                     _take_member(tar, member, images, captions)
         except (tarfile.TarError, EOFError) as error:
-            images["\0"] = broken(f"not a whole tar file ({error})")
-    return [image._replace(captions=captions.get(stem)) for stem, image in images.items()]
+            images.append(("", broken(f"not a whole tar file ({error})")))
+    samples = {stem for stem, _ in images if stem == _sample(stem)}
+    own = [(stem, image) for stem, image in images if stem == _sample(stem) or _sample(stem) not in samples]
+    return [_with_captions(image, captions.get(stem, captions.get(_sample(stem)))) for stem, image in own]
+
+
+def _sample(stem: str) -> str:
+    """A member's name up to its first dot, which is what the parts of a WebDataset sample have in common."""
+    folder, base = posixpath.split(stem)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _with_captions(image: Seen, captions: tuple[str, ...] | str | None) -> Seen:
+    """The image with its captions, or with the reason why they cannot be read."""
+    if isinstance(captions, str):
+        return image._replace(error=image.error or captions)
+    return image._replace(captions=captions)
 
 
 def _take_member(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, images: dict[str, Seen], captions: dict[str, tuple[str, ...]]
-) -> None:
-    folder, base = posixpath.split(member.name)
-    name, _, extension = base.partition(".")
-    stem, extension = posixpath.join(folder, name), f".{extension.lower()}"
-    if not member.isfile() or base.startswith(".") or extension not in EXTENSIONS | {".txt", ".json"}:
+    tar: tarfile.TarFile, member: tarfile.TarInfo, images: list[tuple[str, Seen]],
+    captions: dict[str, tuple[str, ...] | str],
+) -> None:  # fmt: skip
+    stem, ending = posixpath.splitext(member.name)
+    extension, is_hidden = ending.lower(), posixpath.basename(stem).startswith(".")
+    if not member.isfile() or is_hidden or extension not in EXTENSIONS | {".txt", ".json"}:
         return
     if member.size > MAX_BYTES:
-        images[stem] = broken(f"{member.size} bytes, more than the allowed {MAX_BYTES}", member.name)
+        images.append((stem, broken(f"{member.size} bytes, more than the allowed {MAX_BYTES}", member.name)))
         return
     file = tar.extractfile(member)
     assert file is not None
     data = file.read()
     if extension in EXTENSIONS:
-        images[stem] = look(data, member.name, None, member.offset_data, member.size)
+        images.append((stem, look(data, member.name, None, member.offset_data, member.size)))
     elif extension == ".txt":
-        captions[stem] = tuple(split_lines(data.decode("utf-8-sig", errors="replace"))) or ("",)
+        try:
+            captions[stem] = tuple(split_lines(data.decode("utf-8-sig"))) or ("",)
+        except UnicodeDecodeError as error:
+            captions[stem] = f"{member.name}: {_not_utf8(error)}"
     elif (found := _json_captions(data)) is not None:
         captions.setdefault(stem, found)
 
@@ -123,10 +154,9 @@ def _json_captions(data: bytes) -> tuple[str, ...] | None:
 
 
 def _as_captions(value: Any) -> tuple[str, ...] | None:
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-        return tuple(value)
+    values = [value] if isinstance(value, str) else value
+    if isinstance(values, list) and values and all(isinstance(item, str) and is_text(item) for item in values):
+        return tuple(values)
     return None
 
 
@@ -163,6 +193,8 @@ def _columns(schema: Any, url: str) -> tuple[str, str | None]:
         inner = kind.field("bytes").type if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
         return bool(kinds.is_binary(inner) or kinds.is_large_binary(inner))
 
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{url}: two columns of one name among {', '.join(schema.names)}")
     images = [field.name for field in schema if is_image(field.type)]
     if not images:
         raise UserError(f"{url}: no column of images (bytes, or structs with bytes), only {', '.join(schema.names)}")

@@ -109,8 +109,8 @@ class Dataset:
         part.entries = entries
         return part
 
-    def save(self) -> None:
-        """Keep it in the cache, for workers and for later; marks it as used now."""
+    def save(self, prompts: Sequence[str] = ()) -> None:
+        """Keep it in the cache, for workers and for later; marks it, and these prompts beside it, as used now."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -128,7 +128,8 @@ class Dataset:
             sink = io.BytesIO()
             parquet.write_table(table, sink, compression="zstd")
             self._store.write(f"{key}.parquet", sink.getvalue())
-        self._store.write(f"{key}.used", b"")
+        asked = sorted({*prompts, *used_prompts(self._store, self.fingerprint)})
+        self._store.write(f"{key}.used", json.dumps(asked).encode())
 
     @classmethod
     def load(cls, store: Store, fingerprint: str) -> Dataset:
@@ -146,6 +147,15 @@ class Dataset:
         self.images.refresh()
         if self.prompts is not None:
             self.prompts.refresh()
+
+
+def used_prompts(store: Store, fingerprint: str) -> list[str]:
+    """The prompts that runs on a dataset have asked for, beside its captions."""
+    try:
+        prompts: list[str] = json.loads(store.read(f"{FOLDER}/{fingerprint}.used") or b"[]")
+    except FileNotFoundError:
+        return []
+    return prompts
 
 
 def read(store: Store, fingerprint: str) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from gtl.data.cache import prompt_key, sweep
-from gtl.data.dataset import FOLDER, read
+from gtl.data.dataset import FOLDER, read, used_prompts
 from gtl.storage import Store
 
 
@@ -31,9 +31,12 @@ def collect_garbage(cache: Store, keep_days: float = 30, grace_days: float = 1) 
             cache.delete(key)
             cache.delete(f"{name}.used")
             continue
-        dataset = read(cache, name.rpartition("/")[2])
+        fingerprint = name.rpartition("/")[2]
+        dataset = read(cache, fingerprint)
         for entry in dataset.entries:
             keys.update(f"{dataset.images.name}/{variant}" for variant in entry.variants)
-            if dataset.prompts is not None:
-                keys.update(f"{dataset.prompts.name}/{prompt_key(caption)}" for caption in ("", *entry.record.captions))
+        if dataset.prompts is not None:
+            captions = {caption for entry in dataset.entries for caption in entry.record.captions}
+            texts = {"", *captions, *used_prompts(cache, fingerprint)}
+            keys.update(f"{dataset.prompts.name}/{prompt_key(text)}" for text in texts)
     return sweep(cache, keys.__contains__, now - grace_days * 86400)

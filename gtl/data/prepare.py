@@ -15,7 +15,7 @@ from gtl.data.captions import CaptionRule
 from gtl.data.dataset import PIXEL_SPACE, PIXELS, Cuts, Dataset
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
-from gtl.data.sources import Broken, File, Located, Scan, scan, uri_of
+from gtl.data.sources import Broken, File, Located, Scan, list_source, scan, uri_of
 from gtl.storage import Store
 from gtl.types import Entry, Progress, UserError, quiet
 
@@ -77,7 +77,7 @@ def prepare(
         check_usable(found, data)
     name_broken(found.broken)
     dataset.refresh()
-    dataset.save()
+    dataset.save(prompts)
     return dataset
 
 
@@ -90,6 +90,22 @@ def spaces(family: DiffusionFamily, dtype: str, needs: Needs) -> tuple[str, str 
     return images, f"prompts-{family.fingerprint(*family.encoders)[:16]}-{dtype}"
 
 
+def check_sources(data: Data) -> None:
+    """List the sources, which is quick.
+
+    Raises:
+        UserError: one is not there, or holds no images.
+    """
+    for s in sources(data):
+        if not s.source.startswith("builtin:"):
+            list_source(s.source)
+
+
+def sources(data: Data) -> list[Source]:
+    """What the recipe names, with weights."""
+    return data.source if isinstance(data.source, list) else [Source(source=data.source)]
+
+
 def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress) -> Scan:
     """The images of every source, and of the prior.
 
@@ -97,13 +113,12 @@ def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, pro
         UserError: a source or a caption is not what it has to be.
     """
     rule = CaptionRule(data.captions, data.caption_template)
-    listed = data.source if isinstance(data.source, list) else [Source(source=data.source)]
 
     def look(root: str, files: list[File]) -> Iterator[SeenFile]:
         return inspect_all(root, files, progress)
 
     found = Scan()
-    for s in listed:
+    for s in sources(data):
         found.extend(scan(s.source, rule, s.weight, cache, look, progress))
     if prior is not None:
         drawn = scan(prior[0], CaptionRule.fixed(prior[1]), prior[2], cache, look, progress)

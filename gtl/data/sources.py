@@ -78,6 +78,8 @@ def list_source(source: str) -> Listing:
     Raises:
         UserError: there is no such folder, it holds no images, or it cannot be reached.
     """
+    if not source:
+        raise UserError("data.source: '': expected a folder, a .parquet or .tar file, or a URL")
     store = Store(source)
     extension = posixpath.splitext(source)[1].lower()
     if store.is_local and not os.path.exists(store.root):
@@ -90,6 +92,8 @@ def list_source(source: str) -> Listing:
         raise UserError(f"data.source: {source}: neither a folder nor a .parquet or .tar file")
     else:
         files = list(store.list())
+        if store.is_local:
+            files = without_loops(store, files)
     listing = Listing(store)
     for file in map(File._make, files):
         _sort_in(listing, file)
@@ -98,6 +102,18 @@ def list_source(source: str) -> Listing:
             f"data.source: {source}: no images there; looked for {', '.join(sorted(EXTENSIONS))}, .parquet and .tar"
         )
     return listing
+
+
+def without_loops(store: Store, files: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Each file of a local folder once, under its shortest key, where links lead into one of its folders again."""
+    places: dict[str, str] = {}
+    kept: dict[tuple[str, str], tuple[str, int, int]] = {}
+    for file in sorted(files, key=lambda file: (file[0].count("/"), file[0])):
+        folder, name = posixpath.split(file[0])
+        if folder not in places:
+            places[folder] = os.path.realpath(store.url(folder))
+        kept.setdefault((places[folder], name), file)
+    return sorted(kept.values())
 
 
 def _sort_in(listing: Listing, file: File) -> None:
@@ -137,7 +153,11 @@ def scan(
     result = Scan()
     for key in sorted([*listing.images, *listing.containers]):
         sidecar = texts.get(posixpath.splitext(key)[0])
-        lines = None if sidecar is None else split_lines(seen[sidecar.key].text or "")
+        text = None if sidecar is None else seen[sidecar.key]
+        if text is not None and text.text is None:
+            result.broken += [Broken(text.url, image.error) for image in text.images]
+            continue
+        lines = None if text is None else split_lines(text.text or "")
         for image in seen[key].images:
             _add(result, listing.store, key, image, rule, weight, metadata.get(key), lines)
     return result

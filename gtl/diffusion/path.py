@@ -24,6 +24,8 @@ class NoisePath(Protocol):
     """From clean data to noise."""
 
     prediction: Prediction
+    num_train_timesteps: int
+    """Times that samplers place their steps among."""
     shift: float
     """Shift towards noise with which the model was trained, see `gtl.config.objectives.Timesteps`; 1 is none."""
 
@@ -56,12 +58,13 @@ class VariancePreserving:
     def __init__(self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> None:
         """`alphas_cumprod` [T] are the a_t."""
         self.alphas_cumprod = alphas_cumprod
+        self.num_train_timesteps = len(alphas_cumprod)
         self.prediction: Prediction = prediction
         self._on_device: dict[torch.device, Tensor] = {}
 
     def time(self, u: Tensor) -> Tensor:
         """Whole steps, each for an equal share of [0, 1)."""
-        num = len(self.alphas_cumprod)
+        num = self.num_train_timesteps
         return (u * num).long().clamp_(0, num - 1)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -183,7 +186,11 @@ def make_scheduler(config: Mapping[str, Any]) -> Any:
     if scheduler is None:
         version = diffusers.__version__
         raise UserError(f"scheduler_config.json: _class_name: {name!r}: diffusers {version} has no such scheduler")
-    return scheduler.from_config(dict(config))
+    try:
+        return scheduler.from_config(dict(config))
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"scheduler_config.json: not one that a {name} can be made of: {reason}") from error
 
 
 def _flow_shift(config: Mapping[str, Any]) -> float:

@@ -11,6 +11,7 @@ from gtl.families.base import Conditions
 from gtl.families.layout import DiffusersLayout
 from gtl.families.targets import find_targets
 from gtl.families.unet import unet_blocks, unet_cross_attentions, unet_embedders
+from gtl.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,12 +58,18 @@ class LatentUNet(DiffusersLayout, ABC):
 
     @property
     def _latent_scale(self) -> int:
-        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+        return int(2 ** (self._levels("vae") - 1))
+
+    def _levels(self, part: str) -> int:
+        levels = self.config(part).get("block_out_channels")
+        if not levels:
+            raise UserError(f"{self.folder / part / 'config.json'}: block_out_channels: missing")
+        return len(levels)
 
     @property
     def multiple(self) -> int:
         """The VAE's scale times the UNet's own, so that every level of the UNet halves exactly."""
-        return self._latent_scale * int(2 ** (len(self.config("unet")["block_out_channels"]) - 1))
+        return self._latent_scale * int(2 ** (self._levels("unet") - 1))
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -123,9 +130,14 @@ class LatentUNet(DiffusersLayout, ABC):
         from transformers import CLIPTokenizer
 
         folders = {part: self.folder / self.companions[part] for part in self.encoders}
-        return {
-            part: CLIPTokenizer.from_pretrained(folder, local_files_only=True) for part, folder in folders.items()
-        }
+        found = {}
+        for part, folder in folders.items():
+            try:
+                found[part] = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # the library raises nearly anything
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{folder}: not a CLIP tokenizer that can be read: {reason}") from error
+        return found
 
     def unconditional(self, empty: Conditions) -> Conditions:
         """The empty prompt's conditions."""

@@ -43,8 +43,9 @@ class DiffusersLayout:
         index = read_json(folder / INDEX)
         for part, expected in self.classes.items():
             found = index.get(part) or [None, None]
-            if found[1] != expected[1]:
-                raise UserError(f"{folder / INDEX}: {part}: {found[1]}; expected {expected[1]}")
+            name = found[1] if isinstance(found, list) and len(found) == 2 else found
+            if name != expected[1]:
+                raise UserError(f"{folder / INDEX}: {part}: {name}; expected {expected[1]}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By where it came from: on another machine its folder is elsewhere, or not there yet."""
@@ -76,7 +77,7 @@ class DiffusersLayout:
             module: nn.Module = (
                 model.from_config(config) if library == "diffusers" else model(model.config_class.from_dict(config))
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder / part / 'config.json'}: not that of a {name}: {reason}") from error
         return module
@@ -112,7 +113,10 @@ class DiffusersLayout:
             digest.update(f"{part} {json.dumps(config, sort_keys=True)}".encode())
             files = weight_files(self.folder / part, self.variant)
             if part in self.companions:
-                files += sorted(path for path in (self.folder / self.companions[part]).iterdir() if path.is_file())
+                beside = self.folder / self.companions[part]
+                if not beside.is_dir():
+                    raise UserError(f"{beside}: no such folder; the model is incomplete")
+                files += sorted(path for path in beside.iterdir() if path.is_file())
             digest.update(" ".join(hash_files(files)).encode())
         if not parts:
             digest.update(json.dumps(self.scheduler_config, sort_keys=True).encode())

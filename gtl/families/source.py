@@ -73,7 +73,9 @@ def download(repository: str, revision: str | None, variant: str | None) -> Path
         wanted = [name for name in components(read_json(index)) if name not in EXTRAS]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns(wanted, variant)))
     except errors.LocalEntryNotFoundError:
-        raise UserError(f"{where}: not in the local cache, and the hub is off-line or can't be reached") from None
+        raise UserError(
+            f"{where}: no such folder, not in the local cache of the hub, and the hub is off-line or can't be reached"
+        ) from None
     except errors.GatedRepoError:
         raise UserError(f"{where}: its owner wants your consent first; give it on the hub and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
@@ -98,6 +100,8 @@ def fetch(url: str, variant: str | None) -> Path:
         raise UserError(f"model.source: {store.url(INDEX)}: missing; a folder in diffusers layout has it") from None
     except ValueError as error:
         raise UserError(f"model.source: {store.url(INDEX)}: not readable as JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise UserError(f"model.source: {store.url(INDEX)}: expected a JSON object, found {type(index).__name__}")
     wanted = patterns([name for name in components(index) if name not in EXTRAS], variant)
     listing = {
         key: [size, mtime] for key, size, mtime in store.list() if any(fnmatchcase(key, pattern) for pattern in wanted)
@@ -109,6 +113,8 @@ def fetch(url: str, variant: str | None) -> Path:
         have = json.loads(stamp.read_text()) if stamp.is_file() else {}
         for key in (key for key in listing if have.get(key) != listing[key]):
             store.download(key, folder / key)
+        for key in have.keys() - listing.keys():  # else an index that is gone there would still be followed here
+            (folder / key).unlink(missing_ok=True)
         with replacing(stamp) as temporary:
             temporary.write_text(json.dumps(listing))
     return folder

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from gtl.families.base import Conditions, DiffusionFamily
 
-MAX_STEPS = 1000
-"""Schedulers place their steps among 1000 trained times."""
 DECODE_BATCH = 4
 """Decoding is the peak of memory, so its batches have a bound of their own."""
 CACHED_PROMPTS = 256
@@ -57,15 +55,16 @@ def check(request: Request, family: DiffusionFamily) -> None:
     Raises:
         UserError: names the field, its value and what is allowed.
     """
-    if not 1 <= request.steps <= MAX_STEPS:
-        raise UserError(f"steps: {request.steps}: expected 1 to {MAX_STEPS}")
+    most = family.path.num_train_timesteps - 1  # some schedulers start one time later
+    if not 1 <= request.steps <= most:
+        raise UserError(f"steps: {request.steps}: expected 1 to {most}")
     if not (math.isfinite(request.guidance) and request.guidance >= 0):
         raise UserError(f"guidance: {request.guidance:g}: expected a number >= 0; 1 and below is no guidance")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"seed: {request.seed}: expected 0 to 2**63 - 1")
     for name, pixels in (("height", request.height), ("width", request.width)):
         if pixels < family.multiple or pixels % family.multiple:
-            below = pixels // family.multiple * family.multiple
+            below = max(0, pixels // family.multiple * family.multiple)
             close = [size for size in (below, below + family.multiple) if size > 0]
             raise UserError(
                 f"{name}: {pixels}: expected a multiple of {family.multiple}, such as {' or '.join(map(str, close))}"

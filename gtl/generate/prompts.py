@@ -30,9 +30,13 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
         raise UserError(f"--prompt: {found} of --prompt and --prompts given; expected one of them")
     if file is None:
         assert prompt is not None
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that were not text
+            raise UserError(f"--prompt: {prompt!r}: not UTF-8 text") from None
         return [Prompt(prompt=prompt)]
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts {file}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:

@@ -29,12 +29,14 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
     Raises:
         UserError: the data, the model or the cache is not what it has to be.
     """
+    from gtl.data.prepare import check_sources
     from gtl.data.prepare import prepare as encode
 
     objective, cache = recipe.objective, recipe.storage.cache
     prior = objective.prior if isinstance(objective, DenoiseObjective) else None
     extra = None
     if prior is not None:
+        check_sources(recipe.data)  # before the class images, which take long
         extra = (draw_on_cluster(family, prior, cache, dtype, gpus, progress), prior.prompt, prior.weight)
     shown = recipe.evaluate
     prompts = [shown.negative_prompt, *shown.prompts] if isinstance(shown.prompts, list) else [shown.negative_prompt]

@@ -68,7 +68,7 @@ def learned_on(run: Store) -> str | None:
 
 
 def unfinished(runs: Store) -> str:
-    """The newest version of a run whose adapter has not been published.
+    """The newest version of a run whose adapter has not been published, if any has saved the newest of those.
 
     Raises:
         UserError: there is none.
@@ -76,7 +76,8 @@ def unfinished(runs: Store) -> str:
     versions = [v for v in runs.folders() if runs.exists(f"{v}/recipe.yaml") and not runs.exists(f"{v}/{PUBLISHED}")]
     if not versions:
         raise UserError(f"--resume: no unfinished run under {runs.url()}")
-    return versions[-1]
+    saved = [version for version in versions if latest(runs.sub(version), CHECKPOINTS) is not None]
+    return (saved or versions)[-1]
 
 
 def go_on(runs: Store, version: str, recipe: Recipe) -> Recipe:

@@ -421,6 +421,16 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, how: str, message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_without_its_tokenizer_is_one_line(tmp_path: Path) -> None:
+    folder = make_sd(tmp_path / "sd")
+    (folder / "tokenizer" / "vocab.json").write_text("{")
+    with pytest.raises(UserError, match=rf"^{folder}/tokenizer: not a CLIP tokenizer that can be read: "):
+        _ = opened(folder).tokenizers
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match=rf"^{folder}/tokenizer: no such folder; the model is incomplete$"):
+        opened(folder).fingerprint()
+
+
 def test_a_missing_variant_is_named(sd: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         opened(sd, variant="fp16").load("unet")

@@ -1,6 +1,7 @@
 """LoRAs made by others: kohya's, diffusers' and PEFT's files give the delta they mean, or are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,16 @@ def test_unmatched_keys_are_refused(sd, tmp_path):
     (lambda t: t.update({"lora_unet_x.alpha": torch.tensor(1.0)}), r"1 alphas have no weights .*; first: unet.x$"),
     (lambda t: t.update({"lora_unet_x.alpha": torch.ones(2)}), r"lora_unet_x.alpha: expected one number, found shape"),
     (lambda t: t.update({f"unet.{TO_Q}.dora_scale": torch.ones(1, 16)}), r"dora_scale: a DoRA with a magnitude per in"),
+    (lambda t: t.update({f"unet.{TO_Q}.dora_scale": torch.tensor(1.0)}), r"dora_scale: a DoRA with a magnitude per in"),
+    (lambda t: t.update({f"unet.{TO_Q}.lora_A.weight": torch.tensor(1.0)}),
+     r"has shape \[\]; expected \[rank, inputs\]$"),
+    (lambda t: t.update({f"unet.{TO_Q}.lora_A.weight": torch.ones(0, 16),
+                         f"unet.{TO_Q}.lora_B.weight": torch.ones(16, 0)}),
+     r"has shape \[0, 16\]; expected \[rank, inputs\]$"),
+    (lambda t: t.update({f"unet.{TO_Q}.alpha": torch.tensor(float("nan"))}), r"alpha: nan: expected a finite number$"),
+    (lambda t: t[f"unet.{TO_Q}.lora_A.weight"].fill_(float("inf")), r"lora_A.weight: holds values that are not finite"),
+    (lambda t: t.update({f"unet.{TO_Q}.lora_A.weight": torch.ones(4, 16, dtype=torch.int8)}),
+     r"lora_A.weight: holds int8; expected real numbers$"),
     (lambda t: t.update({f"unet.{TO_Q}.dora_scale": torch.ones(16, 1)}), r"lora_magnitude_vector.weight is missing;"),
     (lambda t: t.update({f"lora_unet_{FLAT}.lora_down.weight": torch.ones(4, 16),
                          f"lora_unet_{FLAT}.lora_up.weight": torch.ones(16, 4)}),
@@ -316,6 +327,49 @@ def test_files_that_do_not_fit_are_refused(sd, tmp_path, change, message):
     save_file(tensors, tmp_path / "them.safetensors")
     with pytest.raises(UserError, match=message):
         import_lora(tmp_path / "them.safetensors", {"unet": unet})
+
+
+@pytest.mark.parametrize(
+    "metadata", ["5", "null", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": [1]}']
+)
+def test_a_damaged_header_is_one_line(sd, tmp_path, metadata):
+    tensors = random_lora(load_unet(sd), "unet", only="attn1")
+    save_file(tensors, tmp_path / "them.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(UserError, match=r"them.*: lora_adapter_metadata in its header is not that of diffusers"):
+        read_lora(tmp_path / "them.safetensors")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4': its weights are for "),
+    ({"lora_alpha": "8"}, "lora_alpha: '8': expected a int$"),
+    ({"alpha_pattern": ["x"]}, r"alpha_pattern: \['x'\]: expected a dict$"),
+    ({"alpha_pattern": {"(": 3}}, r"alpha_pattern: '\(': not a regular expression"),
+    ({"alpha_pattern": {"x": "3"}}, "alpha_pattern: 'x': '3': expected a number$"),
+    ({"use_dora": True}, "use_dora is True in adapter_config.json; the weights say otherwise$"),
+])  # fmt: skip
+def test_a_damaged_peft_config_is_one_line(sd, tmp_path, change, message):
+    write_lora(random_lora(load_unet(sd), "unet", only="attn1"), tmp_path, config=LoraExport(rank=4, alpha=4.0))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message) as caught:
+        read_lora(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_peft_folders_as_trainers_leave_them(sd, tmp_path):
+    """Checkpoints in subfolders are not parts, and a folder of parts needs nothing at its root."""
+    unet, encoder = load_unet(sd), load_text_encoder(sd)
+    tensors = random_lora(unet, "unet", only="attn1")
+    write_lora(tensors, tmp_path / "root", config=LoraExport(rank=4, alpha=4.0))
+    shutil.copytree(tmp_path / "root", tmp_path / "root" / "checkpoint-500")
+    assert import_lora(tmp_path / "root", {"unet": unet}).tensors.keys() == tensors.keys()
+    both = tmp_path / "both"
+    shutil.copytree(tmp_path / "root" / "checkpoint-500", both / "unet")
+    texts = random_lora(encoder, "text_encoder", only="mlp")
+    write_lora(texts, tmp_path / "texts", config=LoraExport(rank=4, alpha=4.0))
+    shutil.copytree(tmp_path / "texts" / "text_encoder", both / "text_encoder")
+    found = import_lora(both, {"unet": unet, "text_encoder": encoder})
+    assert found.tensors.keys() == tensors.keys() | texts.keys()
 
 
 def test_paths_that_are_no_lora(tmp_path):

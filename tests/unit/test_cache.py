@@ -256,6 +256,19 @@ def test_garbage_is_what_no_recent_dataset_needs(tmp_path: Path) -> None:
         Dataset.load(store, gone.fingerprint)
 
 
+def test_prompts_that_a_run_asked_for_are_no_garbage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    dataset = make_dataset(store, [(16, 16)])
+    assert dataset.prompts is not None
+    for prompt in ("a dog", "a cat", "a bird"):
+        dataset.prompts.write({prompt_key(prompt): {"embeds": torch.zeros(2)}})
+    dataset.save(["a dog"])
+    dataset.save(["a cat"])  # another run on the same images
+    assert collect_garbage(store, grace_days=0)[0] == 1
+    dataset.prompts.refresh()
+    assert [prompt_key(p) in dataset.prompts for p in ("a dog", "a cat", "a bird")] == [True, True, False]
+
+
 def draw(item: Item, rng: torch.Generator) -> dict[str, Tensor]:
     return {"latents": item.latents["mean"], "noise": torch.randn(2, generator=rng)}
 

@@ -134,6 +134,9 @@ def test_set_changes_one_key_of_a_file(tmp_path: Path) -> None:
         ("train.steps", "--set train.steps: expected KEY=VALUE, for example train.steps=100"),
         ("=3", "--set =3: expected KEY=VALUE, for example train.steps=100"),
         ("train..steps=3", "--set train..steps=3: expected KEY=VALUE, for example train.steps=100"),
+        ("a=2024-13-01", "--set a=2024-13-01: the value is not valid YAML: month must be in 1..12"),
+        ("a=!!int x", "--set a=!!int x: the value is not valid YAML: invalid literal for int() with base 10: 'x'"),
+        (f"a={'[' * 9999}", f"--set a={'[' * 9999}: the value is not valid YAML: nested too deeply"),
         ("model.source.x=1", "--set model.source.x=1: source is 'org/name', not a section with keys"),
         (
             "tuner.targets=[a",
@@ -272,7 +275,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("evaluate.prompts=a dog", "evaluate.prompts: 'a dog': should be 'auto' or a list"),
         ("evaluate.prompts=['']", "evaluate.prompts.0: '': should not be empty"),
         ("evaluate.negative_prompt=5", "evaluate.negative_prompt: 5: should be text"),
-        ("evaluate.steps=1001", "evaluate.steps: 1001: should be less than or equal to 1000"),
+        ("evaluate.steps=1000", "evaluate.steps: 1000: should be less than or equal to 999"),
         ("evaluate.guidance=-1", "evaluate.guidance: -1: should be greater than or equal to 0"),
         ("evaluate.seed=-1", "evaluate.seed: -1: should be greater than or equal to 0"),
         ("storage.runs=''", "storage.runs: '': should not be empty"),

@@ -234,8 +234,8 @@ def test_no_requests_load_nothing(sd):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps: 0: expected 1 to 1000"),
-        ({"steps": 1001}, "steps: 1001: expected 1 to 1000"),
+        ({"steps": 0}, "steps: 0: expected 1 to 999"),
+        ({"steps": 1000}, "steps: 1000: expected 1 to 999"),
         ({"guidance": -1.0}, "guidance: -1: expected a number >= 0; 1 and below is no guidance"),
         ({"guidance": float("nan")}, "guidance: nan: expected a number >= 0; 1 and below is no guidance"),
         ({"seed": -1}, "seed: -1: expected 0 to 2**63 - 1"),
@@ -385,7 +385,7 @@ def test_a_relative_path_is_the_model_of_the_card(tmp_path, monkeypatch):
         ({"prompt": "a", "prompts": Path("x")}, "--prompt: both of --prompt and --prompts given; expected one of them"),
         ({"prompt": "a", "model": None}, "--model: missing; give a model, or an --adapter whose card names its base"),
         ({"prompt": "a", "count": 0}, "--count: 0: expected 1 or more"),
-        ({"prompt": "a", "steps": 0}, "--steps: 0: expected 1 to 1000"),
+        ({"prompt": "a", "steps": 0}, "--steps: 0: expected 1 to 999"),
         ({"prompt": "a", "guidance": -2.0}, "--guidance: -2: expected a number >= 0; 1 and below is no guidance"),
         ({"prompt": "a", "width": 60}, "--width: 60: expected a multiple of 16, such as 48 or 64"),
         ({"prompt": "a", "height": 60}, "--height: 60: expected a multiple of 16, such as 48 or 64"),

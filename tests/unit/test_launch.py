@@ -61,11 +61,12 @@ def test_a_run_is_started_once_and_gone_on_with_by_its_own_version(
     runs.write("v1/recipe.yaml", dump_recipe(mine).encode())
     runs.write("v2/recipe.yaml", dump_recipe(make_recipe(tmp_path, learning_rate=0.5)).encode())
     train_once(mine, "run")
+    assert unfinished(runs) == "v2"
     # Another model at the same place: what was trained on the old one is no part of the new one.
     runs.write("v1/checkpoints/00000005/manifest.json", json.dumps({"schema": 1, "base": "0" * 64}).encode())
     train_once(mine, "run")
     assert asked == [False, "v1", False]
-    assert unfinished(runs) == "v2"
+    assert unfinished(runs) == "v1", "a later start that failed has nothing to go on with"
     with pytest.raises(UserError, match=r"v2 was started with other values of train\.learning_rate; put them back"):
         go_on(runs, "v2", mine)
 

@@ -269,6 +269,18 @@ def test_cards_of_other_schemas():
         parse_card(b"{", "x/adapter.json")
 
 
+def test_a_version_with_a_damaged_card_is_listed_and_can_be_removed(url, tmp_path):
+    registry = Registry(url)
+    for version in (V1, V2):
+        registry.publish("animals", version, make_files(tmp_path / version), make_card())
+    registry.store.write(f"animals/{V1}/adapter.json", b"{")
+    damaged, good = list_adapters(url)
+    assert (damaged["version"], damaged["kind"], good["kind"]) == (V1, "damaged", "lora")
+    assert damaged["base"].startswith(f"{url}/animals/{V1}/adapter.json: not a card that gtl ")
+    assert remove_adapter(url, f"animals@{V1}") == f"animals@{V1}"
+    assert [row["version"] for row in list_adapters(url)] == [V2]
+
+
 def test_commands_return_plain_values(url, tmp_path):
     Registry(url).publish("animals", V1, make_files(tmp_path / "a"), make_card())
     assert promote_adapter(url, "animals", "prod") == f"animals@{V1}"

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,8 @@ def test_an_empty_sidecar_is_the_empty_caption(tmp_path: Path) -> None:
         ("metadata.csv", "file_name,text\na.png,x\nb.png,x\n", r"metadata.csv:3: file_name 'b.png': no such image"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file_name"', "metadata.jsonl:2: not valid JSON"),
         ("metadata.jsonl", '{"text": "x"}', "metadata.jsonl:1: no file_name in it"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud83d"}', "metadata.jsonl:1: half a character"),
+        ("metadata.csv", f"file_name,text\na.png,\"{'x' * 140000}", r"metadata.csv:.*: not valid CSV \(field larger"),
         ("metadata.jsonl", '{"file_name": "a.png", "txt": "x"}', "metadata.jsonl:1: no text in it"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "metadata.jsonl:1: no text in it"),
         ("metadata.csv", b"file_name,text\na.png,\xff\n", "metadata.csv: not UTF-8 text"),
@@ -127,6 +130,7 @@ def test_a_wrong_line_of_metadata_is_named(tmp_path: Path, name: str, content: b
         (("auto", "a {dog}"), r"data.caption_template: 'a \{dog\}': unknown field \{dog\}"),
         (("auto", "a {folder.__class__}"), "unknown field"),
         (("auto", "a {"), "data.caption_template: 'a {': "),
+        (("auto", "a {folder:d}"), "data.caption_template: 'a {folder:d}': Unknown format code 'd'"),
     ],
 )
 def test_a_wrong_template_is_named(arguments: tuple[Any, Any], message: str) -> None:
@@ -141,6 +145,20 @@ def test_a_wrong_path_and_a_folder_without_images_are_named(tmp_path: Path) -> N
         look(write(tmp_path / "s", {"a.txt": "x"}))
     with pytest.raises(UserError, match=r"a\.png: neither a folder nor a \.parquet or \.tar file$"):
         look(write(tmp_path / "t", {"a.png": picture()}) / "a.png")
+
+
+def test_a_file_name_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(picture())
+    with pytest.raises(UserError, match=r"a file name in it is not UTF-8: .*xff\.png"):
+        look(tmp_path)
+
+
+def test_a_resolution_of_nothing_is_refused(tmp_path: Path) -> None:
+    for resolution in (0, -64):
+        message = rf"^data\.resolution: {resolution}: this model needs a multiple of 64, such as 64$"
+        with pytest.raises(UserError, match=message):
+            check(str(write(tmp_path, {"a.png": picture()})), resolution)
 
 
 def test_a_broken_image_is_set_aside_with_the_reason(tmp_path: Path) -> None:
@@ -179,6 +197,38 @@ def test_tar_shards(tmp_path: Path) -> None:
     assert captions(look(folder / "0.tar"), folder) == {"0.tar#x/1.png": ("one", "uno"), "0.tar#x/2.png": ("two",)}
 
 
+def test_names_in_a_tar_may_have_dots_and_share_a_stem(tmp_path: Path) -> None:
+    red, lime = picture(), picture((9, 9))
+    write_tar(tmp_path / "a.tar", {
+        "my.photo.png": red, "my.photo.txt": "mine", "b.png": red, "b.jpg": lime, "b.txt": "both",
+        "c.png": red, "c.txt": b"\xff\xfea\0", "d.png": red, "d.json": '{"text": "\\ud83d"}', "e.mask.png": lime,
+        "e.png": red,
+    })  # fmt: skip
+    found = look(tmp_path / "a.tar", CaptionRule("auto", "none"))
+    assert captions(found, tmp_path) == {
+        "a.tar#my.photo.png": ("mine",), "a.tar#b.png": ("both",), "a.tar#b.jpg": ("both",), "a.tar#d.png": ("none",),
+        "a.tar#e.png": ("none",),
+    }  # fmt: skip
+    ((uri, reason),) = found.broken
+    assert uri == f"{tmp_path}/a.tar#c.png"
+    assert reason == "c.txt: not UTF-8 text (invalid start byte at byte 0)"
+
+
+def test_a_sidecar_that_is_no_text_sets_its_image_aside(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s", {"a.png": picture(), "a.txt": b"\xff\xfea\0", "b.png": picture(), "b.txt": "b"})
+    found = look(folder)
+    assert captions(found, folder) == {"b.png": ("b",)}
+    assert found.broken == [(f"{folder}/a.txt", "not UTF-8 text (invalid start byte at byte 0)")]
+
+
+def test_a_link_into_its_own_folder_multiplies_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "s", {"a.png": picture(), "loop/b.png": picture((9, 9))})
+    (folder / "loop" / "self").symlink_to(folder)
+    (folder / "c.png").symlink_to(folder / "a.png")
+    found = look(folder)
+    assert [image.record.uri.removeprefix(f"{folder}/") for image in found.images] == ["a.png", "c.png", "loop/b.png"]
+
+
 def test_a_tar_cut_short_keeps_what_is_whole(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"1.png": picture(), "2.png": picture((64, 64)) + bytes(4000)})
     data = (tmp_path / "a.tar").read_bytes()
@@ -203,6 +253,16 @@ def test_parquet(tmp_path: Path, struct: bool) -> None:
     ]  # fmt: skip
     assert [fetch(image.place) for image in found.images] == data
     assert found.broken == [(f"{name}#row 1", "no bytes in this row")]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.Table.from_arrays([pa.array([picture()]), pa.array([picture()])], names=["image", "image"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: two columns of one name among image, image$"):
+        look(tmp_path / "a.parquet")
 
 
 def test_a_table_without_images_is_named(tmp_path: Path) -> None:
