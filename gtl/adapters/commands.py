@@ -29,11 +29,12 @@ def list_adapters(registry: str) -> list[dict[str, Any]]:
     for name, version, aliases in opened.list():
         try:
             card = opened.show(f"{name}@{version}")
-            told = card.kind, card.base.source, card.created.isoformat(timespec="seconds")
+            kind, base, created = str(card.kind), card.base.source, card.created.isoformat(timespec="seconds")
         except UserError as error:
-            told = "damaged", str(error), ""
-        row = dict(zip(("kind", "base", "created"), told, strict=True))
-        rows.append({"name": name, "version": version, "aliases": list(aliases), **row})
+            kind, base, created = "damaged", str(error), ""
+        rows.append({
+            "name": name, "version": version, "aliases": list(aliases), "kind": kind, "base": base, "created": created,
+        })  # fmt: skip
     return rows
 
 
