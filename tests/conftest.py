@@ -58,16 +58,6 @@ def photos() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> str:
-    """The model in the box, which is shipped once it reaches its bar."""
-    from gtl.families.source import builtin_folder
-
-    if not (builtin_folder("tiny") / "model_index.json").is_file():
-        pytest.skip("builtin:tiny is not in the tree yet; `make builtin` makes it")
-    return "builtin:tiny"
-
-
-@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """The one Ray cluster of a test session, started by the first test that asks for it."""
     import ray

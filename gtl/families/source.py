@@ -74,7 +74,7 @@ def download(repository: str, revision: str | None, variant: str | None) -> Path
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns(wanted, variant)))
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{where}: no such folder, not in the local cache of the hub, and the hub is off-line or can't be reached"
+            f"{where}: not in the local cache, and the hub is off-line or can't be reached; nor is it a folder here"
         ) from None
     except errors.GatedRepoError:
         raise UserError(f"{where}: its owner wants your consent first; give it on the hub and set HF_TOKEN") from None

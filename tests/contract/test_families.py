@@ -560,6 +560,9 @@ def test_a_bucket_is_fetched_once_and_again_when_it_changes(s3: str, sd: Path, t
     store.write("unet/diffusion_pytorch_model.safetensors", b"changed")
     with pytest.raises(UserError, match="damaged"):
         open_family(url).load("unet")
+    store.delete("unet/diffusion_pytorch_model.safetensors")
+    assert open_family(url).folder == family.folder
+    assert not file.exists(), "what is gone there would still be read here"
 
 
 def test_a_family_that_travels_fetches_its_model_there(

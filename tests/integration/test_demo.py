@@ -22,14 +22,13 @@ from gtl.images import read_recipe
 from gtl.session import Cluster
 from gtl.train.launch import Resources, choose_resources
 
+MODEL = "builtin:tiny"
 SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2"]
 
 
 @pytest.mark.parametrize("number", [40, pytest.param(400, marks=pytest.mark.soak)])
-def test_combinations_that_were_held_out_are_drawn_right(
-    tiny: str, ray_cluster: None, tmp_path: Path, number: int
-) -> None:
-    drawing = Drawing(tmp_path, tiny, new_prompts(SceneSet(split="heldout", seed=2), number), guidance=3.0)
+def test_combinations_that_were_held_out_are_drawn_right(ray_cluster: None, tmp_path: Path, number: int) -> None:
+    drawing = Drawing(tmp_path, MODEL, new_prompts(SceneSet(split="heldout", seed=2), number), guidance=3.0)
     draw([drawing])
     found = score(drawing)
     assert found.total == number
@@ -37,7 +36,7 @@ def test_combinations_that_were_held_out_are_drawn_right(
     assert found.share >= (0.9 if number >= 400 else 0.8), found
 
 
-def test_the_demo_in_short(tiny: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_the_demo_in_short(ray_cluster: None, tmp_path: Path) -> None:
     phases: list[str] = []
     outcome = demo(tmp_path, SHORT, 3, lambda phase, done, total, detail="": phases.append(phase))
     assert {"workers", "train", "draw", "judge"} <= set(phases)
@@ -66,7 +65,7 @@ def test_the_demo_in_short(tiny: str, ray_cluster: None, tmp_path: Path) -> None
     assert "train" not in phases and "workers" not in phases
     assert (picture.read_bytes(), cut.read_bytes(), other.stat().st_mtime_ns) == (before, whole, kept)
     assert again.scores == outcome.scores and again.page.is_file()
-    assert read_recipe(picture)["model"] == tiny
+    assert read_recipe(picture)["model"] == MODEL
     # As many steps as both adapters together, whatever --set says.
     (run,) = (tmp_path / "runs" / "demo-scratch").iterdir()
     assert load_recipe(run / "recipe.yaml").train.steps == 8
@@ -79,7 +78,7 @@ def test_the_demo_fits_on_one_core_and_beside_one_gpu(name: str, cluster: Cluste
 
 
 @pytest.mark.soak
-def test_the_demo_reaches_its_goals(tiny: str, ray_cluster: None, tmp_path: Path) -> None:
+def test_the_demo_reaches_its_goals(ray_cluster: None, tmp_path: Path) -> None:
     outcome = demo(tmp_path)
     for name in ADAPTERS:
         assert outcome.scores[name][name].share >= GOALS["new"], outcome.scores[name]
@@ -94,7 +93,7 @@ def start_demo(out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.soak
-def test_the_demo_goes_on_after_it_was_killed_in_any_phase(tiny: str, tmp_path: Path) -> None:
+def test_the_demo_goes_on_after_it_was_killed_in_any_phase(tmp_path: Path) -> None:
     """Killed where nothing can be saved any more, and left to end by itself the last time."""
     runs = tmp_path / "runs"
     for phase in ("workers", "train", "train", "draw"):

@@ -94,6 +94,18 @@ def test_the_registry_in_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().out == "removed dog@v1\n[]\n"
 
 
+def test_what_was_done_to_the_registry_as_json(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "adapters", "promote", "dog", "prod", "--json") == 0
+    assert run(monkeypatch, "adapters", "export", "dog", "--out", "copy", "--json") == 0
+    assert run(monkeypatch, "adapters", "remove", "dog@v1", "--force", "--json") == 0
+    promoted, exported, removed = map(json.loads, capsys.readouterr().out.splitlines())
+    assert promoted == {"adapter": "dog@v1", "alias": "prod"}
+    assert exported == {"adapter": "dog@v1", "out": "copy"}
+    assert removed == {"removed": "dog@v1"}
+
+
 def test_data_check_and_garbage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "data", "check", "pictures", "--resolution", "64") == 0
     assert capsys.readouterr().out.splitlines()[:4] == [

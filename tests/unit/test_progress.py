@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gtl.cli import Bar
+from gtl.cli.bar import Bar
 
 DETAIL = "loss 0.1234  8.00 images/s"
 

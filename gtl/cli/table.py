@@ -5,86 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gtl import __version__
+from gtl.cli import adapters
+from gtl.cli.bar import Bar
+from gtl.cli.options import AsJson, RecipeFile, RegistryUrl, Revision, Set, Variant
 from gtl.types import UserError
-
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")]
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or its bucket URL.")]
-RegistryUrl = Annotated[str, typer.Option("--registry", envvar="GTL_REGISTRY", help="Folder or bucket URL.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Variant = Annotated[str | None, typer.Option(help="Of the model's weight files, for example fp16.")]
-AdapterName = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Fine-tune, search and serve image generators on a Ray cluster.")  # fmt: skip
-adapters_app = typer.Typer(no_args_is_help=True, help="The registry of adapters: list, show, promote, import, export.")
 data_app = typer.Typer(no_args_is_help=True, help="Look at training images before training on them.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
-
-
-class Bar:
-    """Progress on stderr: a live bar in a terminal, a line now and then in a log."""
-
-    def __init__(self) -> None:
-        self._live: object | None = None
-        self._phase = ""
-        self._began = 0.0, 0
-        self._printed = 0.0
-
-    def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """Show that `done` of `total` of a phase is through."""
-        now = time.monotonic()
-        if phase != self._phase:
-            self._began = now, done
-        if sys.stderr.isatty():
-            self._draw(phase, done, total, detail)
-        elif phase != self._phase or done >= total or now - self._printed > 10:
-            counts = f" {done}/{total}" if total else ""
-            print(f"{phase}{counts} {detail}".rstrip() + self._left(now, done, total), file=sys.stderr, flush=True)
-            self._printed = now
-        self._phase = phase
-
-    def _left(self, now: float, done: int, total: int) -> str:
-        """How long the phase still takes at its rate so far, which a resumed one does not begin at 0."""
-        began, first = self._began
-        if not first < done < total:
-            return ""
-        from gtl.report.facts import duration
-
-        return f"  {duration((total - done) * (now - began) / (done - first))} left"
-
-    def _draw(self, phase: str, done: int, total: int, detail: str) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        if phase != self._phase:
-            self.close()
-            text = progress.TextColumn("{task.description:<12}"), progress.TextColumn("{task.fields[detail]}")
-            # What has no end to count towards turns while it lasts, and leaves no line behind.
-            columns = (
-                (text[0], progress.BarColumn(), progress.MofNCompleteColumn(), text[1], progress.TimeRemainingColumn())
-                if total
-                else (progress.SpinnerColumn(), *text, progress.TimeElapsedColumn())
-            )
-            self._live = progress.Progress(*columns, console=Console(stderr=True), transient=not total)
-            self._live.start()
-            self._live.add_task(phase, total=total or None, detail="")
-        bar = self._live
-        assert isinstance(bar, progress.Progress)
-        bar.update(bar.task_ids[0], completed=done, total=total or None, detail=detail)
-
-    def close(self) -> None:
-        """Leave the last bar on the screen and let go of it."""
-        if self._live is not None:
-            self._live.stop()  # type: ignore[attr-defined]
-            self._live = None
 
 
 @app.command()
@@ -96,11 +31,8 @@ def init(
     """Look at images and write a commented recipe for them."""
     from gtl.data.draft import write_draft
 
-    bar = Bar()
-    try:
+    with Bar() as bar:
         draft = write_draft(folder, model, out, bar)
-    finally:
-        bar.close()
     print(draft.file)
     print(f"next: {draft.command}", file=sys.stderr)
 
@@ -122,15 +54,12 @@ def train(
     from gtl.storage import Store
     from gtl.train.launch import train as launch
 
-    bar = Bar()
     try:
-        published = launch(loaded, run, resume=resume, progress=bar)
+        with Bar() as bar:
+            published = launch(loaded, run, resume=resume, progress=bar)
     except KeyboardInterrupt as error:  # of which typer would only keep the exit status
-        bar.close()
         print(str(error) or "interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
-    finally:
-        bar.close()
     page = Store(f"{loaded.storage.runs}/{published.name}/{published.version}")
     if page.exists(PAGE):
         print(f"report {page.url(PAGE)}")
@@ -165,11 +94,8 @@ def cache(
     from gtl.config import load_recipe
     from gtl.train.launch import fill_cache
 
-    bar = Bar()
-    try:
+    with Bar() as bar:
         dataset = fill_cache(load_recipe(recipe, set_ or ()), bar)
-    finally:
-        bar.close()
     print(f"dataset {dataset.fingerprint[:12]}: {len(dataset.entries)} images")
 
 
@@ -194,13 +120,10 @@ def generate(
     """Draw pictures with a base model and any adapters of the registry."""
     from gtl.generate.command import run
 
-    bar = Bar()
-    try:
+    with Bar() as bar:
         paths = run(out=out, model=model, revision=revision, variant=variant, adapters=adapter or [], prompt=prompt,
                     prompts=prompts, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance,
                     width=width, height=height, count=count, registry=registry, progress=bar)  # fmt: skip
-    finally:
-        bar.close()
     for path in paths:
         print(path)
 
@@ -213,95 +136,9 @@ def data_check(
     """Captions, aspect-ratio buckets, broken files and duplicates of a folder."""
     from gtl.data.check import check, render
 
-    bar = Bar()
-    try:
+    with Bar() as bar:
         report = check(folder, resolution, progress=bar)
-    finally:
-        bar.close()
     print(render(report))
-
-
-@adapters_app.command("list")
-def adapters_list(registry: RegistryUrl = "./registry", json_: AsJson = False) -> None:
-    """Every published version with its aliases."""
-    from gtl.adapters.commands import list_adapters
-
-    rows = list_adapters(registry)
-    if json_:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        aliases = "".join(f" @{alias}" for alias in row["aliases"])
-        print(f"{row['name']}@{row['version']}  {row['kind']}  {row['base']}{aliases}")
-
-
-@adapters_app.command("show")
-def adapters_show(adapter: AdapterName, registry: RegistryUrl = "./registry", json_: AsJson = False) -> None:
-    """An adapter's card: base, tuner, data, lineage, files."""
-    import yaml
-
-    from gtl.adapters.commands import show_adapter
-
-    card = show_adapter(registry, adapter)
-    print(json.dumps(card, indent=2) if json_ else yaml.safe_dump(card, sort_keys=False, allow_unicode=True).rstrip())
-
-
-@adapters_app.command("promote")
-def adapters_promote(
-    adapter: AdapterName,
-    alias: Annotated[str, typer.Argument(help="For example prod.")],
-    registry: RegistryUrl = "./registry",
-) -> None:
-    """Point an alias at a version."""
-    from gtl.adapters.commands import promote_adapter
-
-    alias = alias.removeprefix("@")
-    print(f"@{alias} -> {promote_adapter(registry, adapter, alias)}")
-
-
-@adapters_app.command("import")
-def adapters_import(
-    file: Annotated[Path, typer.Argument(help="A .safetensors file or a folder: diffusers, PEFT or kohya layout.")],
-    model: Annotated[str, typer.Option(help="The base model it was made for.")],
-    name: Annotated[str, typer.Option(help="Its name in the registry.")],
-    revision: Revision = None,
-    variant: Variant = None,
-    registry: RegistryUrl = "./registry",
-) -> None:
-    """Publish a LoRA made by others; one whose keys do not all match the model is refused."""
-    from gtl.adapters.commands import import_adapter
-
-    card = import_adapter(registry, file, model, name, revision, variant)
-    print(f"adapter {card.name}@{card.version}")
-
-
-@adapters_app.command("export")
-def adapters_export(
-    adapter: AdapterName,
-    out: Annotated[Path, typer.Option(help="A new folder.")],
-    pipeline: Annotated[bool, typer.Option("--pipeline", help="The whole model with the adapter merged in.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Of the pipeline: fp32, bf16, fp16; else as stored.")] = None,
-    registry: RegistryUrl = "./registry",
-) -> None:
-    """Write an adapter's files, or a diffusers pipeline that has it inside."""
-    from gtl.adapters.commands import export_adapter, export_pipeline
-
-    if dtype is not None and not pipeline:
-        raise UserError(f"--dtype {dtype}: only with --pipeline; an adapter's own files keep theirs")
-    done = export_pipeline(registry, adapter, out, dtype) if pipeline else export_adapter(registry, adapter, out)
-    print(f"{done} -> {out}")
-
-
-@adapters_app.command("remove")
-def adapters_remove(
-    adapter: AdapterName,
-    force: Annotated[bool, typer.Option("--force", help="Also the aliases that point at it.")] = False,
-    registry: RegistryUrl = "./registry",
-) -> None:
-    """Delete one version."""
-    from gtl.adapters.commands import remove_adapter
-
-    print(f"removed {remove_adapter(registry, adapter, force)}")
 
 
 @bench_app.command("train")
@@ -316,11 +153,8 @@ def bench_train(
     from gtl.bench.train import bench_train as bench
     from gtl.bench.train import table
 
-    bar = Bar()
-    try:
+    with Bar() as bar:
         result = bench(model, batch_size, steps, rounds, json_, bar)
-    finally:
-        bar.close()
     print(table(result))
 
 
@@ -334,15 +168,12 @@ def demo(
     from gtl.demo import demo as show
     from gtl.demo import next_commands, summary
 
-    bar = Bar()
     try:
-        outcome = show(out, set_ or (), prompts, bar)
+        with Bar() as bar:
+            outcome = show(out, set_ or (), prompts, bar)
     except KeyboardInterrupt as error:
-        bar.close()
         print("interrupted; the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from error
-    finally:
-        bar.close()
     print(summary(outcome))
     print("next:", *next_commands(out), sep="\n  ")
     print(f"page {outcome.page}")
@@ -355,11 +186,8 @@ def doctor(json_: AsJson = False) -> None:
 
     from gtl.doctor import examine
 
-    bar = Bar()
-    try:
+    with Bar() as bar:
         findings = examine(bar)
-    finally:
-        bar.close()
     if json_:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -384,7 +212,7 @@ def root(
     """Fine-tune, search and serve image generators on a Ray cluster."""
 
 
-app.add_typer(adapters_app, name="adapters")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
 

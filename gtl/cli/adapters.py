@@ -1,0 +1,108 @@
+"""`gtl adapters`: the registry of adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gtl.cli.options import AdapterName, AsJson, RegistryUrl, Revision, Variant
+from gtl.types import UserError
+
+app = typer.Typer(no_args_is_help=True, help="The registry of adapters: list, show, promote, import, export, remove.")
+
+
+def tell(text: str, values: dict[str, str], as_json: bool) -> None:
+    """What was done, for people or for scripts."""
+    print(json.dumps(values) if as_json else text)
+
+
+@app.command("list")
+def list_(registry: RegistryUrl = "./registry", json_: AsJson = False) -> None:
+    """Every published version with its aliases."""
+    from gtl.adapters.commands import list_adapters
+
+    rows = list_adapters(registry)
+    if json_:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        aliases = "".join(f" @{alias}" for alias in row["aliases"])
+        print(f"{row['name']}@{row['version']}  {row['kind']}  {row['base']}{aliases}")
+
+
+@app.command("show")
+def show(adapter: AdapterName, registry: RegistryUrl = "./registry", json_: AsJson = False) -> None:
+    """An adapter's card: base, tuner, data, lineage, files."""
+    import yaml
+
+    from gtl.adapters.commands import show_adapter
+
+    card = show_adapter(registry, adapter)
+    print(json.dumps(card, indent=2) if json_ else yaml.safe_dump(card, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@app.command("promote")
+def promote(
+    adapter: AdapterName,
+    alias: Annotated[str, typer.Argument(help="For example prod.")],
+    registry: RegistryUrl = "./registry",
+    json_: AsJson = False,
+) -> None:
+    """Point an alias at a version."""
+    from gtl.adapters.commands import promote_adapter
+
+    alias = alias.removeprefix("@")
+    promoted = promote_adapter(registry, adapter, alias)
+    tell(f"@{alias} -> {promoted}", {"adapter": promoted, "alias": alias}, json_)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file or a folder: diffusers, PEFT or kohya layout.")],
+    model: Annotated[str, typer.Option(help="The base model it was made for.")],
+    name: Annotated[str, typer.Option(help="Its name in the registry.")],
+    revision: Revision = None,
+    variant: Variant = None,
+    registry: RegistryUrl = "./registry",
+    json_: AsJson = False,
+) -> None:
+    """Publish a LoRA made by others; one whose keys do not all match the model is refused."""
+    from gtl.adapters.commands import import_adapter
+
+    card = import_adapter(registry, file, model, name, revision, variant)
+    tell(f"adapter {card.name}@{card.version}", {"adapter": f"{card.name}@{card.version}"}, json_)
+
+
+@app.command("export")
+def export(
+    adapter: AdapterName,
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="The whole model with the adapter merged in.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the pipeline: fp32, bf16, fp16; else as stored.")] = None,
+    registry: RegistryUrl = "./registry",
+    json_: AsJson = False,
+) -> None:
+    """Write an adapter's files, or a diffusers pipeline that has it inside."""
+    from gtl.adapters.commands import export_adapter, export_pipeline
+
+    if dtype is not None and not pipeline:
+        raise UserError(f"--dtype {dtype}: only with --pipeline; an adapter's own files keep theirs")
+    done = export_pipeline(registry, adapter, out, dtype) if pipeline else export_adapter(registry, adapter, out)
+    tell(f"{done} -> {out}", {"adapter": done, "out": str(out)}, json_)
+
+
+@app.command("remove")
+def remove(
+    adapter: AdapterName,
+    force: Annotated[bool, typer.Option("--force", help="Also the aliases that point at it.")] = False,
+    registry: RegistryUrl = "./registry",
+    json_: AsJson = False,
+) -> None:
+    """Delete one version."""
+    from gtl.adapters.commands import remove_adapter
+
+    removed = remove_adapter(registry, adapter, force)
+    tell(f"removed {removed}", {"removed": removed}, json_)
