@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd": "gtl.families.sd:StableDiffusion",
     "sdxl": "gtl.families.sdxl:StableDiffusionXL",
+    "sd3": "gtl.families.sd3:StableDiffusion3",
 }
 """Families by name, imported when opened."""
 
@@ -22,6 +23,7 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
 }
 """Family by the pipeline class that model_index.json names."""
 
