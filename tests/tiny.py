@@ -233,6 +233,73 @@ def make_sd3(
     return folder
 
 
+def make_flux(
+    folder: str | Path, *, seed: int = 0, dev: bool = True, scheduler_config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a FLUX.1-layout pipeline, of dev or else of schnell; plain `FluxPipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 16x8x8, which are packed to 16 tokens, with 2 double and 2 single blocks.
+    dev embeds the scale of guidance and shifts by the size of the image, schnell does neither.
+    """
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    folder = Path(folder)
+    vocabulary = write_clip_tokenizer(folder / "tokenizer")
+    num_tokens = write_t5_tokenizer(folder / "tokenizer_2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=64,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=48,
+                pooled_projection_dim=32,
+                guidance_embeds=dev,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            "vae": make_vae(
+                latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                use_post_quant_conv=False, force_upcast=True,
+            ),
+            "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
+            "text_encoder_2": make_t5(num_tokens, 48),
+        }  # fmt: skip
+    widen_head(parts["transformer"])
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 3.0 if dev else 1.0,
+        "use_dynamic_shifting": dev,
+        **(scheduler_config or {}),
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.38.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
 def widen_head(transformer: Any) -> None:
     """Let a transformer's last layer, which no adapter changes, reach the size of what it has to predict."""
     transformer.proj_out.weight.data.mul_(3)

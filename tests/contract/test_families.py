@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import absent, make_sd, make_sd3, make_sdxl, write_json
+from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, write_json
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
@@ -30,6 +31,8 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd35": ("sd3", lambda folder: make_sd3(
         folder, t5=False, transformer_config={"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
     )),
+    "flux-dev": ("flux", make_flux),
+    "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
 }
 """Models under test: family, and what writes one."""
 
@@ -69,8 +72,14 @@ FACTS: Mapping[str, Facts] = {
         ("pos_embed.proj", "time_text_embed.timestep_embedder.linear_1", "context_embedder"), 16, JOINT_ATTENTION,
         JOINT_FEED_FORWARD, ("encoder_hidden_states", "pooled_projections"),
     ),
+    "flux": Facts(
+        frozenset({"FluxTransformerBlock", "FluxSingleTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
+        ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_1",
+         "context_embedder"), 16, JOINT_ATTENTION, (*JOINT_FEED_FORWARD, ".proj_mlp", ".proj_out"),
+        ("encoder_hidden_states", "pooled_projections"),
+    ),
 }  # fmt: skip
-SHIFTS = {"sd3": 3.0, "sd35": 3.0}
+SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0}
 """Of flow models: towards noise, at the size they were made for."""
 PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
 
@@ -372,6 +381,10 @@ def number_of_targets(case: Case) -> dict[str, int]:
             "attention": 3 * 8 - 1 + more, "attention+ff": 3 * 12 - 3 + more, "all-linear": every,
             "all-linear+conv": every,
         }  # fmt: skip
+    if case.family_name == "flux":
+        # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
+        # of feed-forward and a modulation in each of 2 single ones.
+        return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
     # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
     # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
     # convolutions.

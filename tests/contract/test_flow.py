@@ -18,19 +18,22 @@ from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
 from gtl.config.tuners import LoraTuner
 from gtl.families import open_family
+from gtl.families.flux import image_ids, pack, unpack
 from gtl.generate.command import run
 from gtl.generate.engine import Engine, Request, check
 from gtl.generate.images import load_parts
 from gtl.objectives import make_objective
 from gtl.tuners import make_tuner
 from gtl.types import Batch, Geometry, Item, UserError
-from tests.tiny import absent, make_sd3, write_json
+from tests.tiny import absent, make_flux, make_sd3, write_json
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
     "sd35": lambda folder: make_sd3(
         folder, t5=False, transformer_config={"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
     ),
+    "flux-dev": make_flux,
+    "flux-schnell": lambda folder: make_flux(folder, dev=False),
 }
 SAME = 0.1 / 255
 """Mean absolute difference of pixels in [0, 1]."""
@@ -65,7 +68,16 @@ def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping
     transformer = model.parts["transformer"]
     texts = {"encoder_hidden_states": conditions["encoder_hidden_states"],
              "pooled_projections": conditions["pooled_projections"]}  # fmt: skip
-    return transformer(noisy, timestep=1000 * sigma, **texts).sample
+    if model.family.name == "sd3":
+        return transformer(noisy, timestep=1000 * sigma, **texts).sample
+    pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
+    packed = transformer(
+        pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma, **texts,
+        guidance=torch.ones(batch) if model.name == "flux-dev" else None,
+        img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
+        txt_ids=torch.zeros(texts["encoder_hidden_states"].shape[1], 3),
+    ).sample  # fmt: skip
+    return pipeline._unpack_latents(packed, 8 * height, 8 * width, 8)
 
 
 def flow_batch(model: Model, config: DenoiseObjective) -> Batch:
@@ -247,7 +259,11 @@ def test_tied_weights_are_one_parameter_under_either_name(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
-    [("sd3", {"height": 144}, "height: 144: expected at most 128")],
+    [
+        ("sd3", {"height": 144}, "height: 144: expected at most 128"),
+        ("flux-dev", {"negative_prompt": "blurry"},
+         "negative_prompt: 'blurry': a model of family flux is guided without one; leave it out"),
+    ],
 )
 def test_a_picture_that_a_model_cannot_draw_is_refused(
     tmp_path: Path, name: str, change: dict[str, Any], message: str
@@ -256,6 +272,40 @@ def test_a_picture_that_a_model_cannot_draw_is_refused(
     with pytest.raises(UserError) as caught:
         check(Request(**{"prompt": "a dog", "height": 64, "width": 64, **change}), family)
     assert str(caught.value) == message
+
+
+def test_guidance_is_read_by_the_model_that_embeds_it(model: Model) -> None:
+    """The pipeline's `guidance_scale` of schnell does nothing, and so does gtl's."""
+    one, other = (ours(model, request_of(model, (64, 64), guidance)) for guidance in (1.5, 6.0))
+    assert torch.equal(one, other) == (model.name == "flux-schnell")
+    training = make_objective(DenoiseObjective(), model.family)
+    item = Item({"mean": torch.zeros(1, 1, 1), "logvar": torch.zeros(1, 1, 1)}, {}, {},
+                Geometry((8, 8), (0, 0), (8, 8)), caption="a dog")  # fmt: skip
+    drawn = training.draw(item, torch.Generator().manual_seed(0))
+    assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name == "flux-dev" else None)
+
+
+def test_freeze_depth_begins_with_the_double_blocks(tmp_path: Path) -> None:
+    family = open_family(str(make_flux(tmp_path)))
+    tuner = make_tuner(LoraTuner(rank=2, targets="all-linear", freeze_depth=0.5), family)
+    transformer = family.load("transformer")
+    names = list(tuner.apply({"transformer": transformer}, seed=0))
+    assert {name.split(".")[1] for name in names} == {"single_transformer_blocks"}
+    assert {name.split(".")[2] for name in names} == {"0", "1"}
+    assert [block for (block,) in family.blocks(transformer)] == [
+        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
+    ]  # fmt: skip
+
+
+def test_tokens_are_packed_as_in_the_pipeline() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    packed = pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 3, 4, 6))
+    assert torch.equal(unpack(packed, 2, 3), latents)
+    ids = FluxPipeline._prepare_latent_image_ids(2, 2, 3, "cpu", torch.float32)
+    assert torch.equal(image_ids(2, 3, torch.device("cpu")), ids)
 
 
 def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path) -> None:
