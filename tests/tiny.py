@@ -168,8 +168,151 @@ def make_sdxl(
     return folder
 
 
+def make_sd3(
+    folder: str | Path, *, seed: int = 0, t5: bool = True, transformer_config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a Stable-Diffusion-3-layout pipeline; plain `StableDiffusion3Pipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 16x8x8, and on at most 128x128, with 3 transformer blocks. Without `t5` the
+    third text encoder and its tokenizer are left out, as people do to save memory.
+    """
+    import torch
+    from diffusers import SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection
+
+    folder = Path(folder)
+    vocabulary = write_clip_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2", pad="!")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": SD3Transformer2DModel(**{
+                "sample_size": 8,
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "num_layers": 3,
+                "attention_head_dim": 16,
+                "num_attention_heads": 4,
+                "joint_attention_dim": 96,
+                "caption_projection_dim": 64,
+                "pooled_projection_dim": 32 + 24,
+                "pos_embed_max_size": 8,
+                **(transformer_config or {}),
+            }),
+            "vae": make_vae(
+                latent_channels=16, scaling_factor=0.9, shift_factor=0.0609, use_quant_conv=False,
+                use_post_quant_conv=False, force_upcast=True,
+            ),
+            "text_encoder": CLIPTextModelWithProjection(clip_config(vocabulary, 32, "quick_gelu")),
+            "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, 48, "gelu", projection_dim=24)),
+        }  # fmt: skip
+        if t5:
+            parts["text_encoder_3"] = make_t5(write_t5_tokenizer(folder / "tokenizer_3"), 96)
+    widen_head(parts["transformer"])
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusion3Pipeline",
+        "_diffusers_version": "0.38.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"] if t5 else [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"] if t5 else [None, None],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
+def make_flux(
+    folder: str | Path, *, seed: int = 0, dev: bool = True, scheduler_config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a FLUX.1-layout pipeline, of dev or else of schnell; plain `FluxPipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 16x8x8, which are packed to 16 tokens, with 2 double and 2 single blocks.
+    dev embeds the scale of guidance and shifts by the size of the image, schnell does neither.
+    """
+    import torch
+    from diffusers import FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    folder = Path(folder)
+    vocabulary = write_clip_tokenizer(folder / "tokenizer")
+    num_tokens = write_t5_tokenizer(folder / "tokenizer_2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=64,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=48,
+                pooled_projection_dim=32,
+                guidance_embeds=dev,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            "vae": make_vae(
+                latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                use_post_quant_conv=False, force_upcast=True,
+            ),
+            "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
+            "text_encoder_2": make_t5(num_tokens, 48),
+        }  # fmt: skip
+    widen_head(parts["transformer"])
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 3.0 if dev else 1.0,
+        "use_dynamic_shifting": dev,
+        **(scheduler_config or {}),
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.38.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
+def widen_head(transformer: Any) -> None:
+    """Let a transformer's last layer, which no adapter changes, reach the size of what it has to predict."""
+    transformer.proj_out.weight.data.mul_(3)
+
+
+def absent(folder: Path) -> dict[str, None]:
+    """What a pipeline has to be told that a folder goes without; others may be left out in silence."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
+
+
 def make_vae(levels: int = 4, scaling_factor: float = 0.18215, **config: Any) -> Any:
-    """A tiny `AutoencoderKL` that works on latents of 4x8x8."""
+    """A tiny `AutoencoderKL` that works on latents of 4x8x8, or as many channels as `config` says."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -179,9 +322,8 @@ def make_vae(levels: int = 4, scaling_factor: float = 0.18215, **config: Any) ->
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=4,
         scaling_factor=scaling_factor,
-        **config,
+        **{"latent_channels": 4, **config},
     )
     # A random decoder paints everything grey; contrast makes differences between images visible.
     vae.decoder.conv_out.weight.data.mul_(3)
@@ -235,6 +377,33 @@ def write_clip_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> dict[str, 
         "pad_token": pad,
     })
     return vocabulary
+
+
+def make_t5(vocab_size: int, width: int) -> Any:
+    """A tiny T5 1.1 encoder of two layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    ))
+
+
+def write_t5_tokenizer(folder: Path) -> int:
+    """Write a Unigram tokenizer in T5's files: a few words, ASCII letters and the sentinels; how many tokens it has."""
+    from transformers import T5TokenizerFast
+
+    words = {f"\u2581{word}": -2.0 for word in WORDS} | {chr(code): -8.0 for code in range(33, 127)}
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *words.items()]
+    tokenizer = T5TokenizerFast(vocab=pieces, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
 
 
 def _legacy_vae(key: str) -> str:

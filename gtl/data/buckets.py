@@ -29,24 +29,28 @@ class Variant(NamedTuple):
     """Mirrored after the crop."""
 
 
-def bucket_sizes(resolution: int, multiple: int, max_aspect: float = MAX_ASPECT) -> tuple[Size, ...]:
+def bucket_sizes(
+    resolution: int, multiple: int, max_aspect: float = MAX_ASPECT, max_size: int | None = None
+) -> tuple[Size, ...]:
     """Crop sizes of about resolution² pixels whose sides are multiples of `multiple`, the square among them, sorted.
 
     Sides are about resolution/16 apart, so that a family with a small `multiple` does not scatter few images over
-    very many buckets. `max_aspect` 1 leaves only the square.
+    very many buckets. `max_aspect` 1 leaves only the square. No side is longer than `max_size`.
 
     Raises:
-        UserError: the resolution is not a multiple.
+        UserError: the resolution is not a multiple, or above `max_size`.
     """
     if resolution < 1 or resolution % multiple:
         below = max(0, resolution // multiple * multiple)
         right = f"{below} or {below + multiple}" if below else f"{multiple}"
         raise UserError(f"data.resolution: {resolution}: this model needs a multiple of {multiple}, such as {right}")
+    if max_size is not None and resolution > max_size:
+        raise UserError(f"data.resolution: {resolution}: this model takes at most {max_size}")
     step = multiple * max(1, round(resolution / 16 / multiple))
     sizes = {(resolution, resolution)}
     for short in range(resolution - step, 0, -step):
         long = round(resolution * resolution / short / step) * step
-        if long / short > max_aspect:
+        if long / short > max_aspect or (max_size is not None and long > max_size):
             break
         sizes |= {(short, long), (long, short)}
     return tuple(sorted(sizes))

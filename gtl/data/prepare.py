@@ -57,7 +57,7 @@ def prepare(
         found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
     check_usable(found, data)
     check_captioned(found, data, needs)
-    sizes = bucket_sizes(data.resolution, family.multiple, MAX_ASPECT if data.buckets else 1.0)
+    sizes = bucket_sizes(data.resolution, family.multiple, MAX_ASPECT if data.buckets else 1.0, family.max_size)
     cuts = Cuts(data.crops, data.flip, data.seed)
     images, texts = spaces(family, dtype, needs)
     failed: dict[str, str] = {}

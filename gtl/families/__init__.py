@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, str] = {
     "sd": "gtl.families.sd:StableDiffusion",
     "sdxl": "gtl.families.sdxl:StableDiffusionXL",
+    "sd3": "gtl.families.sd3:StableDiffusion3",
+    "flux": "gtl.families.flux:Flux",
 }
 """Families by name, imported when opened."""
 
@@ -22,6 +24,8 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 """Family by the pipeline class that model_index.json names."""
 

@@ -97,8 +97,14 @@ class DiffusionFamily(Family, Protocol):
 
     codec: ClassVar[str | None]
     """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
-    encoders: ClassVar[tuple[str, ...]]
-    """Parts that encode prompts, in the order the model reads them."""
+    classifier_free: ClassVar[bool]
+    """Whether guidance leads away from a second prediction (Ho & Salimans 2022, arXiv 2207.12598). A model that was
+    distilled needs none: it reads the scale itself, see `guidance_conditions`, or has it built in."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Parts that encode prompts, in the order the model reads them."""
+        ...
 
     @property
     def path(self) -> NoisePath:
@@ -108,6 +114,11 @@ class DiffusionFamily(Family, Protocol):
     @property
     def multiple(self) -> int:
         """Height and width in pixels must be multiples of this."""
+        ...
+
+    @property
+    def max_size(self) -> int | None:
+        """The largest height and width in pixels; None: any."""
         ...
 
     @property
@@ -148,6 +159,14 @@ class DiffusionFamily(Family, Protocol):
 
     def size_conditions(self, geometry: Geometry) -> Conditions:
         """Conditions that depend on the crop (SDXL's time ids); {} for most models."""
+        ...
+
+    def guidance_conditions(self, scale: float) -> Conditions:
+        """Conditions that tell a distilled model the scale of its guidance; {} for most models.
+
+        Training takes scale 1, at which a distilled model predicts what is in the data (Meng et al. 2022, arXiv
+        2210.03142, section 3.1).
+        """
         ...
 
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gtl.families.files import INDEX, components, hash_files, patterns, read_json, weight_files
-from gtl.families.loading import fill, parameters_on_meta, read_tensors
+from gtl.families.loading import fill, parameters_on_meta, read_tensors, ties_of
 from gtl.families.targets import find_encoder_targets
 from gtl.types import UserError
 
@@ -25,8 +25,10 @@ class DiffusersLayout:
     """A model folder, read through the verbs of `gtl.families.base.Family` that need no architecture."""
 
     main: ClassVar[str]
-    classes: ClassVar[Mapping[str, tuple[str, str]]]
-    """Of every part: the library and class it is made with."""
+    classes: Mapping[str, tuple[str, str]]
+    """Of every part: the library and class it is made with. Of an opened model: of the parts that it has."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Parts that a model may go without."""
     companions: ClassVar[Mapping[str, str]] = {}
     """Of some parts: the folder beside it that belongs to it, such as a text encoder's tokenizer."""
     origin: tuple[str, str, str | None, str | None] | None = None
@@ -41,6 +43,8 @@ class DiffusersLayout:
         self.folder = folder
         self.variant = variant
         index = read_json(folder / INDEX)
+        missing = self.optional.difference(components(index))
+        self.classes = {part: expected for part, expected in self.classes.items() if part not in missing}
         for part, expected in self.classes.items():
             found = index.get(part) or [None, None]
             name = found[1] if isinstance(found, list) and len(found) == 2 else found
@@ -85,8 +89,9 @@ class DiffusersLayout:
     def weights(self, part: str) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors one by one, keyed as in the module's state dict; one tensor is in memory at a time."""
         with parameters_on_meta():
-            names = self.build(part).state_dict().keys()
-        yield from read_tensors(weight_files(self.folder / part, self.variant), names)
+            module = self.build(part)
+        files = weight_files(self.folder / part, self.variant)
+        yield from read_tensors(files, module.state_dict().keys(), ties_of(module))
 
     def load(self, part: str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
         """Build and fill a part, frozen and in eval mode. dtype None keeps the stored one.
@@ -98,7 +103,7 @@ class DiffusersLayout:
         with parameters_on_meta():
             module = self.build(part)
         where = files[0] if len(files) == 1 else files[0].parent
-        fill(module, read_tensors(files, module.state_dict().keys()), dtype, where)
+        fill(module, read_tensors(files, module.state_dict().keys(), ties_of(module)), dtype, where)
         return module.requires_grad_(False).eval().to(device)
 
     def encoder_targets(self, encoder: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,10 +45,18 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def read_tensors(files: Iterable[Path], names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def ties_of(module: nn.Module) -> dict[str, str]:
+    """Parameters that a transformers model has under a second name -> the first; a file holds them under either."""
+    return dict(getattr(module, "all_tied_weights_keys", {}))
+
+
+def read_tensors(
+    files: Iterable[Path], names: Collection[str], ties: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Stored tensors under a module's state-dict names, one by one; each is mapped from the file, not copied.
 
-    What the module does not have is left out, with a warning.
+    What the module does not have is left out, with a warning. What is stored under one of two tied names comes under
+    both.
 
     Raises:
         UserError: a file is damaged.
@@ -56,6 +64,9 @@ def read_tensors(files: Iterable[Path], names: Collection[str]) -> Iterator[tupl
     from safetensors import SafetensorError, safe_open
 
     known = frozenset(names)
+    ties = ties or {}
+    twins = {**ties, **{first: second for second, first in ties.items()}}
+    tied: dict[str, Tensor] = {}
     left_out = []
     for file in files:
         try:
@@ -65,9 +76,13 @@ def read_tensors(files: Iterable[Path], names: Collection[str]) -> Iterator[tupl
                     if name is None:
                         left_out.append(key)
                         continue
-                    yield name, stored.get_tensor(key)
+                    tensor = stored.get_tensor(key)
+                    if name in twins:
+                        tied[name] = tensor
+                    yield name, tensor
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged ({error}); get the file again") from error
+    yield from ((twin, tied[name]) for twin, name in twins.items() if name in tied and twin not in tied)
     left_out = [key for key in left_out if not key.endswith("position_ids")]
     if left_out:
         log.warning("%s: %d tensors that the model does not have, such as %s", file, len(left_out), left_out[0])
@@ -99,3 +114,6 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
     if missing := sorted(expected.keys() - state):
         raise UserError(f"{where}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
     module.load_state_dict(state, assign=True)
+    for second, first in ties_of(module).items():
+        owner, _, name = second.rpartition(".")
+        setattr(module.get_submodule(owner), name, module.get_parameter(first))

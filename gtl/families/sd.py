@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from gtl.families.base import Conditions
-from gtl.families.latent_unet import LatentUNet, unstack
+from gtl.families.latent import unstack
+from gtl.families.latent_unet import LatentUNet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,8 +17,7 @@ class StableDiffusion(LatentUNet):
     """A latent UNet with one CLIP text encoder."""
 
     name: ClassVar[str] = "sd"
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    classes: ClassVar[Mapping[str, tuple[str, str]]] = {
+    classes: Mapping[str, tuple[str, str]] = {
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "CLIPTextModel"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from gtl.families.base import Conditions
 from gtl.families.files import INDEX, components, read_json
-from gtl.families.latent_unet import LatentUNet, unstack
+from gtl.families.latent import encode_tokens_of
+from gtl.families.latent_unet import LatentUNet
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ class StableDiffusionXL(LatentUNet):
     """A latent UNet with two CLIP text encoders, which is also told the size and the crop of a picture."""
 
     name: ClassVar[str] = "sdxl"
-    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
-    classes: ClassVar[Mapping[str, tuple[str, str]]] = {
+    classes: Mapping[str, tuple[str, str]] = {
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),
         "text_encoder": ("transformers", "CLIPTextModel"),
@@ -44,11 +44,6 @@ class StableDiffusionXL(LatentUNet):
             )
         super().__init__(folder, variant)
 
-    def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """`input_ids` and `input_ids_2` [tokens] of each prompt, cut and padded to the encoders' lengths."""
-        first, second = (self._read(part, prompts)["input_ids"] for part in self.encoders)
-        return unstack({"input_ids": first, "input_ids_2": second})
-
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
         """Both encoders' penultimate hidden states side by side, [B, tokens, D1 + D2], and the second's pooled, [B, D].
 
@@ -56,9 +51,7 @@ class StableDiffusionXL(LatentUNet):
         """
         import torch
 
-        first, second = (cast(Any, encoders[part]) for part in self.encoders)
-        one = first(tokens["input_ids"].to(first.device), output_hidden_states=True)
-        two = second(tokens["input_ids_2"].to(second.device), output_hidden_states=True)
+        one, two = (encode_tokens_of(part, encoders, tokens, output_hidden_states=True) for part in self.encoders)
         states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
         return {"encoder_hidden_states": states, "text_embeds": two.text_embeds}
 

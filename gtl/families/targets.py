@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gtl.types import UserError
@@ -11,11 +11,29 @@ from gtl.types import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-ENCODER_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""In the CLIP encoders of transformers."""
-ENCODER_FEED_FORWARD = ("fc1", "fc2")
+Endings = Mapping[str, tuple[str, ...]]
+"""Of the target sets that are known by their layers' names: how these end."""
+
+
+def _with_attention(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -> Endings:
+    return {"attention": attention, "attention+ff": (*attention, *feed_forward)}
+
+
+UNET = _with_attention(("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2"))
+JOINT = _with_attention(
+    (*UNET["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    (
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+        # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.
+        "proj_mlp", "proj_out",
+    ),
+)  # fmt: skip
+"""In transformers that attend to image and text jointly."""
+ENCODER = _with_attention(
+    ("q_proj", "k_proj", "v_proj", "out_proj", *(f"SelfAttention.{name}" for name in "qkvo")),
+    ("fc1", "fc2", *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo"))),
+)
+"""In transformers' CLIP and T5."""
 
 
 def find_targets(
@@ -23,10 +41,12 @@ def find_targets(
     before: Sequence[str],
     blocks: Sequence[Sequence[str]],
     targets: str | Sequence[str],
+    endings: Endings,
 ) -> list[str]:
     """Names of linear and convolution layers, in execution order: of the blocks, and for a list of endings of all.
 
-    `before` and `blocks` are the module-name prefixes of `Family.embedders` and `Family.blocks`.
+    `before` and `blocks` are the module-name prefixes of `Family.embedders` and `Family.blocks`; `endings` say what
+    the family's sets are.
 
     Raises:
         UserError: an ending matches no layer.
@@ -40,8 +60,7 @@ def find_targets(
             return inside
         if targets == "all-linear":
             return [name for name in inside if isinstance(layers[name], nn.Linear)]
-        endings = {"attention": ATTENTION, "attention+ff": (*ATTENTION, *FEED_FORWARD)}[targets]
-        return [name for name in inside if has_ending(name, endings)]
+        return [name for name in inside if has_ending(name, endings[targets])]
     return by_endings(list(dict.fromkeys([*ordered(layers, before), *inside, *layers])), targets)
 
 
@@ -56,11 +75,10 @@ def find_encoder_targets(encoder: nn.Module, targets: str | Sequence[str]) -> li
     layers = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     if not isinstance(targets, str):
         return by_endings(layers, targets)
-    inside = [name for name in layers if ".layers." in f".{name}"]
+    inside = [name for name in layers if {"layers", "block"}.intersection(name.split("."))]
     if targets in ("all-linear", "all-linear+conv"):
         return inside
-    endings = {"attention": ENCODER_ATTENTION, "attention+ff": (*ENCODER_ATTENTION, *ENCODER_FEED_FORWARD)}[targets]
-    return [name for name in inside if has_ending(name, endings)]
+    return [name for name in inside if has_ending(name, ENCODER[targets])]
 
 
 def by_endings(names: Sequence[str], endings: Sequence[str]) -> list[str]:

@@ -36,17 +36,14 @@ class Request:
     """In pixels, as is the width."""
     width: int
     negative_prompt: str = ""
-    """What classifier-free guidance leads away from; "" is none, see `DiffusionFamily.unconditional`."""
+    """What classifier-free guidance leads away from; "" is none, see `DiffusionFamily.unconditional`. Distilled models
+    take none."""
     seed: int = 0
     """Decides the picture, together with the other fields; the batch it is drawn in does not."""
     steps: int = 25
     guidance: float = 7.5
-    """Scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); 1 and below is off."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether a step needs the prediction for the negative prompt too."""
-        return self.guidance > 1
+    """Scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); 1 and below is off. A distilled model
+    reads any scale, or none."""
 
 
 def check(request: Request, family: DiffusionFamily) -> None:
@@ -62,7 +59,14 @@ def check(request: Request, family: DiffusionFamily) -> None:
         raise UserError(f"guidance: {request.guidance:g}: expected a number >= 0; 1 and below is no guidance")
     if not 0 <= request.seed < 2**63:
         raise UserError(f"seed: {request.seed}: expected 0 to 2**63 - 1")
+    if request.negative_prompt and not family.classifier_free:
+        raise UserError(
+            f"negative_prompt: {request.negative_prompt!r}: a model of family {family.name} is guided without one; "
+            "leave it out"
+        )
     for name, pixels in (("height", request.height), ("width", request.width)):
+        if family.max_size is not None and pixels > family.max_size:
+            raise UserError(f"{name}: {pixels}: expected at most {family.max_size}")
         if pixels < family.multiple or pixels % family.multiple:
             below = max(0, pixels // family.multiple * family.multiple)
             close = [size for size in (below, below + family.multiple) if size > 0]
@@ -161,6 +165,7 @@ class Engine:
         scheduler = self.family.sampler(request.steps, request.height, request.width)
         generator = torch.Generator().manual_seed(request.seed)
         shape = (1, *self.family.latent_shape(request.height, request.width))
+        guided = self.family.classifier_free and request.guidance > 1
         noise = torch.randn(shape, generator=generator).to(self.device)
         state = State(
             handle=next(self._handles),
@@ -168,8 +173,8 @@ class Engine:
             scheduler=scheduler,
             generator=generator,
             latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
-            conditions=self._sized(self._encoded(request.prompt), request),
-            negative=self._sized(self._negative(request.negative_prompt), request) if request.guided else None,
+            conditions=self._completed(self._encoded(request.prompt), request),
+            negative=self._completed(self._negative(request.negative_prompt), request) if guided else None,
         )
         self._states[state.handle] = state
         return state.handle
@@ -237,10 +242,11 @@ class Engine:
         encoded = self._encoded(prompt)
         return encoded if prompt else self.family.unconditional(encoded)
 
-    def _sized(self, conditions: Conditions, request: Request) -> Conditions:
+    def _completed(self, conditions: Conditions, request: Request) -> Conditions:
         size = (request.height, request.width)
         sizes = self.family.size_conditions(Geometry(original=size, crop=(0, 0), target=size))
-        return {name: value.to(self.device) for name, value in {**conditions, **sizes}.items()}
+        guidance = self.family.guidance_conditions(request.guidance)
+        return {name: value.to(self.device) for name, value in {**conditions, **sizes, **guidance}.items()}
 
 
 def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:

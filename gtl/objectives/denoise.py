@@ -70,6 +70,7 @@ class Denoise:
         conditions = dict(item.null_conditions if dropped else item.conditions)
         tokens = {} if conditions else self.family.tokenize(["" if dropped else item.caption])[0]
         conditions |= self.family.size_conditions(item.geometry)
+        conditions |= self.family.guidance_conditions(1.0)
         return {
             "clean": self.family.sample_latents(moments, posterior[None])[0],
             "noise": noise + self.config.offset_noise * offset,

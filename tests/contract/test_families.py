@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import math
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,67 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import make_sd, make_sdxl, write_json
+from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, write_json
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
     "sd-v": ("sd", lambda folder: make_sd(folder, prediction_type="v_prediction")),
     "sdxl": ("sdxl", make_sdxl),
+    "sd3": ("sd3", make_sd3),
+    # As 3.5 medium is made, and without T5.
+    "sd35": ("sd3", lambda folder: make_sd3(
+        folder, t5=False, transformer_config={"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+    )),
+    "flux-dev": ("flux", make_flux),
+    "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
 }
 """Models under test: family, and what writes one."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a family is known to be."""
+
+    units: frozenset[str]
+    """Classes of its blocks."""
+    head: frozenset[str]
+    """What is behind them."""
+    before: tuple[str, str, str]
+    """Its first layer, and two layers of the embedders in their order."""
+    channels: int
+    """Of its latents."""
+    attention: tuple[str, ...]
+    """Endings of the layers of its attentions."""
+    feed_forward: tuple[str, ...]
+    conditions: tuple[str, str]
+    """Names of its conditions, as its pipeline returns them."""
+
+
+ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
+JOINT_ATTENTION = (*ATTENTION, ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
+JOINT_FEED_FORWARD = (*FEED_FORWARD, ".ff_context.net.0.proj", ".ff_context.net.2")
+UNET = Facts(
+    frozenset({"ResnetBlock2D", "BasicTransformerBlock"}), frozenset({"conv_norm_out", "conv_out"}),
+    ("conv_in", "conv_in", "time_embedding.linear_1"), 4, ATTENTION, FEED_FORWARD,
+    ("encoder_hidden_states", "text_embeds"),
+)  # fmt: skip
+FACTS: Mapping[str, Facts] = {
+    "sd": UNET,
+    "sdxl": UNET,
+    "sd3": Facts(
+        frozenset({"JointTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
+        ("pos_embed.proj", "time_text_embed.timestep_embedder.linear_1", "context_embedder"), 16, JOINT_ATTENTION,
+        JOINT_FEED_FORWARD, ("encoder_hidden_states", "pooled_projections"),
+    ),
+    "flux": Facts(
+        frozenset({"FluxTransformerBlock", "FluxSingleTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
+        ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_1",
+         "context_embedder"), 16, JOINT_ATTENTION, (*JOINT_FEED_FORWARD, ".proj_mlp", ".proj_out"),
+        ("encoder_hidden_states", "pooled_projections"),
+    ),
+}  # fmt: skip
+SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0}
+"""Of flow models: towards noise, at the size they were made for."""
 PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
 
 
@@ -35,11 +90,16 @@ class Case:
     def __init__(self, name: str, folder: Path) -> None:
         from diffusers import DiffusionPipeline
 
+        self.name = name
         self.family_name, maker = MODELS[name]
         self.folder = maker(folder)
         self.family: Any = open_family(str(self.folder))
-        self.pipeline: Any = DiffusionPipeline.from_pretrained(self.folder)
+        self.pipeline: Any = DiffusionPipeline.from_pretrained(self.folder, **absent(self.folder))
         self.parts = {part: self.family.load(part) for part in self.family.classes}
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.family_name]
 
     @property
     def main(self) -> nn.Module:
@@ -140,7 +200,8 @@ def inputs(case: Case, num: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     shape = family.latent_shape(*family.default_size)
     conditions = family.encode_prompts(case.parts, PROMPTS)
     geometry = Geometry(family.default_size, (0, 0), family.default_size)
-    conditions = [{**c, **family.size_conditions(geometry)} for c in conditions]
+    more = {**family.size_conditions(geometry), **family.guidance_conditions(3.5)}
+    conditions = [{**c, **more} for c in conditions]
     t = family.path.time(torch.tensor([0.0, 0.4, 0.99]))
     return random(num, *shape), t, family.collate([conditions[i % 3] for i in range(num)])
 
@@ -163,8 +224,7 @@ def test_blocks_are_in_execution_order(case: Case) -> None:
 
 
 def test_a_block_is_one_resnet_or_transformer_block(case: Case) -> None:
-    kinds = ("ResnetBlock2D", "BasicTransformerBlock")
-    units = {name for name, module in case.main.named_modules() if type(module).__name__ in kinds}
+    units = {name for name, module in case.main.named_modules() if type(module).__name__ in case.facts.units}
     assert {block[0] for block in case.family.blocks(case.main)} == units
 
 
@@ -175,7 +235,7 @@ def test_embedders_blocks_and_head_cover_each_parameter_once(case: Case) -> None
     owners = {name: [prefix for prefix in prefixes if name.startswith(f"{prefix}.")] for name in names}
     assert all(len(found) <= 1 for found in owners.values())
     head = {name.partition(".")[0] for name, found in owners.items() if not found}
-    assert head == {"conv_norm_out", "conv_out"}
+    assert head == case.facts.head
 
 
 def test_images_encode_as_in_the_pipeline(case: Case) -> None:
@@ -186,25 +246,38 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     assert torch.equal(moments["mean"], posterior.mean) and torch.equal(moments["logvar"], posterior.logvar)
     assert moments["mean"].shape[1:] == family.latent_shape(*family.default_size)
     noise = random(*moments["mean"].shape, seed=1)
-    theirs = posterior.sample(generator=torch.Generator().manual_seed(1)) * vae.config.scaling_factor
+    theirs = posterior.sample(generator=torch.Generator().manual_seed(1))
+    theirs = (theirs - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     torch.testing.assert_close(family.sample_latents(moments, noise), theirs)
 
 
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
     latents = random(2, *case.family.latent_shape(*case.family.default_size))
-    theirs = case.pipeline.vae.decode(latents / case.pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    vae = case.pipeline.vae
+    theirs = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
     pixels = case.family.decode(case.parts["vae"], latents)
     assert torch.equal(pixels, theirs)
     assert pixels.shape == (2, 3, *case.family.default_size)
 
 
+def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -> list[dict[str, Tensor]]:
+    """What its pipeline makes of prompts, and of no negative prompt where guidance leads away from one."""
+    encode = case.pipeline.encode_prompt
+    options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1}
+    if case.family.classifier_free:
+        options["do_classifier_free_guidance"] = guided
+    if case.family_name == "sd3":
+        options |= {"prompt_2": None, "prompt_3": None}
+    with torch.no_grad():  # as the pipeline's own call; attention takes another kernel where gradients are wanted
+        encoded = encode(prompts, **options)
+    # The states and the negative prompt's, then the pooled ones where the model reads them.
+    each = [encoded[::2], encoded[1::2]] if case.family.classifier_free else [encoded[:2]]
+    return [dict(zip(case.facts.conditions, values, strict=False)) for values in each]
+
+
 def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
     conditions = case.family.encode_prompts(case.parts, PROMPTS)
-    encoded = case.pipeline.encode_prompt(
-        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    # The states, None for the negative prompt's, and where the model reads them the pooled ones.
-    theirs = dict(zip(("encoder_hidden_states", "text_embeds"), encoded[::2], strict=False))
+    theirs = pipelines_conditions(case, PROMPTS)[0]
     assert [c.keys() for c in conditions] == [theirs.keys()] * 3
     stacked = case.family.collate(conditions)
     (alone,) = case.family.encode_prompts(case.parts, PROMPTS[:1])
@@ -228,6 +301,9 @@ def test_predict_row_by_row(case: Case) -> None:
 def test_the_path_is_that_of_the_models_scheduler(case: Case) -> None:
     from diffusers import DDPMScheduler
 
+    if case.family.path.prediction == "flow":
+        check_flow(case)
+        return
     ddpm: Any = DDPMScheduler.from_pretrained(case.folder / "scheduler")
     clean, noise, t = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1), torch.tensor([0, 500, 999])
     path = case.family.path
@@ -236,20 +312,37 @@ def test_the_path_is_that_of_the_models_scheduler(case: Case) -> None:
     assert torch.equal(path.target(clean, noise, t), ddpm.get_velocity(clean, noise, t) if velocity else noise)
 
 
+def check_flow(case: Case) -> None:
+    scheduler = case.pipeline.scheduler
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.01], mu=1.15)
+    clean, noise, t = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1), scheduler.timesteps
+    path = case.family.path
+    torch.testing.assert_close(path.add_noise(clean, noise, t), scheduler.scale_noise(clean, t, noise))
+    assert torch.equal(path.target(clean, noise, t), noise - clean)
+    assert path.num_train_timesteps == scheduler.config.num_train_timesteps
+    assert path.shift == pytest.approx(SHIFTS[case.name])
+
+
 def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     family = case.family
     height, width = family.default_size
     sampler = family.sampler(4, height, width)
     start = random(1, *family.latent_shape(height, width))
-    latents = start * sampler.init_noise_sigma
+    latents = start * getattr(sampler, "init_noise_sigma", 1.0)
     sizes = family.size_conditions(Geometry((height, width), (0, 0), (height, width)))
-    conditions = family.collate([{**family.encode_prompts(case.parts, PROMPTS[:1])[0], **sizes}])
+    conditions = {**family.encode_prompts(case.parts, PROMPTS[:1])[0], **sizes, **family.guidance_conditions(1.0)}
+    conditions = family.collate([conditions])
     for t in sampler.timesteps:
-        prediction = family.predict(case.main, sampler.scale_model_input(latents, t), t[None], conditions)
+        scaled = sampler.scale_model_input(latents, t) if hasattr(sampler, "scale_model_input") else latents
+        prediction = family.predict(case.main, scaled, t[None], conditions)
         latents = sampler.step(prediction, t, latents).prev_sample
     pixels = family.decode(case.parts["vae"], latents)
     case.pipeline.set_progress_bar_config(disable=True)
-    image = case.pipeline(PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, latents=start, output_type="pt").images
+    # The same noise as `start`, in whichever shape the pipeline keeps it.
+    image = case.pipeline(
+        PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, height=height, width=width,
+        generator=torch.Generator().manual_seed(0), output_type="pt",
+    ).images
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
 
@@ -257,7 +350,8 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
 def test_sizes(case: Case) -> None:
     assert case.family.default_size == (64, 64)
     assert case.family.multiple == 16
-    assert case.family.latent_shape(64, 128) == (4, 8, 16)
+    assert case.family.latent_shape(64, 128) == (case.facts.channels, 8, 16)
+    assert case.family.max_size == {"sd3": 128}.get(case.family_name)
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "all-linear+conv"])
@@ -270,35 +364,52 @@ def test_lora_target_sets(case: Case, targets: str) -> None:
         name for prefix in blocks for name, module in modules.items()
         if isinstance(module, kinds) and (name == prefix or name.startswith(f"{prefix}."))
     ]
-    endings = (".to_q", ".to_k", ".to_v", ".to_out.0")
-    if targets == "attention+ff":
-        endings += (".ff.net.0.proj", ".ff.net.2")
+    endings = case.facts.attention + (case.facts.feed_forward if targets == "attention+ff" else ())
     if not targets.startswith("all"):
         inside = [name for name in inside if name.endswith(endings)]
     assert found == inside
+    assert len(found) == number_of_targets(case)[targets]
+
+
+def number_of_targets(case: Case) -> dict[str, int]:
+    if case.family_name == "sd3":
+        # 8 layers of joint attention and 4 of feed-forward, 2 modulations; the last block has no output for text (1 and
+        # 2 layers); 3.5 has 4 layers more of attention in some blocks.
+        more = 4 * len(case.family.config("transformer")["dual_attention_layers"])
+        every = 3 * 14 - 3 + more
+        return {
+            "attention": 3 * 8 - 1 + more, "attention+ff": 3 * 12 - 3 + more, "all-linear": every,
+            "all-linear+conv": every,
+        }  # fmt: skip
+    if case.family_name == "flux":
+        # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
+        # of feed-forward and a modulation in each of 2 single ones.
+        return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
     # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
     # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
     # convolutions.
     num = {"sd": 4, "sdxl": 8}[case.family_name]
     linear = 10 * num + 8 + (8 if case.family.config("unet")["use_linear_projection"] else 0)
-    counts = {"attention": 8 * num, "attention+ff": 10 * num, "all-linear": linear, "all-linear+conv": 10 * num + 39}
-    assert len(found) == counts[targets]
+    return {"attention": 8 * num, "attention+ff": 10 * num, "all-linear": linear, "all-linear+conv": 10 * num + 39}
 
 
 def test_explicit_lora_targets(case: Case) -> None:
-    found = case.family.lora_targets(case.main, ["conv_in", "attn2.to_q", "time_embedding.linear_1"])
-    assert found[:2] == ["conv_in", "time_embedding.linear_1"]
+    _, one, two = case.facts.before
+    attention = "attn2.to_q" if case.family.main == "unet" else "attn.to_q"
+    found = case.family.lora_targets(case.main, [one, attention, two])
+    assert found[:2] == [one, two]
     assert set(found[2:]) == {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
 
 
 @pytest.mark.parametrize(
     ("ending", "hint"),
-    [("to_qq", "close: to_q, "), ("attn2", "close: "), ("_q", "close: "), ("zzz", "the first layers are conv_in, ")],
+    [("to_qq", "close: to_q, "), ("to_out", "close: "), ("_q", "close: "), ("zzz", "the first layers are {first}, ")],
 )
 def test_a_target_that_matches_nothing_is_named(case: Case, ending: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         case.family.lora_targets(case.main, ["to_k", ending])
     message = str(caught.value)
+    hint = hint.format(first=case.facts.before[0])
     assert message.startswith(f"tuner.targets: {ending!r}: no linear or convolution layer's name ends so; {hint}")
 
 
@@ -307,7 +418,7 @@ def test_export_loads_in_the_pipeline(case: Case, tmp_path: Path) -> None:
     with torch.no_grad():
         next(main.parameters()).add_(1)
     case.family.export({case.family.main: main}, tmp_path)
-    pipeline: Any = type(case.pipeline).from_pretrained(tmp_path)
+    pipeline: Any = type(case.pipeline).from_pretrained(tmp_path, **absent(tmp_path))
     assert_same(getattr(pipeline, case.family.main), main)
     for part in set(case.family.classes) - {case.family.main}:
         assert_same(getattr(pipeline, part), case.parts[part])
@@ -424,7 +535,7 @@ def test_a_damaged_model_is_one_line(tmp_path: Path, how: str, message: str) -> 
 def test_a_model_without_its_tokenizer_is_one_line(tmp_path: Path) -> None:
     folder = make_sd(tmp_path / "sd")
     (folder / "tokenizer" / "vocab.json").write_text("{")
-    with pytest.raises(UserError, match=rf"^{folder}/tokenizer: not a CLIP tokenizer that can be read: "):
+    with pytest.raises(UserError, match=rf"^{folder}/tokenizer: not a CLIPTokenizer that can be read: "):
         _ = opened(folder).tokenizers
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(UserError, match=rf"^{folder}/tokenizer: no such folder; the model is incomplete$"):
@@ -615,39 +726,64 @@ def test_prompts_are_tokens_and_then_conditions(case: Case) -> None:
 def test_cross_attentions_and_only_they_read_the_condition(case: Case) -> None:
     found = case.family.cross_attentions(case.main)
     assert found and len(set(found)) == len(found)
+    assert set(found) == attentions_that_read_text(case)
+    if case.family.main != "unet":
+        return
     width = {case.main.get_submodule(f"{name}.to_k").in_features for name in found}
     assert width == {case.main.config.cross_attention_dim}
     others = [name for name, _ in case.main.named_modules() if name.endswith("attn1")]
     assert len(others) == len(found) and not set(others) & set(found)
 
 
-@pytest.mark.parametrize(
-    ("targets", "endings"),
-    [
-        ("attention", {"q_proj", "k_proj", "v_proj", "out_proj"}),
-        ("attention+ff", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
-        ("all-linear", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
-        ("all-linear+conv", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
-        (["fc1"], {"fc1"}),
-    ],
-)
-def test_targets_in_a_text_encoder(case: Case, targets: str | list[str], endings: set[str]) -> None:
+def attentions_that_read_text(case: Case) -> set[str]:
+    """Of the main part: attention modules that get the text beside the image, or both in one sequence."""
+    found: set[str] = set()
+    noisy, t, conditions = inputs(case)
+
+    def note(name: str, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        states = given["hidden_states"] if "hidden_states" in given else args[0]
+        joint = case.family.main != "unet" and states.shape[1] > noisy[0, 0].numel() // case.family.patch_size**2
+        if joint or given.get("encoder_hidden_states") is not None:
+            found.add(name)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, given, name=name: note(name, args, given), with_kwargs=True)
+        for name, module in case.main.named_modules() if type(module).__name__.endswith("Attention")
+    ]  # fmt: skip
+    case.family.predict(case.main, noisy, t, conditions)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+CLIP_LAYERS = ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}, "fc1")
+T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
+"""Endings of attention and feed-forward, and one of them."""
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "all-linear+conv", "one"])
+def test_targets_in_a_text_encoder(case: Case, targets: str) -> None:
     for part in case.family.encoders:
         encoder = case.parts[part]
-        found = case.family.encoder_targets(encoder, targets)
+        attention, feed_forward, one = T5_LAYERS if type(encoder).__name__ == "T5EncoderModel" else CLIP_LAYERS
+        endings = {"attention": attention, "one": {one}}.get(targets, attention | feed_forward)
+        found = case.family.encoder_targets(encoder, [one] if targets == "one" else targets)
         assert {name.rpartition(".")[2] for name in found} == endings
         assert len(found) == len(endings) * encoder.config.num_hidden_layers
-        with pytest.raises(UserError, match=r"^tuner\.targets: 'fc9': .*close: "):
-            case.family.encoder_targets(encoder, ["fc9"])
+        with pytest.raises(UserError, match=rf"^tuner\.targets: '{one}9': .*close: "):
+            case.family.encoder_targets(encoder, [f"{one}9"])
 
 
 def test_guidance_without_a_negative_prompt_leads_away_from_what_the_pipeline_does(case: Case) -> None:
     """Stable Diffusion XL can have zeros there; "" as a prompt of its own is the encoded empty prompt everywhere."""
-    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-    theirs = case.pipeline.encode_prompt(PROMPTS[0], **options)
     (empty,) = case.family.encode_prompts(case.parts, [""])
     ours = case.family.unconditional(empty)
-    for name, value in zip(("encoder_hidden_states", "text_embeds"), theirs[1::2], strict=False):
+    if not case.family.classifier_free:
+        assert ours is empty
+        return
+    _, theirs = pipelines_conditions(case, PROMPTS[:1], guided=True)
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value[0])
     assert ours.keys() == empty.keys() and any(value.any() for value in empty.values())
 

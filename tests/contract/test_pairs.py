@@ -25,6 +25,8 @@ TUNER_CONFIGS = {
     "freeze": {"freeze_depth": 0.5},
 }
 OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}}
+FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
+"""For models that predict a flow, which has no min-SNR weights."""
 CASES = [
     *((tuner, objective, False) for tuner, objective in PAIRS),
     *((tuner, "denoise", True) for tuner in ("lora", "full")),
@@ -47,12 +49,13 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
     tmp_path: Path, model: str, tuner_type: str, objective_type: str, with_encoders: bool
 ) -> None:
     family = open_family(str(MODELS[model][1](tmp_path / "model")))
+    objectives = FLOW_CONFIGS if family.path.prediction == "flow" else OBJECTIVE_CONFIGS
     train = {"train": [family.main, *family.encoders]} if with_encoders else {}
     recipe = parse_recipe({
         "model": {"source": str(family.folder)},
         "data": {"source": str(tmp_path)},
         "tuner": {"type": tuner_type, **TUNER_CONFIGS[tuner_type], **train},
-        "objective": {"type": objective_type, **OBJECTIVE_CONFIGS[objective_type]},
+        "objective": {"type": objective_type, **objectives[objective_type]},
     })
     objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
     live = live_parts(recipe, family, objective)

@@ -29,6 +29,13 @@ def test_one_bucket_for_squares_only() -> None:
     assert bucket_sizes(512, 8, max_aspect=1.0) == ((512, 512),)
 
 
+def test_no_side_is_longer_than_the_model_takes() -> None:
+    assert bucket_sizes(512, 64, max_size=640) == ((448, 576), (512, 512), (576, 448))
+    assert bucket_sizes(512, 64, max_size=512) == ((512, 512),)
+    with pytest.raises(UserError, match=r"^data\.resolution: 512: this model takes at most 448$"):
+        bucket_sizes(512, 64, max_size=448)
+
+
 def test_a_resolution_that_the_model_cannot_take_is_named() -> None:
     with pytest.raises(UserError, match=r"^data\.resolution: 500: .* multiple of 64, such as 448 or 512$"):
         bucket_sizes(500, 64)

@@ -1,0 +1,98 @@
+"""FLUX.1 dev and schnell (Black Forest Labs 2024, whose report is arXiv 2506.15742)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gtl.families.base import Conditions
+from gtl.families.latent import encode_tokens_of
+from gtl.families.latent_transformer import LatentTransformer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+PATCH = 2
+"""Latents a side of a token. The transformer's config counts its patches in tokens, which are packed outside of it."""
+
+
+class Flux(LatentTransformer):
+    """Double blocks, then single blocks, over packed latents; CLIP gives a pooled embedding, T5 the tokens.
+
+    Guidance is distilled into the model: dev reads its scale, schnell has one built in.
+    """
+
+    name: ClassVar[str] = "flux"
+    classes: Mapping[str, tuple[str, str]] = {
+        "transformer": ("diffusers", "FluxTransformer2DModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "text_encoder_2": ("transformers", "T5EncoderModel"),
+    }
+    companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    token_limits: ClassVar[Mapping[str, int]] = {"text_encoder_2": 512}
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    classifier_free: ClassVar[bool] = False
+
+    @property
+    def patch_size(self) -> int:
+        """Latents a side of a token."""
+        return PATCH
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels the VAE was made for: the transformer's config has none."""
+        size = int(self.config("vae")["sample_size"])
+        return size, size
+
+    def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
+        """T5's last hidden states, [B, tokens, D], and CLIP's pooled embedding, `pooled_projections` [B, D1].
+
+        T5 attends to the padding, and so does the transformer.
+        """
+        clip, t5 = (encode_tokens_of(part, encoders, tokens) for part in self.encoders)
+        return {"encoder_hidden_states": t5[0], "pooled_projections": clip.pooler_output}
+
+    def guidance_conditions(self, scale: float) -> Conditions:
+        """`guidance` [] for a model that embeds it, such as dev; {} for schnell."""
+        import torch
+
+        embeds = self.config("transformer").get("guidance_embeds", False)
+        return {"guidance": torch.tensor(scale, dtype=torch.float32)} if embeds else {}
+
+    def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's raw output for noisy latents [B, C, h, w] at times t [B]."""
+        rows, columns = noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH
+        num_tokens = conditions["encoder_hidden_states"].shape[1]
+        # The transformer multiplies times by 1000 again.
+        packed: Tensor = main(
+            pack(noisy), timestep=t / 1000, img_ids=image_ids(rows, columns, noisy.device),
+            txt_ids=noisy.new_zeros(num_tokens, 3), **conditions, return_dict=False,
+        )[0]  # fmt: skip
+        return unpack(packed, rows, columns)
+
+    def sampler_options(self, steps: int) -> dict[str, Any]:
+        """Shares of the way to noise before the shift, from 1 in equal steps down to 1 / steps."""
+        return {"sigmas": [1 - i / steps for i in range(steps)]}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, 2 rows, 2 columns] to tokens [B, rows columns, 4 C], row by row; of a token's channels C is outermost."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack`."""
+    patches = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (rows, columns))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Positions [rows columns, 3] of the tokens of an image: 0, row, column. Those of text are all 0."""
+    import torch
+
+    axes = [torch.arange(float(num), device=device) for num in (1, rows, columns)]
+    return torch.cartesian_prod(*axes)

@@ -1,0 +1,168 @@
+"""What latent diffusion models share: a VAE, text encoders and a noise path (Rombach et al. 2021, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from gtl.families.base import Conditions
+from gtl.families.layout import DiffusersLayout
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gtl.diffusion.path import NoisePath
+    from gtl.types import Geometry
+
+TEXT_ENCODER = "text_encoder"
+"""What the names of text encoders begin with."""
+TOKENIZERS = {
+    "CLIPTextModel": "CLIPTokenizer",
+    "CLIPTextModelWithProjection": "CLIPTokenizer",
+    "T5EncoderModel": "T5TokenizerFast",
+}
+"""What reads prompts for a text encoder, by its class; all in transformers."""
+
+
+class LatentDiffusion(DiffusersLayout, ABC):
+    """A network over the latents of a VAE, with text encoders.
+
+    A family says what its network reads and how prompts become conditions.
+    """
+
+    codec: ClassVar[str | None] = "vae"
+    classifier_free: ClassVar[bool] = True
+    token_limits: ClassVar[Mapping[str, int]] = {}
+    """Of some encoders: how many tokens the model reads, where that is fewer than the tokenizer's length."""
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that the model has, each with its tokenizer among the `companions`."""
+        return tuple(part for part in self.classes if part.startswith(TEXT_ENCODER))
+
+    @property
+    def max_size(self) -> int | None:
+        """None: any size."""
+        return None
+
+    @functools.cached_property
+    def path(self) -> NoisePath:
+        """The noise path the model was trained on, from its scheduler config."""
+        from gtl.diffusion.path import path_of
+
+        return path_of(self.scheduler_config)
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels a side of a latent."""
+        return int(2 ** (self.levels("vae") - 1))
+
+    def levels(self, part: str) -> int:
+        """Resolutions that a part works at, each half of the one before."""
+        channels = self.config(part).get("block_out_channels")
+        if not channels:
+            raise UserError(f"{self.folder / part / 'config.json'}: block_out_channels: missing")
+        return len(channels)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape [C, h, w] of one sample's latents."""
+        channels = self.config("vae").get("latent_channels", 4)
+        return channels, height // self.latent_scale, width // self.latent_scale
+
+    def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] to the VAE's raw moments: mean and logvar, each [B, C, h, w]."""
+        vae = cast(Any, codec)
+        moments = vae.encode(pixels.to(vae.dtype)).latent_dist
+        return {"mean": moments.mean, "logvar": moments.logvar}
+
+    def sample_latents(self, moments: Mapping[str, Tensor], noise: Tensor) -> Tensor:
+        """Draw from the moments with standard normal `noise` of the mean's shape; shifted and scaled for the model."""
+        latents = moments["mean"] + (0.5 * moments["logvar"]).exp() * noise
+        return (latents - self._shift) * self._scaling
+
+    def decode(self, codec: nn.Module | None, latents: Tensor) -> Tensor:
+        """Latents as `sample_latents` returns them to pixels [B, 3, H, W], nominally in [-1, 1]."""
+        vae = cast(Any, codec)
+        pixels: Tensor = vae.decode((latents / self._scaling + self._shift).to(vae.dtype), return_dict=False)[0]
+        return pixels
+
+    @property
+    def _scaling(self) -> float:
+        # Configs of 1.x and 2.0 were published before the key; it is the autoencoder's default.
+        return float(self.config("vae").get("scaling_factor", 0.18215))
+
+    @property
+    def _shift(self) -> float:
+        return float(self.config("vae").get("shift_factor") or 0.0)
+
+    def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """`input_ids` [tokens] of each prompt, `input_ids_2` for the second encoder and so on; cut and padded."""
+        return unstack({ids_of(part): self._read(part, prompts)["input_ids"] for part in self.encoders})
+
+    @abstractmethod
+    def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
+        """Conditions of stacked tokens, [B, ...]; differentiable in the encoders' weights."""
+
+    def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
+        """Conditions of each prompt, unbatched; all have the same length."""
+        return unstack(self.encode_tokens(encoders, self.collate(self.tokenize(prompts))))
+
+    def _read(self, part: str, prompts: Sequence[str]) -> Any:
+        """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
+        tokenizer = self.tokenizers[part]
+        length = min(tokenizer.model_max_length, self.token_limits.get(part, tokenizer.model_max_length))
+        return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+    @functools.cached_property
+    def tokenizers(self) -> dict[str, Any]:
+        """Each text encoder's tokenizer."""
+        import transformers
+
+        def load(part: str) -> Any:
+            name, folder = TOKENIZERS[self.classes[part][1]], self.folder / self.companions[part]
+            try:
+                return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # the library raises nearly anything
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{folder}: not a {name} that can be read: {reason}") from error
+
+        return {part: load(part) for part in self.encoders}
+
+    def unconditional(self, empty: Conditions) -> Conditions:
+        """The empty prompt's conditions."""
+        return empty
+
+    def size_conditions(self, geometry: Geometry) -> Conditions:
+        """None."""
+        return {}
+
+    def guidance_conditions(self, scale: float) -> Conditions:
+        """None."""
+        return {}
+
+    def collate(self, conditions: Sequence[Conditions]) -> Conditions:
+        """Batch conditions of samples, [B, ...]; all have the same length."""
+        import torch
+
+        return {name: torch.stack([sample[name] for sample in conditions]) for name in conditions[0]}
+
+
+def ids_of(encoder: str) -> str:
+    """Name of the tokens that an encoder reads: input_ids, input_ids_2, ..."""
+    return f"input_ids{encoder.removeprefix(TEXT_ENCODER)}"
+
+
+def encode_tokens_of(
+    part: str, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor], **options: Any
+) -> Any:
+    """An encoder's output for its own tokens among all, on the encoder's device."""
+    encoder = cast(Any, encoders[part])
+    return encoder(tokens[ids_of(part)].to(encoder.device), **options)
+
+
+def unstack(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Tensors [B, ...] by name, as those of each sample."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

@@ -1,0 +1,94 @@
+"""What latent flow models with a transformer share (Esser et al. 2024, arXiv 2403.03206).
+
+Their blocks attend to image and text jointly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gtl.families.latent import LatentDiffusion
+from gtl.families.targets import JOINT, find_targets
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+HEAD = ("norm_out", "proj_out")
+"""Behind the blocks."""
+
+
+class LatentTransformer(LatentDiffusion, ABC):
+    """A transformer over patches of the latents of a VAE that predicts a flow."""
+
+    main: ClassVar[str] = "transformer"
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """Lists of blocks, in the order they run."""
+
+    def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
+        """Every transformer block in execution order."""
+        return [(f"{stack}.{i}",) for stack in self.stacks for i in range(len(getattr(main, stack)))]
+
+    def embedders(self, main: nn.Module) -> tuple[str, ...]:
+        """The projections of patches and of text, and the embedding of time and pooled text."""
+        return tuple(
+            name for name, child in main.named_children()
+            if name not in (*self.stacks, *HEAD) and next(child.parameters(), None) is not None
+        )
+
+    def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
+        """Full names of the layers that a target set names, in order."""
+        return find_targets(main, self.embedders(main), self.blocks(main), targets, JOINT)
+
+    def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
+        """The joint attention of every block, which reads image and text."""
+        return tuple(f"{block}.attn" for (block,) in self.blocks(main))
+
+    @property
+    def patch_size(self) -> int:
+        """Latents a side of a patch."""
+        return int(self.config(self.main)["patch_size"])
+
+    @property
+    def multiple(self) -> int:
+        """The VAE's scale times the size of a patch."""
+        return self.latent_scale * self.patch_size
+
+    def sampler(self, steps: int, height: int, width: int) -> Any:
+        """A fresh diffusers scheduler with its timesteps set, shifted for images of this size if its config asks.
+
+        Raises:
+            UserError: the scheduler cannot be told what the model needs.
+        """
+        from gtl.diffusion.path import make_scheduler
+
+        scheduler = make_scheduler(self.scheduler_config)
+        options = self.sampler_options(steps)
+        is_dynamic = scheduler.config.get("use_dynamic_shifting", False)
+        needed = {*options, *(["mu"] if is_dynamic else [])}
+        if unknown := needed - inspect.signature(scheduler.set_timesteps).parameters.keys():
+            name = type(scheduler).__name__
+            raise UserError(f"scheduler_config.json: _class_name: {name!r}: takes no {', '.join(sorted(unknown))}")
+        if is_dynamic:
+            num_patches = height // self.multiple * (width // self.multiple)
+            options["mu"] = dynamic_shift(scheduler.config, num_patches)
+        scheduler.set_timesteps(steps, **options)
+        return scheduler
+
+    def sampler_options(self, steps: int) -> dict[str, Any]:
+        """What else the family's pipeline in diffusers tells the scheduler."""
+        return {}
+
+
+def dynamic_shift(config: Any, num_patches: int) -> float:
+    """The scheduler's `mu`: a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+
+    Larger images keep more of their signal at the same noise, so they are noised further (arXiv 2403.03206, section
+    5.3.2); that mu is linear in the number of patches comes from FLUX.1's own sampling code.
+    """
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    shift: float = config["base_shift"] + slope * (num_patches - config["base_image_seq_len"])
+    return shift
