@@ -90,6 +90,15 @@ class LoraTuner(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_depth(self) -> "LoraTuner":
+        if self.freeze_depth and self.train and all(part.startswith("text_encoder") for part in self.train):
+            raise ValueError(
+                f"freeze_depth: {self.freeze_depth}: is of blocks of the denoiser, which train: "
+                f"[{', '.join(self.train)}] leaves as it is; leave one of the two out"
+            )
+        return self
+
     @property
     def resolved_alpha(self) -> float:
         """alpha as a number."""
