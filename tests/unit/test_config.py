@@ -280,7 +280,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("evaluate.seed=-1", "evaluate.seed: -1: should be greater than or equal to 0"),
         ("storage.runs=''", "storage.runs: '': should not be empty"),
         ("tuner={train: [text_encoder], freeze_depth: 2}",
-         "tuner.freeze_depth: 2: is of blocks of the denoiser, which train: [text_encoder] leaves as it is; leave one "
+         "tuner: freeze_depth: 2: is of blocks of the denoiser, which train: [text_encoder] leaves as it is; leave one "
          "of the two out"),
     ],
 )  # fmt: skip
