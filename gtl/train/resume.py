@@ -76,8 +76,8 @@ def unfinished(runs: Store) -> str:
     versions = [v for v in runs.folders() if runs.exists(f"{v}/recipe.yaml") and not runs.exists(f"{v}/{PUBLISHED}")]
     if not versions:
         raise UserError(f"--resume: no unfinished run under {runs.url()}")
-    saved = [version for version in versions if latest(runs.sub(version), CHECKPOINTS) is not None]
-    return (saved or versions)[-1]
+    newest_first = reversed(versions)
+    return next((v for v in newest_first if latest(runs.sub(v), CHECKPOINTS) is not None), versions[-1])
 
 
 def go_on(runs: Store, version: str, recipe: Recipe) -> Recipe:
