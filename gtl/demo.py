@@ -22,6 +22,7 @@ from gtl.families import open_family
 from gtl.families.files import write_once
 from gtl.images import decode, grid
 from gtl.report.demo import Panel, render_demo
+from gtl.report.text import columns
 from gtl.session import session
 from gtl.train.launch import train_once
 from gtl.types import Progress, UserError, quiet
@@ -213,10 +214,7 @@ def summary(outcome: Outcome) -> str:
     """The table for a terminal."""
     kinds = [Kind(name, name, ()) for name in outcome.scores]
     rows = table(outcome, kinds)
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    return columns([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def next_commands(out: Path) -> list[str]:

@@ -31,16 +31,18 @@ PIPELINES: dict[str, str] = {
 
 
 def open_family(
-    source: str, family: str = "auto", revision: str | None = None, variant: str | None = None
+    source: str, family: str = "auto", revision: str | None = None, variant: str | None = None, weights: bool = True
 ) -> DiffusionFamily:
     """Find a model's files, downloading what is missing, and read its configs; no weight is loaded.
+
+    Without `weights` no weight file is downloaded either.
 
     Raises:
         UserError: there is no such model, its kind is not supported, or it is of another family than the given one.
     """
     if family not in ("auto", *FAMILIES):
         raise UserError(f"model.family: {family!r}: known families: auto, {', '.join(FAMILIES)}")
-    folder = resolve(source, revision, variant)
+    folder = resolve(source, revision, variant, weights)
     pipeline = read_json(folder / INDEX).get("_class_name")
     found = PIPELINES.get(str(pipeline))
     if found is None:

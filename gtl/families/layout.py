@@ -94,11 +94,20 @@ class DiffusersLayout:
         yield from read_tensors(files, module.state_dict().keys(), ties_of(module))
 
     def load(self, part: str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-        """Build and fill a part, frozen and in eval mode. dtype None keeps the stored one.
+        """Build and fill a part, frozen and in eval mode. dtype None keeps the stored one; on meta nothing is filled.
 
         Raises:
             UserError: files are missing, damaged, or do not match the config.
         """
+        if device == "meta":
+            import torch
+
+            with torch.device("meta"):
+                module = self.build(part)
+            for tensor in module.state_dict(keep_vars=True).values():
+                if dtype is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+            return module.requires_grad_(False).eval()
         files = weight_files(self.folder / part, self.variant)
         with parameters_on_meta():
             module = self.build(part)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from gtl.data.dataset import Dataset
     from gtl.evaluate.validation import Validation
+    from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
-    from gtl.train.worker import Trainee
 
 SAMPLES = "samples"
 """In a run's folder: grids by the steps made before them."""

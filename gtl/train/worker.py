@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,15 @@ from gtl.types import DTYPES, UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from gtl.data.dataset import Dataset
     from gtl.data.loader import Loader
     from gtl.data.plan import Plan
     from gtl.families.base import DiffusionFamily
-    from gtl.objectives.base import Objective
+    from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
     from gtl.train.look import Watch
     from gtl.train.plan import TrainPlan
-    from gtl.tuners.base import Tuner
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -62,19 +59,6 @@ class Job:
     def run(self) -> Store:
         """The run's folder."""
         return Store(f"{self.recipe['storage']['runs']}/{self.name}/{self.version}")
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """The model at hand, with what moves in it and what it learns."""
-
-    family: DiffusionFamily
-    tuner: Tuner
-    objective: Objective
-    parts: dict[str, nn.Module]
-    """What is loaded of the model, by name."""
-    parameters: dict[str, nn.Parameter]
-    players: dict[str, nn.Module]
 
 
 def main(config: dict[str, Any]) -> None:
@@ -112,6 +96,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
 
     from gtl.data.dataset import Dataset
     from gtl.data.plan import Plan
+    from gtl.train.assemble import assemble
     from gtl.train.flops import peak_flops
     from gtl.train.loop import Lane, stop_on_signals, train
     from gtl.train.track import Tracker
@@ -123,7 +108,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
-    plan = settle(recipe, trainee, device, batches.steps_per_epoch)
+    plan = settle(recipe, trainee, device, job.dtype, batches.steps_per_epoch)
     engines = make_engines(trainee, recipe, plan, device)
     done, spent = restore(engines, job.run)
 
@@ -159,35 +144,6 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     finish(job, recipe, trainee, engines, result)
 
 
-def assemble(recipe: Recipe, dtype: str) -> Trainee:
-    """Load the live parts, let the tuner mark or inject what moves, and make the objective's players."""
-    import torch
-
-    from gtl.adapters import Registry
-    from gtl.families import open_family
-    from gtl.objectives import make_objective
-    from gtl.train.blocks import checkpoint_blocks, compile_blocks
-    from gtl.tuners import make_tuner
-
-    arithmetic, init = getattr(torch, DTYPES[dtype]), recipe.tuner.init
-    model = recipe.model
-    family = open_family(model.source, model.family, revision=model.revision, variant=model.variant)
-    tuner, objective = make_tuner(recipe.tuner, family), make_objective(recipe.objective, family)
-    names = live_parts(recipe, family, objective)
-    parts = {name: family.load(name, None if tuner.moves_base else arithmetic) for name in names}
-    folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
-    parameters = tuner.apply(parts, recipe.train.seed, folder)
-    for part in parts.values():
-        round_frozen(part, arithmetic)
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    if (main := parts.get(family.main)) is not None:
-        if recipe.train.activation_checkpointing:
-            checkpoint_blocks(main, chain.from_iterable(family.blocks(main)))
-        if recipe.train.compile:
-            compile_blocks(main, chain.from_iterable(family.blocks(main)))
-    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
-
-
 def check_base(family: DiffusionFamily, job: Job) -> None:
     """Compare the model on this machine with the launcher's; one rank of a machine does, since that reads all of it.
 
@@ -203,42 +159,21 @@ def check_base(family: DiffusionFamily, job: Job) -> None:
         )
 
 
-def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
-    """The parts that run in the training process; the one that the objective is about comes first.
-
-    Raises:
-        UserError: the recipe trains a part that the model or the objective does not have.
-    """
-    from gtl.tuners.base import trained_parts
-
-    trained_parts(recipe.tuner.train, objective.parts)
-    needs = recipe.needs
-    encoders = family.encoders if needs.text == "tokens" else ()
-    return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))
-
-
-def round_frozen(part: nn.Module, dtype: torch.dtype) -> None:
-    """Give what does not move the dtype of the arithmetic."""
-    for tensor in chain(part.parameters(), part.buffers()):
-        if not tensor.requires_grad and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
-def settle(recipe: Recipe, trainee: Trainee, device: torch.device, steps_per_epoch: int) -> TrainPlan:
+def settle(recipe: Recipe, trainee: Trainee, device: torch.device, dtype: str, steps_per_epoch: int) -> TrainPlan:
     """The plan of this run on these workers; the same on every rank."""
     import torch
     import torch.distributed as dist
 
+    from gtl.train.assemble import outline
     from gtl.train.plan import Memory, choose
 
     memory = None
     if device.type == "cuda":
-        trained = {id(parameter) for parameter in trainee.parameters.values()}
-        weights = {id(p): p for player in trainee.players.values() for p in player.parameters()}
-        frozen = sum(p.nbytes for key, p in weights.items() if key not in trained)
+        from gtl.train.footprint import measure
+
         smallest = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        memory = Memory(frozen, sum(p.numel() for p in trainee.parameters.values()), int(smallest))
+        memory = Memory(measure(recipe, dtype, outline(recipe, dtype, trainee.family)), int(smallest))
     return choose(recipe, workers=dist.get_world_size(), steps_per_epoch=steps_per_epoch, memory=memory)
 
 

@@ -14,7 +14,7 @@ from gtl.families import FAMILIES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.objectives import OBJECTIVES, make_objective
 from gtl.objectives.base import Objective
-from gtl.train.worker import live_parts
+from gtl.train.assemble import live_parts
 from gtl.tuners import TUNERS, make_tuner
 from gtl.types import Batch, Geometry, Item
 from tests.contract.test_families import MODELS

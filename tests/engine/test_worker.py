@@ -15,9 +15,10 @@ from gtl.bench.models import write_dataset, write_model
 from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
+from gtl.train.assemble import assemble
 from gtl.train.engine import Engine
 from gtl.train.plan import TrainPlan
-from gtl.train.worker import Job, assemble, check_base, finish, make_watch
+from gtl.train.worker import Job, check_base, finish, make_watch
 from gtl.types import UserError
 from tests.engine.group import Group
 from tests.engine.toy import make_train
