@@ -45,10 +45,9 @@ class Ours:
         self._done = train(self._engines, loader, lane)
         return [row["loss"] for row in self.rows]
 
-    def _report(self, row: dict[str, float]) -> bool:
+    def _report(self, row: dict[str, float]) -> None:
         self._tracker.log(row)
         self.rows.append(row)
-        return False
 
     @property
     def data_wait(self) -> float:

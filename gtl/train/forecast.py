@@ -83,7 +83,8 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
     hardware = this_machine() if cluster is None else parse_cluster(cluster)
     asked, model = recipe.train, recipe.model
     on_gpu = hardware.is_gpu and asked.gpus_per_worker != 0
-    workers = asked.workers if asked.workers != "auto" else hardware.workers if on_gpu else 1
+    workers = (hardware.workers if on_gpu else 1) if asked.workers == "auto" else asked.workers
+    workers = workers[0] if isinstance(workers, tuple) else workers  # with fewer of them each holds more
     if on_gpu and workers > hardware.workers:
         raise UserError(f"train.workers: {workers}: --cluster {cluster or 'here'} has {hardware.workers} GPUs")
     dtype = ("bf16" if on_gpu else "fp32") if model.dtype == "auto" else model.dtype

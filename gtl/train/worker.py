@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
     from gtl.train.look import Watch
+    from gtl.train.loop import Wish
     from gtl.train.plan import TrainPlan
+    from gtl.train.saver import Saver
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -36,8 +38,8 @@ BEST = "best"
 RESULT = "result.json"
 """In a run's folder, written last: all steps are made and the adapter is exported."""
 
-Notify = Callable[[dict[str, float]], bool]
-"""Takes a row of metrics on rank 0; returns whether somebody asked the run to stop."""
+Notify = Callable[[dict[str, float]], "Wish | None"]
+"""Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,30 @@ class Job:
 
 
 def main(config: dict[str, Any]) -> None:
-    """Entry of a Ray Train worker."""
+    """Entry of a Ray Train worker, also of one that takes the place of another that died."""
     import ray
     import ray.train
     import ray.train.torch
+    from ray.train.v2._internal.execution.context import get_train_context
 
     board, pending = config["board"], []
+    warnings_seen: list[Any] = []
 
-    def notify(row: dict[str, float]) -> bool:
+    def notify(row: dict[str, float]) -> Wish | None:
         """Post a row without waiting; the answer to an earlier one is soon enough."""
         pending.append(board.push.remote(row))
         answered, pending[:] = ray.wait(pending, num_returns=len(pending), timeout=0)
-        return any(ray.get(answered))
+        if any(ray.get(answered)):
+            return "stop"
+        # `ray.train.get_preemption_info` asks all ranks, which takes longer than many a step; one is enough to know.
+        warning = get_train_context().preemption_context.preemption_info
+        if warning is None or warning in warnings_seen:
+            return None
+        warnings_seen.append(warning)
+        return "save"
 
+    if ray.get(board.mistake.remote()):
+        return  # Ray Train starts the workers again after any error; this one is the user's to mend
     try:
         run(Job(**config["job"]), ray.train.torch.get_device(), notify)
         ray.get(pending)
@@ -115,14 +128,17 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     def device_hours() -> float:
         return spent + (time.monotonic() - begun) / 3600 * dist.get_world_size()
 
+    saver = Saver()
+
     def keep_best(step: int) -> None:
-        save(engines, job, plan, step, device_hours(), BEST, keep=1)
+        save(engines, job, plan, step, device_hours(), BEST, 1, saver)
 
     look = make_watch(job, recipe, trainee, engines, plan, (dataset, held_out), device, done, keep_best)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(job.run, done)) if dist.get_rank() == 0 else None
+        stack.enter_context(saver)
 
-        def report(row: dict[str, float]) -> bool:
+        def report(row: dict[str, float]) -> Wish | None:
             assert tracker is not None
             tracker.log(row)
             return notify({**row, "steps": plan.steps})
@@ -130,13 +146,14 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
         def save_all(step: int) -> None:
             if tracker is not None:
                 tracker.flush()  # first: who goes on from the checkpoint finds the rows that lead to it
-            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep)
+            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep, saver)
 
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
         loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done)
         with stop_on_signals(lane):
             done = train(engines, loader, lane)
+    dist.barrier()  # rank 0 has written everything
     if done < plan.steps and not look.enough:
         return
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -255,20 +272,29 @@ def restore(engines: Mapping[str, Engine], run: Store) -> tuple[int, float]:
 
 
 def save(
-    engines: Mapping[str, Engine], job: Job, plan: TrainPlan, step: int, device_hours: float, folder: str, keep: int
-) -> None:
-    """Write the checkpoint of a step into a folder of the run, where the newest `keep` stay. Collective."""
+    engines: Mapping[str, Engine], job: Job, plan: TrainPlan, step: int, device_hours: float, folder: str, keep: int,
+    saver: Saver,
+) -> None:  # fmt: skip
+    """Copy the state of a step and begin to write it into a folder of the run, where the newest `keep` stay.
+
+    Collective.
+    """
     import torch.distributed as dist
 
     from gtl.train.checkpoint import prune, step_key
     from gtl.train.checkpoint import save as write
 
     states = {name: engine.state() for name, engine in engines.items()}
-    if dist.get_rank() == 0:
-        manifest = {"step": step, "dataset": job.dataset, "base": job.base, "stage": plan.stage,
-                    "workers": dist.get_world_size(), "device_hours": device_hours}  # fmt: skip
+    if dist.get_rank() != 0:
+        return
+    manifest = {"step": step, "dataset": job.dataset, "base": job.base, "stage": plan.stage,
+                "workers": dist.get_world_size(), "device_hours": device_hours}  # fmt: skip
+
+    def commit() -> None:
         write(job.run, step_key(folder, step), states, manifest)
         prune(job.run, folder, keep)
+
+    saver.submit(commit)
 
 
 def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], result: dict[str, Any]) -> None:

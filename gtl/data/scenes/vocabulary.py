@@ -23,10 +23,10 @@ PATTERNS = ("plain", "gradient", "striped")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "ring", "cross", "moon", "arrow")
 CONCEPTS = ("wug", "dax", "blick")
 """A robot's face, a house and a rocket, under names that no model has met."""
-STYLES = ("plain", "outline", "mosaic", "chalk")
-GROUNDS: dict[str, Rgb] = {"outline": (226, 203, 163), "chalk": (38, 68, 56)}
-"""Styles with a ground of their own: kraft paper and a school board."""
-EXCLUDED = {"outline": ("white", "ring"), "chalk": ("green",)}
+STYLES = ("plain", "outline", "mosaic", "chalk", "neon")
+GROUNDS: dict[str, Rgb] = {"outline": (226, 203, 163), "chalk": (38, 68, 56), "neon": (52, 18, 76)}
+"""Styles with a ground of their own: kraft paper, a school board and the sky over a city at night."""
+EXCLUDED = {"outline": ("white", "ring"), "chalk": ("green",), "neon": ("purple",)}
 """Style -> colours that its ground would hide, and a shape that is an outline already."""
 RADII = {"small": 0.15, "large": 0.25}
 """Size of an object -> its radius, as a share of the picture's side."""
