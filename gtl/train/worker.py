@@ -112,6 +112,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     from gtl.train.assemble import assemble
     from gtl.train.flops import peak_flops
     from gtl.train.loop import Lane, stop_on_signals, train
+    from gtl.train.saver import Saver
     from gtl.train.track import Tracker
 
     if job.code != __version__:

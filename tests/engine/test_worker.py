@@ -42,7 +42,7 @@ def make_job(folder: Path, **train: Any) -> Job:
 def watch_again(folder: Path, job: Job, done: int) -> dict[str, float]:
     """The verdict of a run that goes on after so many steps, before it makes another."""
     family = write_model(folder / "model", "small")
-    sides = write_dataset(Store(folder / "cache"), family, "small", 4).split(0.3)
+    sides = write_dataset(Store(folder / "cache"), family, 4).split(0.3)
     recipe = parse_recipe(job.recipe)
     plan = TrainPlan(steps=STEPS, stage=0, micro_batch=1, accumulation=1)
     trainee = assemble(recipe, "fp32")
