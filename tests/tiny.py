@@ -1,5 +1,6 @@
 """Tiny models with the real classes and the real file layout, made on the spot."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -300,6 +301,64 @@ def make_flux(
     return folder
 
 
+def make_pixart(
+    folder: str | Path, *, seed: int = 0, sigma: bool = False, transformer_config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a PixArt-layout pipeline, of alpha or else of sigma; plain `DiffusionPipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 4x8x8, with 3 transformer blocks. alpha has the transformer's earlier class,
+    as it was published.
+    """
+    import torch
+    from diffusers import PixArtTransformer2DModel
+
+    folder = Path(folder)
+    num_tokens = write_t5_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": PixArtTransformer2DModel(**{
+                "sample_size": 8,
+                "num_layers": 3,
+                "attention_head_dim": 16,
+                "num_attention_heads": 6,
+                "cross_attention_dim": 96,
+                "caption_channels": 48,
+                **({"use_additional_conditions": False, "interpolation_scale": 2} if sigma else {}),
+                **(transformer_config or {}),
+            }),
+            "vae": make_vae(scaling_factor=0.13025 if sigma else 0.18215),
+            "text_encoder": make_t5(num_tokens, 48),
+        }
+    widen_head(parts["transformer"])
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    kind = "PixArtTransformer2DModel" if sigma else "Transformer2DModel"
+    file = folder / "transformer" / "config.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"_class_name": kind})
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", kind],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
 def widen_head(transformer: Any) -> None:
     """Let a transformer's last layer, which no adapter changes, reach the size of what it has to predict."""
     transformer.proj_out.weight.data.mul_(3)
@@ -309,6 +368,12 @@ def absent(folder: Path) -> dict[str, None]:
     """What a pipeline has to be told that a folder goes without; others may be left out in silence."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
+
+
+def as_asked(pipeline: Any) -> dict[str, bool]:
+    """What a pipeline's call has to be told to draw the very size and words that it is given."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in takes}
 
 
 def make_vae(levels: int = 4, scaling_factor: float = 0.18215, **config: Any) -> Any:

@@ -147,7 +147,7 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
-        """Conditions of each prompt, unbatched and without padding where the model has a mask."""
+        """Conditions of each prompt, unbatched; the padding's mask is among them where the model has one."""
         ...
 
     def unconditional(self, empty: Conditions) -> Conditions:

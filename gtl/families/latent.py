@@ -35,8 +35,8 @@ class LatentDiffusion(DiffusersLayout, ABC):
 
     codec: ClassVar[str | None] = "vae"
     classifier_free: ClassVar[bool] = True
-    token_limits: ClassVar[Mapping[str, int]] = {}
-    """Of some encoders: how many tokens the model reads, where that is fewer than the tokenizer's length."""
+    token_limits: Mapping[str, int] = {}
+    """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class LatentDiffusion(DiffusersLayout, ABC):
     def _read(self, part: str, prompts: Sequence[str]) -> Any:
         """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
         tokenizer = self.tokenizers[part]
-        length = min(tokenizer.model_max_length, self.token_limits.get(part, tokenizer.model_max_length))
+        length = self.token_limits.get(part, tokenizer.model_max_length)
         return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
     @functools.cached_property

@@ -19,9 +19,10 @@ def _with_attention(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -
     return {"attention": attention, "attention+ff": (*attention, *feed_forward)}
 
 
-UNET = _with_attention(("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2"))
+CROSS = _with_attention(("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2"))
+"""In transformer blocks that attend to the image, and then to the text."""
 JOINT = _with_attention(
-    (*UNET["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    (*CROSS["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     (
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
         # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.

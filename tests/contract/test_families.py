@@ -20,7 +20,7 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, write_json
+from tests.tiny import absent, as_asked, make_flux, make_pixart, make_sd, make_sd3, make_sdxl, write_json
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
@@ -33,6 +33,8 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     )),
     "flux-dev": ("flux", make_flux),
     "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
+    "pixart-alpha": ("pixart", make_pixart),
+    "pixart-sigma": ("pixart", lambda folder: make_pixart(folder, sigma=True)),
 }
 """Models under test: family, and what writes one."""
 
@@ -53,7 +55,9 @@ class Facts:
     """Endings of the layers of its attentions."""
     feed_forward: tuple[str, ...]
     conditions: tuple[str, str]
-    """Names of its conditions, as its pipeline returns them."""
+    """Names of its conditions, in the order of its pipeline."""
+    grouped: bool = False
+    """Whether its pipeline returns the prompt's before the negative prompt's, rather than in turns."""
 
 
 ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
@@ -77,6 +81,11 @@ FACTS: Mapping[str, Facts] = {
         ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_1",
          "context_embedder"), 16, JOINT_ATTENTION, (*JOINT_FEED_FORWARD, ".proj_mlp", ".proj_out"),
         ("encoder_hidden_states", "pooled_projections"),
+    ),
+    "pixart": Facts(
+        frozenset({"BasicTransformerBlock"}), frozenset({"scale_shift_table", "proj_out"}),
+        ("pos_embed.proj", "adaln_single.emb.timestep_embedder.linear_1", "caption_projection.linear_1"), 4, ATTENTION,
+        FEED_FORWARD, ("encoder_hidden_states", "encoder_attention_mask"), grouped=True,
     ),
 }  # fmt: skip
 SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0}
@@ -270,8 +279,10 @@ def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -
         options |= {"prompt_2": None, "prompt_3": None}
     with torch.no_grad():  # as the pipeline's own call; attention takes another kernel where gradients are wanted
         encoded = encode(prompts, **options)
-    # The states and the negative prompt's, then the pooled ones where the model reads them.
-    each = [encoded[::2], encoded[1::2]] if case.family.classifier_free else [encoded[:2]]
+    if case.facts.grouped or not case.family.classifier_free:
+        each = [encoded[:2], encoded[2:4]]
+    else:  # the states and the negative prompt's, then the pooled ones where the model reads them
+        each = [encoded[::2], encoded[1::2]]
     return [dict(zip(case.facts.conditions, values, strict=False)) for values in each]
 
 
@@ -341,7 +352,7 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     # The same noise as `start`, in whichever shape the pipeline keeps it.
     image = case.pipeline(
         PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, height=height, width=width,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        generator=torch.Generator().manual_seed(0), output_type="pt", **as_asked(case.pipeline),
     ).images
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
@@ -385,6 +396,9 @@ def number_of_targets(case: Case) -> dict[str, int]:
         # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
         # of feed-forward and a modulation in each of 2 single ones.
         return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
+    if case.family_name == "pixart":
+        # 2 attentions of 4 layers and a feed-forward of 2 in each of 3 blocks.
+        return {"attention": 24, "attention+ff": 30, "all-linear": 30, "all-linear+conv": 30}
     # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
     # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
     # convolutions.
@@ -395,10 +409,11 @@ def number_of_targets(case: Case) -> dict[str, int]:
 
 def test_explicit_lora_targets(case: Case) -> None:
     _, one, two = case.facts.before
-    attention = "attn2.to_q" if case.family.main == "unet" else "attn.to_q"
+    readers = case.family.cross_attentions(case.main)
+    attention = f"{readers[0].rpartition('.')[2]}.to_q"
     found = case.family.lora_targets(case.main, [one, attention, two])
     assert found[:2] == [one, two]
-    assert set(found[2:]) == {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
+    assert set(found[2:]) == {f"{name}.to_q" for name in readers}
 
 
 @pytest.mark.parametrize(

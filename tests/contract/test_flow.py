@@ -25,7 +25,7 @@ from gtl.generate.images import load_parts
 from gtl.objectives import make_objective
 from gtl.tuners import make_tuner
 from gtl.types import Batch, Geometry, Item, UserError
-from tests.tiny import absent, make_flux, make_sd3, write_json
+from tests.tiny import absent, as_asked, make_flux, make_sd3, write_json
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
@@ -47,7 +47,7 @@ class Model:
     def __init__(self, name: str, folder: Path) -> None:
         from diffusers import DiffusionPipeline
 
-        self.name, self.folder = name, MODELS[name](folder)
+        self.name, self.folder = name, folder
         self.family: Any = open_family(str(self.folder))
         self.parts = load_parts(self.family, [], device="cpu", dtype=torch.float32)
         self.pipeline: Any = DiffusionPipeline.from_pretrained(self.folder, **absent(self.folder))
@@ -60,7 +60,7 @@ class Model:
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(request.param, tmp_path_factory.mktemp(request.param))
+    return Model(request.param, MODELS[request.param](tmp_path_factory.mktemp(request.param)))
 
 
 def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
@@ -228,7 +228,7 @@ def theirs(pipeline: Any, request: Request) -> Tensor:
     return pipeline(
         request.prompt, **negative, num_inference_steps=request.steps, guidance_scale=request.guidance,
         height=request.height, width=request.width, output_type="pt",
-        generator=torch.Generator().manual_seed(request.seed),
+        generator=torch.Generator().manual_seed(request.seed), **as_asked(pipeline),
     ).images[0]  # fmt: skip
 
 
