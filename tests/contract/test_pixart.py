@@ -95,6 +95,7 @@ def test_prompts_are_as_long_as_in_their_pipeline(model: Model) -> None:
 def test_what_is_masked_is_not_read(model: Model) -> None:
     (dog,) = model.family.encode_prompts(model.parts, ["a photo of a dog"])
     states, mask = dog["encoder_hidden_states"], dog["encoder_attention_mask"]
+    assert 0 < mask.sum() < len(mask)
     noise = {**dog, "encoder_hidden_states": torch.where(mask[:, None] == 1, states, states + 5)}
     sizes = model.family.size_conditions(Geometry((64, 64), (0, 0), (64, 64)))
     latents, t = torch.ones(1, 4, 8, 8), torch.tensor([500])
