@@ -18,6 +18,7 @@ FAMILIES: dict[str, str] = {
     "sd3": "gtl.families.sd3:StableDiffusion3",
     "flux": "gtl.families.flux:Flux",
     "pixart": "gtl.families.pixart:PixArt",
+    "sana": "gtl.families.sana:Sana",
 }
 """Families by name, imported when opened."""
 
@@ -29,6 +30,7 @@ PIPELINES: dict[str, str] = {
     "FluxPipeline": "flux",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
 }
 """Family by the pipeline class that model_index.json names."""
 

@@ -23,6 +23,7 @@ TOKENIZERS = {
     "CLIPTextModel": "CLIPTokenizer",
     "CLIPTextModelWithProjection": "CLIPTokenizer",
     "T5EncoderModel": "T5TokenizerFast",
+    "Gemma2Model": "GemmaTokenizerFast",
 }
 """What reads prompts for a text encoder, by its class; all in transformers."""
 
@@ -60,11 +61,11 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """Pixels a side of a latent."""
         return int(2 ** (self.levels("vae") - 1))
 
-    def levels(self, part: str) -> int:
-        """Resolutions that a part works at, each half of the one before."""
-        channels = self.config(part).get("block_out_channels")
+    def levels(self, part: str, key: str = "block_out_channels") -> int:
+        """Resolutions that a part works at, each half of the one before; its config lists their channels."""
+        channels = self.config(part).get(key)
         if not channels:
-            raise UserError(f"{self.folder / part / 'config.json'}: block_out_channels: missing")
+            raise UserError(f"{self.folder / part / 'config.json'}: {key}: missing")
         return len(channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -130,6 +131,10 @@ class LatentDiffusion(DiffusersLayout, ABC):
                 raise UserError(f"{folder}: not a {name} that can be read: {reason}") from error
 
         return {part: load(part) for part in self.encoders}
+
+    def negative_text(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
 
     def unconditional(self, empty: Conditions) -> Conditions:
         """The empty prompt's conditions."""
