@@ -17,6 +17,8 @@ FAMILIES: dict[str, str] = {
     "sdxl": "gtl.families.sdxl:StableDiffusionXL",
     "sd3": "gtl.families.sd3:StableDiffusion3",
     "flux": "gtl.families.flux:Flux",
+    "pixart": "gtl.families.pixart:PixArt",
+    "sana": "gtl.families.sana:Sana",
 }
 """Families by name, imported when opened."""
 
@@ -26,6 +28,9 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
 }
 """Family by the pipeline class that model_index.json names."""
 

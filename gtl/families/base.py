@@ -131,7 +131,10 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] to the codec's raw moments: mean and logvar, each [B, C, h, w]."""
+        """Pixels [B, 3, H, W] in [-1, 1] to the codec's raw moments: mean and logvar, each [B, C, h, w].
+
+        A codec that encodes to a point and not to a distribution has no logvar.
+        """
         ...
 
     def sample_latents(self, moments: Mapping[str, Tensor], noise: Tensor) -> Tensor:
@@ -147,7 +150,14 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
-        """Conditions of each prompt, unbatched and without padding where the model has a mask."""
+        """Conditions of each prompt, unbatched; the padding's mask is among them where the model has one."""
+        ...
+
+    def negative_text(self, prompt: str) -> str:
+        """A negative prompt as `tokenize` and `encode_prompts` take it: itself in most models.
+
+        Other than itself where the model reads negative prompts in another way than prompts; "" is always "".
+        """
         ...
 
     def unconditional(self, empty: Conditions) -> Conditions:

@@ -23,6 +23,7 @@ TOKENIZERS = {
     "CLIPTextModel": "CLIPTokenizer",
     "CLIPTextModelWithProjection": "CLIPTokenizer",
     "T5EncoderModel": "T5TokenizerFast",
+    "Gemma2Model": "GemmaTokenizerFast",
 }
 """What reads prompts for a text encoder, by its class; all in transformers."""
 
@@ -35,8 +36,8 @@ class LatentDiffusion(DiffusersLayout, ABC):
 
     codec: ClassVar[str | None] = "vae"
     classifier_free: ClassVar[bool] = True
-    token_limits: ClassVar[Mapping[str, int]] = {}
-    """Of some encoders: how many tokens the model reads, where that is fewer than the tokenizer's length."""
+    token_limits: Mapping[str, int] = {}
+    """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -60,11 +61,11 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """Pixels a side of a latent."""
         return int(2 ** (self.levels("vae") - 1))
 
-    def levels(self, part: str) -> int:
-        """Resolutions that a part works at, each half of the one before."""
-        channels = self.config(part).get("block_out_channels")
+    def levels(self, part: str, key: str = "block_out_channels") -> int:
+        """Resolutions that a part works at, each half of the one before; its config lists their channels."""
+        channels = self.config(part).get(key)
         if not channels:
-            raise UserError(f"{self.folder / part / 'config.json'}: block_out_channels: missing")
+            raise UserError(f"{self.folder / part / 'config.json'}: {key}: missing")
         return len(channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ class LatentDiffusion(DiffusersLayout, ABC):
     def _read(self, part: str, prompts: Sequence[str]) -> Any:
         """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
         tokenizer = self.tokenizers[part]
-        length = min(tokenizer.model_max_length, self.token_limits.get(part, tokenizer.model_max_length))
+        length = self.token_limits.get(part, tokenizer.model_max_length)
         return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
     @functools.cached_property
@@ -130,6 +131,10 @@ class LatentDiffusion(DiffusersLayout, ABC):
                 raise UserError(f"{folder}: not a {name} that can be read: {reason}") from error
 
         return {part: load(part) for part in self.encoders}
+
+    def negative_text(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
 
     def unconditional(self, empty: Conditions) -> Conditions:
         """The empty prompt's conditions."""

@@ -27,6 +27,8 @@ class DiffusersLayout:
     main: ClassVar[str]
     classes: Mapping[str, tuple[str, str]]
     """Of every part: the library and class it is made with. Of an opened model: of the parts that it has."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Names that models were published under before a class was renamed -> its name."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Parts that a model may go without."""
     companions: ClassVar[Mapping[str, str]] = {}
@@ -48,7 +50,7 @@ class DiffusersLayout:
         for part, expected in self.classes.items():
             found = index.get(part) or [None, None]
             name = found[1] if isinstance(found, list) and len(found) == 2 else found
-            if name != expected[1]:
+            if self.aliases.get(str(name), name) != expected[1]:
                 raise UserError(f"{folder / INDEX}: {part}: {name}; expected {expected[1]}")
 
     def __reduce__(self) -> tuple[Any, ...]:

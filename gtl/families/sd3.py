@@ -32,7 +32,7 @@ class StableDiffusion3(LatentTransformer):
     companions: ClassVar[Mapping[str, str]] = {
         "text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", T5: "tokenizer_3",
     }  # fmt: skip
-    token_limits: ClassVar[Mapping[str, int]] = {T5: T5_TOKENS}
+    token_limits: Mapping[str, int] = {T5: T5_TOKENS}
 
     @property
     def max_size(self) -> int:

@@ -19,9 +19,14 @@ def _with_attention(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -
     return {"attention": attention, "attention+ff": (*attention, *feed_forward)}
 
 
-UNET = _with_attention(("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2"))
+CROSS = _with_attention(
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    # Sana's feed-forward is of convolutions.
+    ("ff.net.0.proj", "ff.net.2", "ff.conv_inverted", "ff.conv_point"),
+)
+"""In transformer blocks that attend to the image, and then to the text."""
 JOINT = _with_attention(
-    (*UNET["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    (*CROSS["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     (
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
         # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.
@@ -30,10 +35,13 @@ JOINT = _with_attention(
 )  # fmt: skip
 """In transformers that attend to image and text jointly."""
 ENCODER = _with_attention(
-    ("q_proj", "k_proj", "v_proj", "out_proj", *(f"SelfAttention.{name}" for name in "qkvo")),
-    ("fc1", "fc2", *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo"))),
-)
-"""In transformers' CLIP and T5."""
+    ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", *(f"SelfAttention.{name}" for name in "qkvo")),
+    (
+        "fc1", "fc2", *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo")),
+        "gate_proj", "up_proj", "down_proj",
+    ),
+)  # fmt: skip
+"""In transformers' CLIP, T5 and Gemma."""
 
 
 def find_targets(
@@ -44,6 +52,8 @@ def find_targets(
     endings: Endings,
 ) -> list[str]:
     """Names of linear and convolution layers, in execution order: of the blocks, and for a list of endings of all.
+
+    The sets leave out convolutions by groups of channels: an adapter's rank would have to be a multiple of the groups.
 
     `before` and `blocks` are the module-name prefixes of `Family.embedders` and `Family.blocks`; `endings` say what
     the family's sets are.
@@ -56,6 +66,7 @@ def find_targets(
     layers = {name: module for name, module in main.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     inside = ordered(layers, [prefix for block in blocks for prefix in block])
     if isinstance(targets, str):
+        inside = [name for name in inside if getattr(layers[name], "groups", 1) == 1]
         if targets == "all-linear+conv":
             return inside
         if targets == "all-linear":

@@ -95,7 +95,7 @@ class Grid:
         if family.codec and family.codec not in parts:  # which training has no use for, so its memory is given back
             parts[family.codec] = family.load(family.codec, torch.float32, str(self.device))
         if self.dataset.prompts is not None:
-            texts = {*self.prompts, shown.negative_prompt}
+            texts = {*self.prompts, family.negative_text(shown.negative_prompt)}
             encoded = {text: self.dataset.prompts.read(prompt_key(text)) for text in sorted(texts)}
         requests = [
             Request(

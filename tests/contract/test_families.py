@@ -20,7 +20,18 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, write_json
+from tests.tiny import (
+    absent,
+    as_asked,
+    make_flux,
+    make_pixart,
+    make_sana,
+    make_sd,
+    make_sd3,
+    make_sdxl,
+    sana_instruction,
+    write_json,
+)
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
@@ -33,6 +44,14 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     )),
     "flux-dev": ("flux", make_flux),
     "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
+    "pixart-alpha": ("pixart", make_pixart),
+    "pixart-sigma": ("pixart", lambda folder: make_pixart(folder, sigma=True)),
+    "sana": ("sana", make_sana),
+    # As 1.5 is made, and with the flow's own scheduler.
+    "sana15": ("sana", lambda folder: make_sana(
+        folder, transformer_config={"qk_norm": "rms_norm_across_heads"},
+        scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    )),
 }
 """Models under test: family, and what writes one."""
 
@@ -53,7 +72,13 @@ class Facts:
     """Endings of the layers of its attentions."""
     feed_forward: tuple[str, ...]
     conditions: tuple[str, str]
-    """Names of its conditions, as its pipeline returns them."""
+    """Names of its conditions, in the order of its pipeline."""
+    multiple: int = 16
+    """Of its sizes in pixels."""
+    framed: bool = False
+    """Whether its pipeline puts an instruction in front of prompts."""
+    grouped: bool = False
+    """Whether its pipeline returns the prompt's before the negative prompt's, rather than in turns."""
 
 
 ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
@@ -78,8 +103,21 @@ FACTS: Mapping[str, Facts] = {
          "context_embedder"), 16, JOINT_ATTENTION, (*JOINT_FEED_FORWARD, ".proj_mlp", ".proj_out"),
         ("encoder_hidden_states", "pooled_projections"),
     ),
+    "pixart": Facts(
+        frozenset({"BasicTransformerBlock"}), frozenset({"scale_shift_table", "proj_out"}),
+        ("pos_embed.proj", "adaln_single.emb.timestep_embedder.linear_1", "caption_projection.linear_1"), 4, ATTENTION,
+        FEED_FORWARD, ("encoder_hidden_states", "encoder_attention_mask"), grouped=True,
+    ),
+    "sana": Facts(
+        frozenset({"SanaTransformerBlock"}), frozenset({"scale_shift_table", "proj_out"}),
+        ("patch_embed.proj", "time_embed.emb.timestep_embedder.linear_1", "caption_projection.linear_1"), 8, ATTENTION,
+        (".ff.conv_inverted", ".ff.conv_point"), ("encoder_hidden_states", "encoder_attention_mask"), multiple=8,
+        framed=True, grouped=True,
+    ),
 }  # fmt: skip
-SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0}
+SHIFTS = {
+    "sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "sana": 3.0, "sana15": 3.0,
+}  # fmt: skip
 """Of flow models: towards noise, at the size they were made for."""
 PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
 
@@ -242,6 +280,11 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     family, vae = case.family, case.pipeline.vae
     pixels = random(2, 3, *family.default_size).clamp(-1, 1)
     moments = family.encode_images(case.parts["vae"], pixels)
+    if case.family_name == "sana":
+        latents = vae.encode(pixels).latent
+        assert moments.keys() == {"mean"} and torch.equal(moments["mean"], latents)
+        assert torch.equal(family.sample_latents(moments, latents), latents * vae.config.scaling_factor)
+        return
     posterior = vae.encode(pixels).latent_dist
     assert torch.equal(moments["mean"], posterior.mean) and torch.equal(moments["logvar"], posterior.logvar)
     assert moments["mean"].shape[1:] == family.latent_shape(*family.default_size)
@@ -254,7 +297,8 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
     latents = random(2, *case.family.latent_shape(*case.family.default_size))
     vae = case.pipeline.vae
-    theirs = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
+    shift = vae.config.get("shift_factor") or 0
+    theirs = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0]
     pixels = case.family.decode(case.parts["vae"], latents)
     assert torch.equal(pixels, theirs)
     assert pixels.shape == (2, 3, *case.family.default_size)
@@ -268,17 +312,23 @@ def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -
         options["do_classifier_free_guidance"] = guided
     if case.family_name == "sd3":
         options |= {"prompt_2": None, "prompt_3": None}
+    if case.facts.framed:
+        options["complex_human_instruction"] = sana_instruction()
     with torch.no_grad():  # as the pipeline's own call; attention takes another kernel where gradients are wanted
         encoded = encode(prompts, **options)
-    # The states and the negative prompt's, then the pooled ones where the model reads them.
-    each = [encoded[::2], encoded[1::2]] if case.family.classifier_free else [encoded[:2]]
+    if case.facts.grouped or not case.family.classifier_free:
+        each = [encoded[:2], encoded[2:4]]
+    else:  # the states and the negative prompt's, then the pooled ones where the model reads them
+        each = [encoded[::2], encoded[1::2]]
     return [dict(zip(case.facts.conditions, values, strict=False)) for values in each]
 
 
 def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
-    conditions = case.family.encode_prompts(case.parts, PROMPTS)
-    theirs = pipelines_conditions(case, PROMPTS)[0]
-    assert [c.keys() for c in conditions] == [theirs.keys()] * 3
+    # An instruction is not put in front of no prompt: that is what guidance leads away from.
+    prompts = [prompt for prompt in PROMPTS if prompt or not case.facts.framed]
+    conditions = case.family.encode_prompts(case.parts, prompts)
+    theirs = pipelines_conditions(case, prompts)[0]
+    assert [c.keys() for c in conditions] == [theirs.keys()] * len(prompts)
     stacked = case.family.collate(conditions)
     (alone,) = case.family.encode_prompts(case.parts, PROMPTS[:1])
     for name, value in theirs.items():
@@ -314,10 +364,18 @@ def test_the_path_is_that_of_the_models_scheduler(case: Case) -> None:
 
 def check_flow(case: Case) -> None:
     scheduler = case.pipeline.scheduler
-    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.01], mu=1.15)
+    if hasattr(scheduler, "scale_noise"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.01], mu=1.15)
+    else:
+        scheduler.set_timesteps(3)
     clean, noise, t = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1), scheduler.timesteps
     path = case.family.path
-    torch.testing.assert_close(path.add_noise(clean, noise, t), scheduler.scale_noise(clean, t, noise))
+    if hasattr(scheduler, "scale_noise"):
+        torch.testing.assert_close(path.add_noise(clean, noise, t), scheduler.scale_noise(clean, t, noise))
+    else:  # its whole times are rounded down from 1000 times the share of noise
+        shares = 1000 * scheduler.sigmas[:-1]
+        assert torch.equal(shares.long(), t)
+        torch.testing.assert_close(path.add_noise(clean, noise, shares), scheduler.add_noise(clean, noise, t))
     assert torch.equal(path.target(clean, noise, t), noise - clean)
     assert path.num_train_timesteps == scheduler.config.num_train_timesteps
     assert path.shift == pytest.approx(SHIFTS[case.name])
@@ -341,7 +399,7 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     # The same noise as `start`, in whichever shape the pipeline keeps it.
     image = case.pipeline(
         PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, height=height, width=width,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        generator=torch.Generator().manual_seed(0), output_type="pt", **as_asked(case.pipeline),
     ).images
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
@@ -349,7 +407,7 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
 
 def test_sizes(case: Case) -> None:
     assert case.family.default_size == (64, 64)
-    assert case.family.multiple == 16
+    assert case.family.multiple == case.facts.multiple
     assert case.family.latent_shape(64, 128) == (case.facts.channels, 8, 16)
     assert case.family.max_size == {"sd3": 128}.get(case.family_name)
 
@@ -359,10 +417,11 @@ def test_lora_target_sets(case: Case, targets: str) -> None:
     modules = dict(case.main.named_modules())
     blocks = [prefix for block in case.family.blocks(case.main) for prefix in block]
     found = case.family.lora_targets(case.main, targets)
-    kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d) if targets.endswith("conv") else (nn.Linear,)
+    kinds: tuple[type, ...] = (nn.Linear,) if targets == "all-linear" else (nn.Linear, nn.Conv2d)
     inside = [
         name for prefix in blocks for name, module in modules.items()
         if isinstance(module, kinds) and (name == prefix or name.startswith(f"{prefix}."))
+        and getattr(module, "groups", 1) == 1
     ]
     endings = case.facts.attention + (case.facts.feed_forward if targets == "attention+ff" else ())
     if not targets.startswith("all"):
@@ -385,6 +444,12 @@ def number_of_targets(case: Case) -> dict[str, int]:
         # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
         # of feed-forward and a modulation in each of 2 single ones.
         return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
+    if case.family_name == "pixart":
+        # 2 attentions of 4 layers and a feed-forward of 2 in each of 3 blocks.
+        return {"attention": 24, "attention+ff": 30, "all-linear": 30, "all-linear+conv": 30}
+    if case.family_name == "sana":
+        # 2 attentions of 4 layers in each of 3 blocks, and a feed-forward of 2 convolutions and one by channels.
+        return {"attention": 24, "attention+ff": 30, "all-linear": 24, "all-linear+conv": 30}
     # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
     # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
     # convolutions.
@@ -395,10 +460,11 @@ def number_of_targets(case: Case) -> dict[str, int]:
 
 def test_explicit_lora_targets(case: Case) -> None:
     _, one, two = case.facts.before
-    attention = "attn2.to_q" if case.family.main == "unet" else "attn.to_q"
+    readers = case.family.cross_attentions(case.main)
+    attention = f"{readers[0].rpartition('.')[2]}.to_q"
     found = case.family.lora_targets(case.main, [one, attention, two])
     assert found[:2] == [one, two]
-    assert set(found[2:]) == {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
+    assert set(found[2:]) == {f"{name}.to_q" for name in readers}
 
 
 @pytest.mark.parametrize(
@@ -757,6 +823,7 @@ def attentions_that_read_text(case: Case) -> set[str]:
 
 
 CLIP_LAYERS = ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}, "fc1")
+GEMMA_LAYERS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, "gate_proj")
 T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
 """Endings of attention and feed-forward, and one of them."""
 
@@ -765,7 +832,8 @@ T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
 def test_targets_in_a_text_encoder(case: Case, targets: str) -> None:
     for part in case.family.encoders:
         encoder = case.parts[part]
-        attention, feed_forward, one = T5_LAYERS if type(encoder).__name__ == "T5EncoderModel" else CLIP_LAYERS
+        known = {"T5EncoderModel": T5_LAYERS, "Gemma2Model": GEMMA_LAYERS}
+        attention, feed_forward, one = known.get(type(encoder).__name__, CLIP_LAYERS)
         endings = {"attention": attention, "one": {one}}.get(targets, attention | feed_forward)
         found = case.family.encoder_targets(encoder, [one] if targets == "one" else targets)
         assert {name.rpartition(".")[2] for name in found} == endings

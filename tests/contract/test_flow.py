@@ -17,15 +17,17 @@ from gtl.adapters.card import base_of
 from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
 from gtl.config.tuners import LoraTuner
+from gtl.evaluate.samples import encode
 from gtl.families import open_family
 from gtl.families.flux import image_ids, pack, unpack
 from gtl.generate.command import run
 from gtl.generate.engine import Engine, Request, check
 from gtl.generate.images import load_parts
 from gtl.objectives import make_objective
+from gtl.objectives.denoise import conditions_of
 from gtl.tuners import make_tuner
 from gtl.types import Batch, Geometry, Item, UserError
-from tests.tiny import absent, make_flux, make_sd3, write_json
+from tests.tiny import absent, as_asked, make_flux, make_sana, make_sd3, sana_instruction, write_json
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
@@ -34,6 +36,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     ),
     "flux-dev": make_flux,
     "flux-schnell": lambda folder: make_flux(folder, dev=False),
+    "sana": make_sana,
+    "sana15": lambda folder: make_sana(
+        folder, transformer_config={"qk_norm": "rms_norm_across_heads"},
+        scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    ),
 }
 SAME = 0.1 / 255
 """Mean absolute difference of pixels in [0, 1]."""
@@ -47,7 +54,7 @@ class Model:
     def __init__(self, name: str, folder: Path) -> None:
         from diffusers import DiffusionPipeline
 
-        self.name, self.folder = name, MODELS[name](folder)
+        self.name, self.folder = name, folder
         self.family: Any = open_family(str(self.folder))
         self.parts = load_parts(self.family, [], device="cpu", dtype=torch.float32)
         self.pipeline: Any = DiffusionPipeline.from_pretrained(self.folder, **absent(self.folder))
@@ -60,15 +67,14 @@ class Model:
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(request.param, tmp_path_factory.mktemp(request.param))
+    return Model(request.param, MODELS[request.param](tmp_path_factory.mktemp(request.param)))
 
 
 def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The transformer's output, by diffusers' own calls and helpers; `sigma` is the share of noise."""
     transformer = model.parts["transformer"]
-    texts = {"encoder_hidden_states": conditions["encoder_hidden_states"],
-             "pooled_projections": conditions["pooled_projections"]}  # fmt: skip
-    if model.family.name == "sd3":
+    texts = {name: value for name, value in conditions.items() if name != "guidance"}
+    if model.family.name in ("sd3", "sana"):
         return transformer(noisy, timestep=1000 * sigma, **texts).sample
     pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
     packed = transformer(
@@ -104,7 +110,7 @@ def test_the_loss_is_that_of_the_paper(model: Model) -> None:
     clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
     assert len(set(t.tolist())) == 3 and t.min() > 0 and t.max() < 1000
     sigma = (t / 1000)[:, None, None, None]
-    conditions = {name.removeprefix("condition."): value for name, value in batch.tensors.items()}
+    conditions = conditions_of(batch.tensors)
     velocity = plain_output(model, (1 - sigma) * clean + sigma * noise, t / 1000, conditions)
     each = (velocity - (noise - clean)).pow(2).mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses.total, (each * batch.weight).sum())
@@ -128,6 +134,13 @@ def test_times_are_shifted_as_the_scheduler_shifts(model: Model) -> None:
 def test_pictures_are_the_pipelines(model: Model, size: tuple[int, int], guidance: float) -> None:
     request = request_of(model, size, guidance)
     assert distance(ours(model, request), theirs(model.pipeline, request)) < SAME
+
+
+def test_pictures_of_texts_encoded_before_are_the_same(model: Model) -> None:
+    request = request_of(model, (64, 64), 3.5)
+    known = encode(model.family, model.parts, [request])
+    parts = {part: module for part, module in model.parts.items() if part not in model.family.encoders}
+    assert torch.equal(draw(Engine(model.family, parts, encoded=known), request), ours(model, request))
 
 
 def test_requests_of_other_guidance_share_a_batch(model: Model) -> None:
@@ -169,11 +182,10 @@ def test_an_adapter_is_in_diffusers_files_what_diffusers_would_write(model: Mode
 
 @pytest.mark.parametrize("trained", ["transformer", "all"])
 def test_pictures_with_an_adapter_are_the_pipelines(model: Model, trained: str, tmp_path: Path) -> None:
-    """T5 stays as it is: diffusers reads no adapter for it."""
+    """T5 and Gemma stay as they are: diffusers reads no adapter for them."""
     from diffusers import DiffusionPipeline
 
-    t5 = [part for part, (_, kind) in model.family.classes.items() if kind == "T5EncoderModel"]
-    encoders = [part for part in model.family.encoders if part not in t5]
+    encoders = [part for part in model.family.encoders if model.family.classes[part][1].startswith("CLIP")]
     publish(model, tmp_path / "adapter", ["transformer", *(encoders if trained == "all" else ())])
     registry = Registry(tmp_path / "registry")
     base = base_of(model.family, str(model.folder))
@@ -228,7 +240,7 @@ def theirs(pipeline: Any, request: Request) -> Tensor:
     return pipeline(
         request.prompt, **negative, num_inference_steps=request.steps, guidance_scale=request.guidance,
         height=request.height, width=request.width, output_type="pt",
-        generator=torch.Generator().manual_seed(request.seed),
+        generator=torch.Generator().manual_seed(request.seed), **as_asked(pipeline),
     ).images[0]  # fmt: skip
 
 
@@ -283,6 +295,22 @@ def test_guidance_is_read_by_the_model_that_embeds_it(model: Model) -> None:
                 Geometry((8, 8), (0, 0), (8, 8)), caption="a dog")  # fmt: skip
     drawn = training.draw(item, torch.Generator().manual_seed(0))
     assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name == "flux-dev" else None)
+
+
+def test_an_instruction_is_in_front_of_prompts_and_of_nothing_else(tmp_path: Path) -> None:
+    family: Any = open_family(str(make_sana(tmp_path)))
+    tokenizer, instruction = family.tokenizers["text_encoder"], "\n".join(sana_instruction())
+    prompt, negative, empty = family.tokenize(["A photo of a Dog ", family.negative_text("A photo of a Dog "), ""])
+    text = "a photo of a dog"
+    for tokens, expected in ((prompt, instruction + text), (negative, text), (empty, "")):
+        ids = tokenizer(expected).input_ids
+        assert tokens["input_ids"][: len(ids)].tolist() == ids and tokens["attention_mask"].sum() == len(ids)
+        assert tokens["positions"][0] == 0 and len(tokens["positions"]) == 300
+    # What is read of the instruction is its first token, and the last, which the tokenizer may merge with the prompt.
+    num = len(tokenizer.encode(instruction))
+    assert prompt["positions"][1] == num - 1 and prompt["positions"][-1] == len(prompt["input_ids"]) - 1
+    assert negative["positions"].tolist() == empty["positions"].tolist() == list(range(300))
+    assert family.negative_text("") == ""
 
 
 def test_freeze_depth_begins_with_the_double_blocks(tmp_path: Path) -> None:
