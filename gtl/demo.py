@@ -128,8 +128,8 @@ def choose_prompts(number: int) -> tuple[Kind, ...]:
     """Prompts that are in nobody's training pictures: of the concept, of the style, and of what the base could do."""
     kinds = []
     for name in ADAPTERS:
-        source = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["data"]["source"]
-        seen = SceneSet.parse(source)
+        new, _ = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["data"]["source"]
+        seen = SceneSet.parse(new["source"])
         known = {seen.caption(index) for index in range(seen.count)}
         unseen = SceneSet(concept=seen.concept, style=seen.style, seed=1)
         thing = f"new concept: {seen.concept}" if seen.concept else f"new style: {seen.style}"
@@ -221,10 +221,10 @@ def next_commands(out: Path) -> list[str]:
     """What to type now."""
     registry = shlex.quote(str(out / "registry"))
     return [
-        f"gtl generate --registry {registry} --adapter demo-concept --prompt 'a large red wug on a blue background'"
+        f"gtl generate --registry {registry} --adapter demo-concept --prompt 'a large red blick on a blue background'"
         " --guidance 3 --out pictures",
         f"gtl generate --registry {registry} --adapter demo-concept --adapter demo-style"
-        " --prompt 'an outline drawing of a green wug' --guidance 3 --out both",
+        " --prompt 'a neon sign of a green blick' --guidance 3 --out both",
         f"gtl adapters list --registry {registry}",
         "gtl init FOLDER_OF_YOUR_IMAGES",
     ]
