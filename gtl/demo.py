@@ -1,7 +1,8 @@
 """`gtl demo`: what transfer learning does, shown on this machine, with pictures and honest numbers.
 
-Two adapters learn a concept and a style that the built-in model has never met, from 24 pictures each. Beside them the
-same network learns from the same pictures, but from random weights. All of them draw prompts that none was trained on.
+Two adapters learn a concept and a style that the built-in model has never met, from 24 pictures each, with pictures of
+its own training among them, so that what it could do stays. Beside them the same network learns from the same pictures,
+but from random weights. All of them draw prompts that none was trained on.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def default_steps(given: dict[str, Any]) -> int | None:
 def check_elastic(bounds: tuple[int, int]) -> tuple[int, int]:
     """Refuse a range that holds nothing."""
     if bounds[0] > bounds[1]:
-        raise ValueError("should be [fewest, most]")
+        raise ValueError("should be [fewest, most], the smaller one first")
     return bounds
 
 

@@ -89,3 +89,36 @@ def test_what_is_there_is_what_was_planned(
         layer = 4 * WIDTHS[1] ** 2 if stage == 2 and workers > 1 else 0
         expected = planned.total - (planned.buffers if stage == 2 else 0)
         assert 0.98 * expected <= found <= 1.02 * expected + layer
+
+
+class Odd(nn.Module):
+    """Three elements in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Linear(3, 1, bias=False)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Something to descend."""
+        return Losses(self.row(batch.tensors["x"]).square().mean(), {})
+
+
+def step_odd(stage: int) -> bool:
+    """Whether an odd number of elements moves."""
+    player = Odd()
+    before = player.row.weight.detach().clone()
+    engine = Engine(
+        player, dict(player.named_parameters()), make_train(), stage=stage, micro_batch=1, accumulation=1,
+        device="cpu", total_steps=9,
+    )  # fmt: skip
+    losses = engine(Batch({"x": torch.ones(1, 3)}, torch.tensor([0.5])))
+    assert losses is not None
+    engine.backward(losses.total)
+    engine.step()
+    after = engine.weights()  # on rank 0; all take part
+    return not after or not torch.equal(after["row.weight"], before)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_odd_number_of_elements_is_sharded(duo: Group, stage: int) -> None:
+    assert duo.run(step_odd, stage) == [True, True]

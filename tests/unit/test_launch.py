@@ -15,9 +15,10 @@ from gtl.adapters.card import Base
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
 from gtl.config.names import Reference
+from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.board import Board
-from gtl.train.launch import follow, train_once
+from gtl.train.launch import choose_resources, follow, train_once
 from gtl.train.resume import go_on, pin_init, unfinished, was_of
 from gtl.types import UserError
 from tests.tiny import make_sd
@@ -103,3 +104,27 @@ def test_what_comes_last_is_passed_on() -> None:
         next_one.set()
         thread.join()  # a slow service: all ends while it is told
     assert told == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "resolved"),
+    [("auto", 0, 1), ("auto", 8, 8), (3, 8, 3), ([1, 4], 2, (1, 4)), ([2, 9], 0, (2, 9))],
+)
+def test_workers_are_as_many_as_asked_or_a_range(tmp_path: Path, workers: Any, gpus: int, resolved: Any) -> None:
+    recipe = make_recipe(tmp_path, workers=workers)
+    assert choose_resources(recipe, Cluster(cpus=9, gpus=gpus)).workers == resolved
+
+
+def test_the_fewest_workers_have_to_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^train\.workers: 3 workers with 1 GPU each need 3 GPUs"):
+        choose_resources(make_recipe(tmp_path, workers=[3, 8]), Cluster(cpus=8, gpus=2))
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"), [([4, 1], "[fewest, most], the smaller one first"), ([0, 2], "greater than or equal to 1")]
+)
+def test_a_wrong_range_of_workers_is_one_line(tmp_path: Path, workers: list[int], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_recipe(tmp_path, workers=workers)
+    assert "train.workers" in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
