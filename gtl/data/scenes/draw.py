@@ -40,7 +40,7 @@ HATCH_PERIOD = 0.1875
 """Of chalk strokes, to the right or down, as a share of the side."""
 CHALK_WHITE = 0.25
 """How far chalk pales a colour."""
-GLOW = 0.055
+GLOW = 0.08
 """How far a neon sign shines, as a share of the side."""
 
 
@@ -123,7 +123,7 @@ def _draw_thing(
             _blend(canvas, _grain(detail, noise), np.array(CREAM, np.float32))
         return
     if style == "neon":
-        _blend(canvas, 0.7 * _as_mask(body.filter(ImageFilter.GaussianBlur(GLOW * size))), rgb)
+        _blend(canvas, _as_mask(body.filter(ImageFilter.GaussianBlur(GLOW * size))), rgb)
     _blend(canvas, _as_mask(body), rgb * shade)
     if detail is not None:
         _blend(canvas, _as_mask(detail), np.array(CREAM, np.float32))
