@@ -66,7 +66,7 @@ def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Pr
     runs = Store(f"{recipe.storage.runs}/{name}")
     if resume:
         version = resume if isinstance(resume, str) else unfinished(runs)
-        recipe = go_on(runs, version, recipe)
+        recipe = go_on(runs, version, recipe, progress)
     else:
         recipe = pin_init(recipe)
         version = new_version(dump_recipe(recipe))
@@ -186,8 +186,7 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
         except Exception as error:  # handed to the main thread below
             failures.append(error)
 
-    number = resources.workers
-    progress("workers", 0, 0, f"starting {' to '.join(map(str, number)) if isinstance(number, tuple) else number}")
+    progress("workers", 0, 0, f"starting {describe(resources.workers, job.recipe['train']['batch_size'])}")
     thread = threading.Thread(target=fit, daemon=True)
     with stop_signals(lambda: board.stop.remote()) as stopped:
         thread.start()
@@ -203,6 +202,15 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
     if not job.run.exists(RESULT):
         message = f"{job.run.url()}: stopped and saved before its last step; --resume goes on"
         raise KeyboardInterrupt(message) if stopped else RuntimeError(message)
+
+
+def describe(workers: int | tuple[int, int], batch_size: int) -> str:
+    """How many, and what becomes of a batch that they cannot share out evenly."""
+    if isinstance(workers, tuple):
+        return f"{workers[0]} to {workers[1]}"
+    spare = -batch_size % workers
+    filled = f", whose batches of {batch_size} are filled up with {spare} repeats that do not count" if spare else ""
+    return f"{workers}{filled}"
 
 
 def follow(thread: threading.Thread, take: Callable[[], list[Row]]) -> Iterator[list[Row]]:

@@ -13,7 +13,7 @@ from gtl.config.names import parse_reference
 from gtl.storage import Store
 from gtl.train.checkpoint import latest, read_manifest
 from gtl.train.worker import CHECKPOINTS, Job
-from gtl.types import UserError
+from gtl.types import Progress, UserError, quiet
 
 HARMLESS = {"storage", "evaluate", "train.workers", "train.gpus_per_worker", "train.cpus_per_worker",
             "train.micro_batch", "train.zero", "train.checkpoints", "train.activation_checkpointing",
@@ -80,8 +80,10 @@ def unfinished(runs: Store) -> str:
     return next((v for v in newest_first if latest(runs.sub(v), CHECKPOINTS) is not None), versions[-1])
 
 
-def go_on(runs: Store, version: str, recipe: Recipe) -> Recipe:
+def go_on(runs: Store, version: str, recipe: Recipe, progress: Progress = quiet) -> Recipe:
     """The recipe to go on with a run by: `tuner.init` is pinned as the run has it.
+
+    What differs from the run's recipe and changes nothing that is learned is told as progress.
 
     Raises:
         UserError: what it learns has changed since it was started.
@@ -90,11 +92,15 @@ def go_on(runs: Store, version: str, recipe: Recipe) -> Recipe:
     recipe = pin_init(recipe, old.tuner.init)
     changed = sorted(differing(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
     harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in HARMLESS)]
+    harmless = ", ".join(key for key in changed if key not in harmful)
     if harmful:
+        beside = f" ({harmless} may differ)" if harmless else ""
         raise UserError(
             f"--resume: {runs.url(version)} was started with other values of {', '.join(harmful)}; "
-            "put them back, or start a new run without --resume"
+            f"put them back{beside}, or start a new run without --resume"
         )
+    if harmless:
+        progress("resume", 0, 0, f"with other values of {harmless}, which change nothing that is learned")
     return recipe
 
 

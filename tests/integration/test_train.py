@@ -278,10 +278,12 @@ def test_resume_refuses_another_recipe(place: Path) -> None:
     version = "20260101-000000-000-abcdef"
     runs.write(f"{version}/recipe.yaml", dump_recipe(recipe).encode())
     other = make_recipe(place, learning_rate=0.5, workers=1)
-    with pytest.raises(UserError, match=r"other values of train\.learning_rate; put them back"):
+    said_of_both = r"other values of train\.learning_rate; put them back \(train\.workers may differ\), or start"
+    with pytest.raises(UserError, match=said_of_both):
         go_on(runs, version, other)
-    fewer = make_recipe(place, workers=1)
-    assert go_on(runs, version, fewer) == fewer
+    fewer, said = make_recipe(place, workers=1), []
+    assert go_on(runs, version, fewer, lambda *told: said.append(told)) == fewer
+    assert said == [("resume", 0, 0, "with other values of train.workers, which change nothing that is learned")]
 
 
 def test_a_run_that_could_not_publish_publishes_on_resume(place: Path, one_worker: list[float]) -> None:

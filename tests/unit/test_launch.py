@@ -18,7 +18,7 @@ from gtl.config.names import Reference
 from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.board import Board
-from gtl.train.launch import choose_resources, follow, train_once
+from gtl.train.launch import choose_resources, describe, follow, train_once
 from gtl.train.resume import go_on, pin_init, unfinished, was_of
 from gtl.types import UserError
 from tests.tiny import make_sd
@@ -128,3 +128,9 @@ def test_a_wrong_range_of_workers_is_one_line(tmp_path: Path, workers: list[int]
         make_recipe(tmp_path, workers=workers)
     assert "train.workers" in str(caught.value) and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_becomes_of_a_batch_is_said() -> None:
+    assert describe(2, 8) == "2"
+    assert describe((1, 4), 7) == "1 to 4"
+    assert describe(3, 4) == "3, whose batches of 4 are filled up with 2 repeats that do not count"
