@@ -142,26 +142,26 @@ def timed(loop: Callable[[int], list[float]], steps: int, device: torch.device) 
 
 
 @contextmanager
-def process_group(folder: str, device: torch.device) -> Iterator[None]:
-    """A group of this process alone, as a run with one worker has it."""
+def process_group(folder: str, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[None]:
+    """The group of a run's workers, which meet in a folder; of this process alone when there is one."""
     import torch.distributed as dist
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=Path(folder, "rendezvous").as_uri(), rank=0, world_size=1)
+    dist.init_process_group(backend, init_method=Path(folder, "rendezvous").as_uri(), rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def make_recipe(folder: str, batch_size: int) -> Recipe:
-    """LoRA of rank 16 in the attention, ZeRO-0, one micro-batch a step; everything else as it is by default."""
+def make_recipe(folder: str, batch_size: int, stage: int = 0) -> Recipe:
+    """LoRA of rank 16 in the attention, one micro-batch a step; everything else as it is by default."""
     return parse_recipe(
         {
             "model": {"source": f"{folder}/model"},
             "tuner": {"type": "lora", "rank": 16, "targets": "attention"},
             "data": {"source": f"{folder}/images"},
-            "train": {"batch_size": batch_size, "micro_batch": batch_size, "zero": {"stage": 0}},
+            "train": {"batch_size": batch_size, "micro_batch": batch_size, "zero": {"stage": stage}},
             "storage": {place: f"{folder}/{place}" for place in ("runs", "cache", "registry")},
         }
     )

@@ -166,9 +166,18 @@ def bench_train(
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 4,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each loop in a round.")] = 20,
     rounds: Annotated[int, typer.Option(help="How often the two loops take turns.")] = 9,
+    workers: Annotated[list[int] | None, typer.Option(help="Compare numbers of workers instead; repeat it.")] = None,
+    stage: Annotated[int, typer.Option(help="ZeRO stage, with --workers.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
 ) -> None:
-    """This training loop beside a bare PyTorch loop: images/s of both, with LoRA on one device."""
+    """This training loop beside a bare PyTorch loop, or on several numbers of workers: images/s, with LoRA."""
+    if workers:
+        from gtl.bench import scaling
+
+        with Bar() as bar:
+            result = scaling.bench_scaling(model, batch_size, steps, rounds, workers, stage, json_, bar)
+        print(scaling.table(result))
+        return
     from gtl.bench.train import bench_train as bench
     from gtl.bench.train import table
 

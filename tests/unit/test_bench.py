@@ -61,3 +61,30 @@ def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> N
     with pytest.raises(UserError) as error:
         bench_train(**arguments | change, progress=lambda *shown: None)  # type: ignore[arg-type]
     assert str(error.value) == message
+
+
+def test_workers_learn_the_same_from_the_same_batches(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command = [Path(sys.executable).with_name("gtl"), "bench", "train", "--batch-size=2", "--steps=2", "--rounds=1"]
+    wanted = ["--workers=1", "--workers=2", "--stage=2", "--json", file]
+    done = subprocess.run([*command, *wanted], check=True, capture_output=True, text=True)
+    result = json.loads(file.read_text())
+    assert (result["batch_size"], result["stage"]) == (2, 2)
+    one, two = result["rows"]
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert min(one["images_per_second"], two["images_per_second"]) > 0
+    assert len(done.stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers=0"], "--workers: [0]: each must be 1 or more"),
+        (["--workers=1", "--stage=4"], "--stage: 4: must be from 0 to 3"),
+    ],
+)
+def test_a_wrong_number_of_workers_is_one_line(arguments: list[str], message: str) -> None:
+    command = [Path(sys.executable).with_name("gtl"), "bench", "train", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {message}")

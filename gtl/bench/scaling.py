@@ -1,0 +1,131 @@
+"""`gtl bench train --workers`: the same batches on one worker, on two and so on, each with a core or a GPU."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtl import __version__
+from gtl.bench.models import write_dataset, write_model
+from gtl.bench.train import IMAGES, WARM_UP, check, device_name, make_recipe, process_group
+from gtl.storage import Store
+from gtl.types import Progress, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def bench_scaling(
+    model: str, batch_size: int, steps: int, rounds: int, workers: Sequence[int], stage: int, file: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Time gtl's loop on several numbers of workers, whose batches together are the same; LoRA rank 16.
+
+    Args:
+        model: A name in `gtl.bench.models.UNETS`.
+        batch_size: Images per step of all workers together.
+        steps: Optimizer steps in a round.
+        rounds: Of each number of workers; the median counts.
+        workers: How many processes, one measurement after the other.
+        stage: Of ZeRO, 0 to 3.
+        file: Where the result is written too, as JSON.
+        progress: Is called after every measurement.
+
+    Returns:
+        Images per second and loss for every number of workers, and what it ran on.
+
+    Raises:
+        UserError: an argument is out of range.
+    """
+    check(model, file, {"--batch-size": batch_size, "--steps": steps, "--rounds": rounds})
+    if not workers or min(workers) < 1:
+        raise UserError(f"--workers: {list(workers)}: each must be 1 or more")
+    if stage not in range(4):
+        raise UserError(f"--stage: {stage}: must be from 0 to 3")
+    context = multiprocessing.get_context("spawn")
+    load, rows = os.getloadavg()[0], []
+    with tempfile.TemporaryDirectory() as folder:
+        family = write_model(Path(folder, "model"), model)
+        dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES)
+        dataset.save()
+        for done, world in enumerate(workers, 1):
+            ours, theirs = context.SimpleQueue(), []
+            for rank in range(world):
+                arguments = (rank, world, folder, dataset.fingerprint, batch_size, steps, rounds, stage, ours)
+                theirs.append(context.Process(target=member, args=arguments, daemon=True))
+                theirs[-1].start()
+            for process in theirs:
+                process.join()
+            if any(process.exitcode for process in theirs):
+                raise RuntimeError(f"{world} workers: one of them failed")
+            rows.append({"workers": world, **ours.get()})
+            progress("workers", done, len(workers), f"{world}: {rows[-1]['images_per_second']:.2f} images/s")
+    result = {
+        "model": model, "resolution": list(family.default_size), "batch_size": batch_size, "steps": steps,
+        "rounds": rounds, "stage": stage, "rows": rows, "cores": os.cpu_count(), "load_average": load,
+        "gtl": __version__,
+    }  # fmt: skip
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def member(
+    rank: int, world: int, folder: str, fingerprint: str, batch_size: int, steps: int, rounds: int, stage: int,
+    answers: Any,
+) -> None:  # fmt: skip
+    """One worker; that of rank 0 answers for all."""
+    import torch
+
+    from gtl.bench.loops import Ours
+    from gtl.data.dataset import Dataset
+    from gtl.train.track import Tracker
+
+    device = device_of(rank)
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    torch.set_num_threads(1)
+    dataset = Dataset.load(Store(f"{folder}/cache"), fingerprint)
+    group = f"{folder}/{world}"
+    Path(group).mkdir(exist_ok=True)
+    with process_group(group, device, rank, world), Tracker(Store(Path(folder, f"run-{world}-{rank}"))) as tracker:
+        ours = Ours(make_recipe(folder, batch_size, stage), dataset, device, dtype, tracker)
+        ours(WARM_UP)
+        seconds = []
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            losses = ours(steps)  # on rank 0, which has waited for the others in every step
+            seconds.append(time.perf_counter() - begun)
+    if rank == 0:
+        rate, loss = batch_size * steps / statistics.median(seconds), statistics.fmean(losses)
+        answers.put({"images_per_second": rate, "loss": loss, "device": device_name(device)})
+
+
+def device_of(rank: int) -> torch.device:
+    """A GPU of its own where there are any."""
+    import torch
+
+    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result for reading."""
+    height, width = result["resolution"]
+    first = result["rows"][0]
+    lines = [
+        f"{result['model']}, {width}x{height}, batches of {result['batch_size']} in all, ZeRO stage {result['stage']}, "
+        f"{first['device']}, {result['cores']} cores, load {result['load_average']:.2f} before, gtl {result['gtl']}"
+    ]  # fmt: skip
+    for row in result["rows"]:
+        speedup = row["images_per_second"] / first["images_per_second"]
+        lines.append(
+            f"{row['workers']:>3} workers  {row['images_per_second']:.2f} images/s  {speedup:.2f} of the first  "
+            f"loss {row['loss']:.6f}"
+        )
+    return "\n".join(lines)
