@@ -10,6 +10,15 @@ with and at small large old young sitting standing running white black brown gra
 drawing painting of an animal image picture style sks low quality blurry""".split()
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+CHAT = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{%- endif %}"""
+"""Qwen's, without tools."""
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -209,7 +218,7 @@ def make_sd3(
         }  # fmt: skip
         if t5:
             parts["text_encoder_3"] = make_t5(write_t5_tokenizer(folder / "tokenizer_3"), 96)
-    widen_head(parts["transformer"])
+    widen_head(parts["transformer"].proj_out)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", {
@@ -270,7 +279,7 @@ def make_flux(
             "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
             "text_encoder_2": make_t5(num_tokens, 48),
         }  # fmt: skip
-    widen_head(parts["transformer"])
+    widen_head(parts["transformer"].proj_out)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", {
@@ -300,9 +309,62 @@ def make_flux(
     return folder
 
 
-def widen_head(transformer: Any) -> None:
+def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a Z-Image-layout pipeline; plain `ZImagePipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 16x8x8, and on at most 256x256, with a refiner of each kind and 2 blocks
+    behind them.
+    """
+    import torch
+    from diffusers import ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    folder = Path(folder)
+    num_tokens = write_qwen_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": ZImageTransformer2DModel(
+                in_channels=16,
+                dim=64,
+                n_layers=2,
+                n_refiner_layers=1,
+                n_heads=4,
+                n_kv_heads=4,
+                cap_feat_dim=48,
+                axes_dims=[4, 6, 6],
+                axes_lens=[1024, 16, 16],
+            ),
+            "vae": make_vae(
+                latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                use_post_quant_conv=False, force_upcast=True,
+            ),
+            "text_encoder": Qwen3Model(qwen3_config(num_tokens, 48)),
+        }  # fmt: skip
+    widen_head(parts["transformer"].all_final_layer["2-1"].linear)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 6.0,
+        "use_dynamic_shifting": False,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "ZImagePipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
+def widen_head(head: Any) -> None:
     """Let a transformer's last layer, which no adapter changes, reach the size of what it has to predict."""
-    transformer.proj_out.weight.data.mul_(3)
+    head.weight.data.mul_(3)
 
 
 def absent(folder: Path) -> dict[str, None]:
@@ -402,6 +464,41 @@ def write_t5_tokenizer(folder: Path) -> int:
     words = {f"\u2581{word}": -2.0 for word in WORDS} | {chr(code): -8.0 for code in range(33, 127)}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *words.items()]
     tokenizer = T5TokenizerFast(vocab=pieces, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def qwen3_config(vocab_size: int, width: int, layers: int = 3) -> Any:
+    """Config of a tiny Qwen3."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+
+
+def write_qwen_tokenizer(folder: Path) -> int:
+    """Write a byte-level BPE tokenizer in Qwen's files, with a template of chats; how many tokens it has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([" ".join(WORDS)], trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=merges, model_max_length=2048, chat_template=CHAT,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gtl.families.base import Conditions
 from gtl.families.latent import encode_tokens_of
-from gtl.families.latent_transformer import LatentTransformer
+from gtl.families.latent_transformer import LatentTransformer, equal_steps
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,6 @@ class Flux(LatentTransformer):
         """Latents a side of a token."""
         return PATCH
 
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the VAE was made for: the transformer's config has none."""
-        size = int(self.config("vae")["sample_size"])
-        return size, size
-
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
         """T5's last hidden states, [B, tokens, D], and CLIP's pooled embedding, `pooled_projections` [B, D1].
 
@@ -73,8 +67,8 @@ class Flux(LatentTransformer):
         return unpack(packed, rows, columns)
 
     def sampler_options(self, steps: int) -> dict[str, Any]:
-        """Shares of the way to noise before the shift, from 1 in equal steps down to 1 / steps."""
-        return {"sigmas": [1 - i / steps for i in range(steps)]}
+        """The shares of the way to noise."""
+        return {"sigmas": equal_steps(steps)}
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ TOKENIZERS = {
     "CLIPTextModel": "CLIPTokenizer",
     "CLIPTextModelWithProjection": "CLIPTokenizer",
     "T5EncoderModel": "T5TokenizerFast",
+    "Qwen3Model": "Qwen2Tokenizer",
 }
 """What reads prompts for a text encoder, by its class; all in transformers."""
 

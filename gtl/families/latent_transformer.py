@@ -17,9 +17,6 @@ from gtl.types import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-HEAD = ("norm_out", "proj_out")
-"""Behind the blocks."""
-
 
 class LatentTransformer(LatentDiffusion, ABC):
     """A transformer over patches of the latents of a VAE that predicts a flow."""
@@ -27,6 +24,8 @@ class LatentTransformer(LatentDiffusion, ABC):
     main: ClassVar[str] = "transformer"
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """Lists of blocks, in the order they run."""
+    head: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    """Behind the blocks."""
 
     def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
         """Every transformer block in execution order."""
@@ -36,7 +35,7 @@ class LatentTransformer(LatentDiffusion, ABC):
         """The projections of patches and of text, and the embedding of time and pooled text."""
         return tuple(
             name for name, child in main.named_children()
-            if name not in (*self.stacks, *HEAD) and next(child.parameters(), None) is not None
+            if name not in (*self.stacks, *self.head) and next(child.parameters(), None) is not None
         )
 
     def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -56,6 +55,12 @@ class LatentTransformer(LatentDiffusion, ABC):
     def multiple(self) -> int:
         """The VAE's scale times the size of a patch."""
         return self.latent_scale * self.patch_size
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels the VAE was made for: the configs of most transformers have none."""
+        size = int(self.config("vae")["sample_size"])
+        return size, size
 
     def sampler(self, steps: int, height: int, width: int) -> Any:
         """A fresh diffusers scheduler with its timesteps set, shifted for images of this size if its config asks.
@@ -81,6 +86,11 @@ class LatentTransformer(LatentDiffusion, ABC):
     def sampler_options(self, steps: int) -> dict[str, Any]:
         """What else the family's pipeline in diffusers tells the scheduler."""
         return {}
+
+
+def equal_steps(steps: int) -> list[float]:
+    """Shares of the way to noise before the shift, from 1 in equal steps down to 1 / steps."""
+    return [1 - i / steps for i in range(steps)]
 
 
 def dynamic_shift(config: Any, num_patches: int) -> float:

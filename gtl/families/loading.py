@@ -93,6 +93,7 @@ def _spellings(key: str) -> Iterator[str]:
     yield key
     prefix = "text_model."
     yield key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
+    yield key.removeprefix("model.")  # of a language model that was stored together with its head
     yield re.sub(r"\.(query|key|value|proj_attn)\.(?=\w+$)", lambda match: f".{OLD_ATTENTION[match[1]]}.", key)
 
 

@@ -26,14 +26,18 @@ JOINT = _with_attention(
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
         # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.
         "proj_mlp", "proj_out",
+        *(f"feed_forward.w{i}" for i in (1, 2, 3)),
     ),
 )  # fmt: skip
 """In transformers that attend to image and text jointly."""
 ENCODER = _with_attention(
-    ("q_proj", "k_proj", "v_proj", "out_proj", *(f"SelfAttention.{name}" for name in "qkvo")),
-    ("fc1", "fc2", *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo"))),
-)
-"""In transformers' CLIP and T5."""
+    ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", *(f"SelfAttention.{name}" for name in "qkvo")),
+    (
+        "fc1", "fc2", "gate_proj", "up_proj", "down_proj",
+        *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo")),
+    ),
+)  # fmt: skip
+"""In transformers' CLIP and T5, and in its language models."""
 
 
 def find_targets(

@@ -20,7 +20,7 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, write_json
+from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, make_z_image, write_json
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     )),
     "flux-dev": ("flux", make_flux),
     "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
+    "z_image": ("z_image", make_z_image),
 }
 """Models under test: family, and what writes one."""
 
@@ -52,8 +53,11 @@ class Facts:
     attention: tuple[str, ...]
     """Endings of the layers of its attentions."""
     feed_forward: tuple[str, ...]
-    conditions: tuple[str, str]
+    conditions: tuple[str, ...]
     """Names of its conditions, as its pipeline returns them."""
+    attention_to_text: str = "attn"
+    """Ending of its attentions that read text."""
+    max_size: int | None = None
 
 
 ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
@@ -62,7 +66,7 @@ JOINT_FEED_FORWARD = (*FEED_FORWARD, ".ff_context.net.0.proj", ".ff_context.net.
 UNET = Facts(
     frozenset({"ResnetBlock2D", "BasicTransformerBlock"}), frozenset({"conv_norm_out", "conv_out"}),
     ("conv_in", "conv_in", "time_embedding.linear_1"), 4, ATTENTION, FEED_FORWARD,
-    ("encoder_hidden_states", "text_embeds"),
+    ("encoder_hidden_states", "text_embeds"), attention_to_text="attn2",
 )  # fmt: skip
 FACTS: Mapping[str, Facts] = {
     "sd": UNET,
@@ -70,7 +74,7 @@ FACTS: Mapping[str, Facts] = {
     "sd3": Facts(
         frozenset({"JointTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
         ("pos_embed.proj", "time_text_embed.timestep_embedder.linear_1", "context_embedder"), 16, JOINT_ATTENTION,
-        JOINT_FEED_FORWARD, ("encoder_hidden_states", "pooled_projections"),
+        JOINT_FEED_FORWARD, ("encoder_hidden_states", "pooled_projections"), max_size=128,
     ),
     "flux": Facts(
         frozenset({"FluxTransformerBlock", "FluxSingleTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
@@ -78,9 +82,16 @@ FACTS: Mapping[str, Facts] = {
          "context_embedder"), 16, JOINT_ATTENTION, (*JOINT_FEED_FORWARD, ".proj_mlp", ".proj_out"),
         ("encoder_hidden_states", "pooled_projections"),
     ),
+    "z_image": Facts(
+        frozenset({"ZImageTransformerBlock"}), frozenset({"all_final_layer"}),
+        ("all_x_embedder.2-1", "t_embedder.mlp.0", "cap_embedder.1"), 16, ATTENTION,
+        (".feed_forward.w1", ".feed_forward.w2", ".feed_forward.w3"), ("encoder_hidden_states",), "attention", 256,
+    ),
 }  # fmt: skip
-SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0}
+SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "z_image": 6.0}
 """Of flow models: towards noise, at the size they were made for."""
+SIZE = (64, 64)
+"""(height, width) of the pictures here."""
 PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
 
 
@@ -197,9 +208,9 @@ def test_build_takes_the_device_around_it(case: Case) -> None:
 def inputs(case: Case, num: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Noisy latents, times and conditions of a batch."""
     family = case.family
-    shape = family.latent_shape(*family.default_size)
+    shape = family.latent_shape(*SIZE)
     conditions = family.encode_prompts(case.parts, PROMPTS)
-    geometry = Geometry(family.default_size, (0, 0), family.default_size)
+    geometry = Geometry(SIZE, (0, 0), SIZE)
     more = {**family.size_conditions(geometry), **family.guidance_conditions(3.5)}
     conditions = [{**c, **more} for c in conditions]
     t = family.path.time(torch.tensor([0.0, 0.4, 0.99]))
@@ -232,7 +243,7 @@ def test_embedders_blocks_and_head_cover_each_parameter_once(case: Case) -> None
     blocks = [prefix for block in case.family.blocks(case.main) for prefix in block]
     prefixes = [*case.family.embedders(case.main), *blocks]
     names = [name for name, _ in case.main.named_parameters()]
-    owners = {name: [prefix for prefix in prefixes if name.startswith(f"{prefix}.")] for name in names}
+    owners = {name: [prefix for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")] for name in names}
     assert all(len(found) <= 1 for found in owners.values())
     head = {name.partition(".")[0] for name, found in owners.items() if not found}
     assert head == case.facts.head
@@ -240,11 +251,11 @@ def test_embedders_blocks_and_head_cover_each_parameter_once(case: Case) -> None
 
 def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     family, vae = case.family, case.pipeline.vae
-    pixels = random(2, 3, *family.default_size).clamp(-1, 1)
+    pixels = random(2, 3, *SIZE).clamp(-1, 1)
     moments = family.encode_images(case.parts["vae"], pixels)
     posterior = vae.encode(pixels).latent_dist
     assert torch.equal(moments["mean"], posterior.mean) and torch.equal(moments["logvar"], posterior.logvar)
-    assert moments["mean"].shape[1:] == family.latent_shape(*family.default_size)
+    assert moments["mean"].shape[1:] == family.latent_shape(*SIZE)
     noise = random(*moments["mean"].shape, seed=1)
     theirs = posterior.sample(generator=torch.Generator().manual_seed(1))
     theirs = (theirs - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
@@ -252,17 +263,21 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
 
 
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
-    latents = random(2, *case.family.latent_shape(*case.family.default_size))
+    latents = random(2, *case.family.latent_shape(*SIZE))
     vae = case.pipeline.vae
     theirs = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
     pixels = case.family.decode(case.parts["vae"], latents)
     assert torch.equal(pixels, theirs)
-    assert pixels.shape == (2, 3, *case.family.default_size)
+    assert pixels.shape == (2, 3, *SIZE)
 
 
 def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -> list[dict[str, Tensor]]:
     """What its pipeline makes of prompts, and of no negative prompt where guidance leads away from one."""
     encode = case.pipeline.encode_prompt
+    if case.family_name == "z_image":
+        with torch.no_grad():
+            encoded = encode(list(prompts), "cpu", do_classifier_free_guidance=guided)  # it changes the list
+        return [padded(states) for states in encoded if states]
     options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1}
     if case.family.classifier_free:
         options["do_classifier_free_guidance"] = guided
@@ -275,15 +290,26 @@ def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -
     return [dict(zip(case.facts.conditions, values, strict=False)) for values in each]
 
 
+def padded(states: list[Tensor]) -> dict[str, Tensor]:
+    """Texts of several lengths as a batch, with a mask where one is padded."""
+    batch = {"encoder_hidden_states": nn.utils.rnn.pad_sequence(states, batch_first=True)}
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(each), dtype=torch.bool) for each in states], batch_first=True)
+    return batch if mask.all() else {**batch, "encoder_hidden_states_mask": mask}
+
+
 def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
     conditions = case.family.encode_prompts(case.parts, PROMPTS)
     theirs = pipelines_conditions(case, PROMPTS)[0]
-    assert [c.keys() for c in conditions] == [theirs.keys()] * 3
+    assert [c.keys() for c in conditions] == [conditions[0].keys()] * 3
     stacked = case.family.collate(conditions)
+    assert stacked.keys() == theirs.keys()
     (alone,) = case.family.encode_prompts(case.parts, PROMPTS[:1])
     for name, value in theirs.items():
-        assert torch.equal(stacked[name], value)
-        torch.testing.assert_close(alone[name], value[0])
+        # Padding that nobody reads is not run here.
+        exact = {"rtol": 0, "atol": 0} if "encoder_hidden_states_mask" not in theirs else {}
+        torch.testing.assert_close(stacked[name], value, **exact)
+    for name, value in alone.items():
+        torch.testing.assert_close(value, theirs[name][0][: len(value)])
 
 
 def test_predict_row_by_row(case: Case) -> None:
@@ -325,7 +351,7 @@ def check_flow(case: Case) -> None:
 
 def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     family = case.family
-    height, width = family.default_size
+    height, width = SIZE
     sampler = family.sampler(4, height, width)
     start = random(1, *family.latent_shape(height, width))
     latents = start * getattr(sampler, "init_noise_sigma", 1.0)
@@ -340,18 +366,24 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     case.pipeline.set_progress_bar_config(disable=True)
     # The same noise as `start`, in whichever shape the pipeline keeps it.
     image = case.pipeline(
-        PROMPTS[0], num_inference_steps=4, guidance_scale=1.0, height=height, width=width,
+        PROMPTS[0], **guidance_of(case.family_name, 1.0), num_inference_steps=4, height=height, width=width,
         generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
 
 
+def guidance_of(family: str, scale: float, negative: str = "") -> dict[str, Any]:
+    """How a family's pipeline is told of guidance; for Z-Image's, 0 is none."""
+    told = {"negative_prompt": negative} if negative else {}
+    return {**told, "guidance_scale": scale - 1 if family == "z_image" else scale}
+
+
 def test_sizes(case: Case) -> None:
-    assert case.family.default_size == (64, 64)
+    assert case.family.default_size == SIZE
     assert case.family.multiple == 16
     assert case.family.latent_shape(64, 128) == (case.facts.channels, 8, 16)
-    assert case.family.max_size == {"sd3": 128}.get(case.family_name)
+    assert case.family.max_size == case.facts.max_size
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+ff", "all-linear", "all-linear+conv"])
@@ -385,6 +417,9 @@ def number_of_targets(case: Case) -> dict[str, int]:
         # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
         # of feed-forward and a modulation in each of 2 single ones.
         return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
+    if case.family_name == "z_image":
+        # 4 layers of attention and 3 of feed-forward in each of 4 blocks; a modulation in all but the text's refiner.
+        return {"attention": 16, "attention+ff": 28, "all-linear": 31, "all-linear+conv": 31}
     # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
     # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
     # convolutions.
@@ -395,10 +430,11 @@ def number_of_targets(case: Case) -> dict[str, int]:
 
 def test_explicit_lora_targets(case: Case) -> None:
     _, one, two = case.facts.before
-    attention = "attn2.to_q" if case.family.main == "unet" else "attn.to_q"
-    found = case.family.lora_targets(case.main, [one, attention, two])
-    assert found[:2] == [one, two]
-    assert set(found[2:]) == {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
+    readers = [f"{name}.to_q" for name in case.family.cross_attentions(case.main)]
+    queries = [name for name, _ in case.main.named_modules() if name.endswith(f"{case.facts.attention_to_text}.to_q")]
+    assert set(readers) <= set(queries)
+    found = case.family.lora_targets(case.main, [one, f"{case.facts.attention_to_text}.to_q", two])
+    assert found[:2] == [one, two] and set(found[2:]) == set(queries)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +459,8 @@ def test_export_loads_in_the_pipeline(case: Case, tmp_path: Path) -> None:
     for part in set(case.family.classes) - {case.family.main}:
         assert_same(getattr(pipeline, part), case.parts[part])
     assert pipeline.scheduler.config == case.pipeline.scheduler.config
-    assert open_family(str(tmp_path)).fingerprint("vae") == case.family.fingerprint("vae")
+    for part in ("vae", *case.family.encoders):  # tokenizers and their templates of chats are beside the encoders
+        assert open_family(str(tmp_path)).fingerprint(part) == case.family.fingerprint(part)
 
 
 # From here on: the files of a model, which are the same for every family.
@@ -456,6 +493,18 @@ def test_stored_forms(sd: Path, tmp_path: Path, options: dict[str, Any], variant
     assert not list((tmp_path / "exported").rglob("*fp16*"))
     for part in stored.classes:
         assert_same(opened(tmp_path / "exported").load(part), stored.load(part))
+
+
+def test_a_language_model_is_read_without_its_head(tmp_path: Path) -> None:
+    """Where it was stored as a whole, its names begin with model."""
+    from safetensors.torch import load_file, save_file
+
+    family = opened(make_z_image(tmp_path))
+    expected = family.load("text_encoder")
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    stored = {f"model.{key}": tensor for key, tensor in load_file(file).items()}
+    save_file({**stored, "lm_head.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+    assert_same(family.load("text_encoder"), expected)
 
 
 def test_an_export_leaves_out_what_is_not_there(sd: Path, tmp_path: Path) -> None:
@@ -717,8 +766,7 @@ def test_prompts_are_tokens_and_then_conditions(case: Case) -> None:
     encoders = {part: family.load(part).requires_grad_(True) for part in family.encoders}
     batch = family.encode_tokens(encoders, stacked)
     expected = family.encode_prompts(case.parts, PROMPTS)
-    for name, value in batch.items():
-        torch.testing.assert_close(value, torch.stack([each[name] for each in expected]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch, family.collate(expected), rtol=1e-4, atol=1e-5)
     sum(value.square().sum() for value in batch.values()).backward()
     assert all(any(p.grad is not None for p in encoder.parameters()) for encoder in encoders.values())
 
@@ -736,14 +784,15 @@ def test_cross_attentions_and_only_they_read_the_condition(case: Case) -> None:
 
 
 def attentions_that_read_text(case: Case) -> set[str]:
-    """Of the main part: attention modules that get the text beside the image, or both in one sequence."""
+    """Of the main part: attention modules that get the text beside the image, or both in one, longer sequence."""
     found: set[str] = set()
+    lengths: dict[str, int] = {}
     noisy, t, conditions = inputs(case)
 
     def note(name: str, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         states = given["hidden_states"] if "hidden_states" in given else args[0]
-        joint = case.family.main != "unet" and states.shape[1] > noisy[0, 0].numel() // case.family.patch_size**2
-        if joint or given.get("encoder_hidden_states") is not None:
+        lengths[name] = states.shape[1]
+        if given.get("encoder_hidden_states") is not None:
             found.add(name)
 
     handles = [
@@ -753,11 +802,15 @@ def attentions_that_read_text(case: Case) -> set[str]:
     case.family.predict(case.main, noisy, t, conditions)
     for handle in handles:
         handle.remove()
-    return found
+    longest = max(lengths.values())
+    joint = case.family.main != "unet" and longest > noisy[0, 0].numel() // case.family.patch_size**2
+    return found | {name for name, length in lengths.items() if joint and length == longest}
 
 
 CLIP_LAYERS = ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}, "fc1")
 T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
+LANGUAGE_LAYERS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, "up_proj")
+ENCODER_LAYERS = {"T5EncoderModel": T5_LAYERS, "Qwen3Model": LANGUAGE_LAYERS}
 """Endings of attention and feed-forward, and one of them."""
 
 
@@ -765,7 +818,7 @@ T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
 def test_targets_in_a_text_encoder(case: Case, targets: str) -> None:
     for part in case.family.encoders:
         encoder = case.parts[part]
-        attention, feed_forward, one = T5_LAYERS if type(encoder).__name__ == "T5EncoderModel" else CLIP_LAYERS
+        attention, feed_forward, one = ENCODER_LAYERS.get(type(encoder).__name__, CLIP_LAYERS)
         endings = {"attention": attention, "one": {one}}.get(targets, attention | feed_forward)
         found = case.family.encoder_targets(encoder, [one] if targets == "one" else targets)
         assert {name.rpartition(".")[2] for name in found} == endings

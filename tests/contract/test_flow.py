@@ -16,16 +16,18 @@ from gtl.adapters import Card, Registry, apply
 from gtl.adapters.card import base_of
 from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
-from gtl.config.tuners import LoraTuner
-from gtl.families import open_family
+from gtl.config.tuners import FreezeTuner, LoraTuner
+from gtl.families import PIPELINES, open_family
 from gtl.families.flux import image_ids, pack, unpack
 from gtl.generate.command import run
 from gtl.generate.engine import Engine, Request, check
 from gtl.generate.images import load_parts
 from gtl.objectives import make_objective
 from gtl.tuners import make_tuner
+from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
-from tests.tiny import absent, make_flux, make_sd3, write_json
+from tests.contract.test_families import guidance_of
+from tests.tiny import absent, make_flux, make_sd3, make_z_image, write_json
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
@@ -34,6 +36,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     ),
     "flux-dev": make_flux,
     "flux-schnell": lambda folder: make_flux(folder, dev=False),
+    "z_image": make_z_image,
 }
 SAME = 0.1 / 255
 """Mean absolute difference of pixels in [0, 1]."""
@@ -66,6 +69,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The transformer's output, by diffusers' own calls and helpers; `sigma` is the share of noise."""
     transformer = model.parts["transformer"]
+    if model.family.name == "z_image":
+        states = conditions["encoder_hidden_states"]
+        masks = conditions.get("encoder_hidden_states_mask", torch.ones(states.shape[:2], dtype=torch.bool))
+        texts = [each[mask] for each, mask in zip(states, masks, strict=True)]
+        # Its time runs towards the picture, and so does its flow.
+        return -torch.stack(transformer(list(noisy[:, :, None]), 1 - sigma, texts).sample)[:, :, 0]
     texts = {"encoder_hidden_states": conditions["encoder_hidden_states"],
              "pooled_projections": conditions["pooled_projections"]}  # fmt: skip
     if model.family.name == "sd3":
@@ -169,11 +178,10 @@ def test_an_adapter_is_in_diffusers_files_what_diffusers_would_write(model: Mode
 
 @pytest.mark.parametrize("trained", ["transformer", "all"])
 def test_pictures_with_an_adapter_are_the_pipelines(model: Model, trained: str, tmp_path: Path) -> None:
-    """T5 stays as it is: diffusers reads no adapter for it."""
+    """T5 and language models stay as they are: diffusers reads no adapter for them."""
     from diffusers import DiffusionPipeline
 
-    t5 = [part for part, (_, kind) in model.family.classes.items() if kind == "T5EncoderModel"]
-    encoders = [part for part in model.family.encoders if part not in t5]
+    encoders = [part for part in model.family.encoders if part in model.pipeline._lora_loadable_modules]
     publish(model, tmp_path / "adapter", ["transformer", *(encoders if trained == "all" else ())])
     registry = Registry(tmp_path / "registry")
     base = base_of(model.family, str(model.folder))
@@ -224,11 +232,10 @@ def draw(engine: Engine, request: Request) -> Tensor:
 
 def theirs(pipeline: Any, request: Request) -> Tensor:
     """What the pipeline draws when it is told no more than gtl is."""
-    negative = {"negative_prompt": request.negative_prompt} if request.negative_prompt else {}
+    guidance = guidance_of(PIPELINES[type(pipeline).__name__], request.guidance, request.negative_prompt)
     return pipeline(
-        request.prompt, **negative, num_inference_steps=request.steps, guidance_scale=request.guidance,
-        height=request.height, width=request.width, output_type="pt",
-        generator=torch.Generator().manual_seed(request.seed),
+        request.prompt, **guidance, num_inference_steps=request.steps, height=request.height, width=request.width,
+        output_type="pt", generator=torch.Generator().manual_seed(request.seed),
     ).images[0]  # fmt: skip
 
 
@@ -285,16 +292,27 @@ def test_guidance_is_read_by_the_model_that_embeds_it(model: Model) -> None:
     assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name == "flux-dev" else None)
 
 
-def test_freeze_depth_begins_with_the_double_blocks(tmp_path: Path) -> None:
-    family = open_family(str(make_flux(tmp_path)))
+BLOCKS = {
+    "flux-dev": [
+        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
+    ],
+    "z_image": ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_freeze_depth_begins_with_the_blocks_of_the_first_stack(tmp_path: Path, name: str) -> None:
+    family = open_family(str(MODELS[name](tmp_path)))
     tuner = make_tuner(LoraTuner(rank=2, targets="all-linear", freeze_depth=0.5), family)
     transformer = family.load("transformer")
     names = list(tuner.apply({"transformer": transformer}, seed=0))
-    assert {name.split(".")[1] for name in names} == {"single_transformer_blocks"}
-    assert {name.split(".")[2] for name in names} == {"0", "1"}
-    assert [block for (block,) in family.blocks(transformer)] == [
-        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
-    ]  # fmt: skip
+    assert [block for (block,) in family.blocks(transformer)] == BLOCKS[name]
+    assert {".".join(name.split(".")[1:3]) for name in names} == set(BLOCKS[name][2:])
+    freeze = make_tuner(FreezeTuner(freeze_depth=0.5), family)
+    moving = freeze.apply({"transformer": family.load("transformer")}, seed=0)
+    frozen = [f"transformer.{prefix}" for prefix in (*family.embedders(transformer), *BLOCKS[name][:2])]
+    assert not any(is_under(name, frozen) for name in moving)
+    assert len(moving) < sum(1 for _ in transformer.parameters())
 
 
 def test_tokens_are_packed_as_in_the_pipeline() -> None:
@@ -308,18 +326,25 @@ def test_tokens_are_packed_as_in_the_pipeline() -> None:
     assert torch.equal(image_ids(2, 3, torch.device("cpu")), ids)
 
 
-def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path) -> None:
-    from diffusers import StableDiffusion3Pipeline
+@pytest.mark.parametrize("name", ["sd35", "z_image"])
+def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path, name: str) -> None:
+    from diffusers import DiffusionPipeline
 
-    folder = make_sd3(tmp_path, t5=False)
+    folder = MODELS[name](tmp_path)
     file = folder / "scheduler" / "scheduler_config.json"
     write_json(file, json.loads(file.read_text()) | {"use_dynamic_shifting": True, "base_image_seq_len": 4})
-    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, **absent(folder))
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **absent(folder))
     pipeline.set_progress_bar_config(disable=True)
     pipeline("a dog", num_inference_steps=3, height=96, width=64, output_type="latent")
     family = open_family(str(folder))
-    assert torch.equal(family.sampler(3, 96, 64).timesteps, pipeline.scheduler.timesteps)
-    assert not torch.equal(family.sampler(3, 64, 64).timesteps, pipeline.scheduler.timesteps)
-    write_json(file, json.loads(file.read_text()) | {"_class_name": "FlowMatchHeunDiscreteScheduler"})
+    torch.testing.assert_close(family.sampler(3, 96, 64).timesteps, pipeline.scheduler.timesteps)
+    assert not torch.allclose(family.sampler(3, 64, 64).timesteps, pipeline.scheduler.timesteps)
+
+
+def test_a_sampler_that_cannot_be_told_the_shift_is_refused(tmp_path: Path) -> None:
+    folder = make_sd3(tmp_path, t5=False)
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = {"_class_name": "FlowMatchHeunDiscreteScheduler", "use_dynamic_shifting": True}
+    write_json(file, json.loads(file.read_text()) | config)
     with pytest.raises(UserError, match="^scheduler_config.json: _class_name: 'FlowMatchHeun.*': takes no mu$"):
         open_family(str(folder)).sampler(3, 64, 64)
