@@ -309,6 +309,60 @@ def make_flux(
     return folder
 
 
+def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a Qwen-Image-layout pipeline; plain `QwenImagePipeline.from_pretrained` loads it.
+
+    64x64 pixels are latents of 16x8x8, which are packed to 16 tokens, for 2 double blocks.
+    """
+    import torch
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    folder = Path(folder)
+    num_tokens = write_qwen_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": QwenImageTransformer2DModel(
+                patch_size=2,
+                in_channels=64,
+                out_channels=16,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=48,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            "vae": AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(qwen2_vl_config(num_tokens, 48)),
+        }
+    widen_head(parts["transformer"].proj_out)
+    widen_head(parts["vae"].decoder.conv_out)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "use_dynamic_shifting": True,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "QwenImagePipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    })
+    return folder
+
+
 def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
     """Write a Z-Image-layout pipeline; plain `ZImagePipeline.from_pretrained` loads it.
 
@@ -480,6 +534,31 @@ def qwen3_config(vocab_size: int, width: int, layers: int = 3) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
+    )
+
+
+def qwen2_vl_config(vocab_size: int, width: int) -> Any:
+    """Config of a tiny Qwen2.5-VL: a language model of two layers that could also see."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "fullatt_block_indexes": [0],
+        },
     )
 
 

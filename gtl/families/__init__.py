@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "sdxl": "gtl.families.sdxl:StableDiffusionXL",
     "sd3": "gtl.families.sd3:StableDiffusion3",
     "flux": "gtl.families.flux:Flux",
+    "qwen_image": "gtl.families.qwen_image:QwenImage",
     "z_image": "gtl.families.z_image:ZImage",
 }
 """Families by name, imported when opened."""
@@ -27,6 +28,7 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "QwenImagePipeline": "qwen_image",
     "ZImagePipeline": "z_image",
 }
 """Family by the pipeline class that model_index.json names."""

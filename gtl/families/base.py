@@ -169,6 +169,10 @@ class DiffusionFamily(Family, Protocol):
         """
         ...
 
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
+        """Classifier-free guidance away from one prediction [B, C, h, w] to and beyond another; scale [B, 1, 1, 1]."""
+        ...
+
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
         """Batch conditions of samples, [B, ...], padding what has to be."""
         ...

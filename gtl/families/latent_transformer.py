@@ -15,7 +15,9 @@ from gtl.families.targets import JOINT, find_targets
 from gtl.types import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+PACKED = 2
+"""Latents a side of a token, in models whose tokens are packed outside of the transformer."""
 
 
 class LatentTransformer(LatentDiffusion, ABC):
@@ -91,6 +93,19 @@ class LatentTransformer(LatentDiffusion, ABC):
 def equal_steps(steps: int) -> list[float]:
     """Shares of the way to noise before the shift, from 1 in equal steps down to 1 / steps."""
     return [1 - i / steps for i in range(steps)]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, 2 rows, 2 columns] to tokens [B, rows columns, 4 C], row by row; of a token's channels C is outermost."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // PACKED, PACKED, width // PACKED, PACKED)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack`."""
+    patches = tokens.unflatten(2, (-1, PACKED, PACKED)).unflatten(1, (rows, columns))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def dynamic_shift(config: Any, num_patches: int) -> float:

@@ -27,6 +27,7 @@ JOINT = _with_attention(
         # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.
         "proj_mlp", "proj_out",
         *(f"feed_forward.w{i}" for i in (1, 2, 3)),
+        *(f"{side}_mlp.net.{layer}" for side in ("img", "txt") for layer in ("0.proj", "2")),
     ),
 )  # fmt: skip
 """In transformers that attend to image and text jointly."""
@@ -38,6 +39,8 @@ ENCODER = _with_attention(
     ),
 )  # fmt: skip
 """In transformers' CLIP and T5, and in its language models."""
+SIGHT = frozenset({"visual", "vision_tower", "multi_modal_projector"})
+"""Parts of language models that no prompt reaches."""
 
 
 def find_targets(
@@ -76,7 +79,10 @@ def find_encoder_targets(encoder: nn.Module, targets: str | Sequence[str]) -> li
     """
     from torch import nn
 
-    layers = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    layers = [
+        name for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and SIGHT.isdisjoint(name.split("."))
+    ]  # fmt: skip
     if not isinstance(targets, str):
         return by_endings(layers, targets)
     inside = [name for name in layers if {"layers", "block"}.intersection(name.split("."))]

@@ -20,7 +20,7 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import absent, make_flux, make_sd, make_sd3, make_sdxl, make_z_image, write_json
+from tests.tiny import absent, make_flux, make_qwen_image, make_sd, make_sd3, make_sdxl, make_z_image, write_json
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     )),
     "flux-dev": ("flux", make_flux),
     "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
+    "qwen_image": ("qwen_image", make_qwen_image),
     "z_image": ("z_image", make_z_image),
 }
 """Models under test: family, and what writes one."""
@@ -58,6 +59,7 @@ class Facts:
     attention_to_text: str = "attn"
     """Ending of its attentions that read text."""
     max_size: int | None = None
+    default_size: int = 64
 
 
 ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
@@ -82,17 +84,26 @@ FACTS: Mapping[str, Facts] = {
          "context_embedder"), 16, JOINT_ATTENTION, (*JOINT_FEED_FORWARD, ".proj_mlp", ".proj_out"),
         ("encoder_hidden_states", "pooled_projections"),
     ),
+    "qwen_image": Facts(
+        frozenset({"QwenImageTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
+        ("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_1", "txt_in"), 16,
+        JOINT_ATTENTION, tuple(f".{side}_mlp.net.{layer}" for side in ("img", "txt") for layer in ("0.proj", "2")),
+        ("encoder_hidden_states",), default_size=1024,
+    ),
     "z_image": Facts(
         frozenset({"ZImageTransformerBlock"}), frozenset({"all_final_layer"}),
         ("all_x_embedder.2-1", "t_embedder.mlp.0", "cap_embedder.1"), 16, ATTENTION,
         (".feed_forward.w1", ".feed_forward.w2", ".feed_forward.w3"), ("encoder_hidden_states",), "attention", 256,
     ),
 }  # fmt: skip
-SHIFTS = {"sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "z_image": 6.0}
+SHIFTS = {
+    "sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "qwen_image": math.exp(0.9),
+    "z_image": 6.0,
+}  # fmt: skip
 """Of flow models: towards noise, at the size they were made for."""
 SIZE = (64, 64)
 """(height, width) of the pictures here."""
-PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 60]
+PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 300]
 
 
 class Case:
@@ -253,21 +264,36 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     family, vae = case.family, case.pipeline.vae
     pixels = random(2, 3, *SIZE).clamp(-1, 1)
     moments = family.encode_images(case.parts["vae"], pixels)
-    posterior = vae.encode(pixels).latent_dist
-    assert torch.equal(moments["mean"], posterior.mean) and torch.equal(moments["logvar"], posterior.logvar)
+    posterior = vae.encode(frames(case, pixels)).latent_dist
+    assert torch.equal(frames(case, moments["mean"]), posterior.mean)
+    assert torch.equal(frames(case, moments["logvar"]), posterior.logvar)
     assert moments["mean"].shape[1:] == family.latent_shape(*SIZE)
     noise = random(*moments["mean"].shape, seed=1)
     theirs = posterior.sample(generator=torch.Generator().manual_seed(1))
-    theirs = (theirs - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    torch.testing.assert_close(family.sample_latents(moments, noise), theirs)
+    shift, scaling = statistics(case)
+    torch.testing.assert_close(frames(case, family.sample_latents(moments, noise)), (theirs - shift) * scaling)
+
+
+def frames(case: Case, pictures: Tensor) -> Tensor:
+    """Pictures or their latents as the VAE takes them; Qwen-Image's is one for video."""
+    return pictures.unsqueeze(2) if case.family_name == "qwen_image" else pictures
+
+
+def statistics(case: Case) -> tuple[Any, Any]:
+    """What latents are shifted and then scaled by, as the pipeline takes it back."""
+    config = case.pipeline.vae.config
+    if case.family_name == "qwen_image":
+        mean, deviation = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        return mean.view(1, -1, 1, 1, 1), 1 / deviation.view(1, -1, 1, 1, 1)
+    return config.shift_factor or 0, config.scaling_factor
 
 
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
     latents = random(2, *case.family.latent_shape(*SIZE))
-    vae = case.pipeline.vae
-    theirs = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0), return_dict=False)[0]
+    shift, scaling = statistics(case)
+    theirs = case.pipeline.vae.decode(frames(case, latents) / scaling + shift, return_dict=False)[0]
     pixels = case.family.decode(case.parts["vae"], latents)
-    assert torch.equal(pixels, theirs)
+    assert torch.equal(frames(case, pixels), theirs)
     assert pixels.shape == (2, 3, *SIZE)
 
 
@@ -278,6 +304,14 @@ def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -
         with torch.no_grad():
             encoded = encode(list(prompts), "cpu", do_classifier_free_guidance=guided)  # it changes the list
         return [padded(states) for states in encoded if states]
+    if case.family_name == "qwen_image":
+        with torch.no_grad():
+            encoded = [encode(texts, "cpu", max_sequence_length=512) for texts in (prompts, [""])]
+        masks = [torch.ones(states.shape[:2]) if mask is None else mask for states, mask in encoded]
+        return [
+            padded([each[kept.bool()] for each, kept in zip(states, mask, strict=True)])
+            for (states, _), mask in zip(encoded, masks, strict=True)
+        ]
     options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1}
     if case.family.classifier_free:
         options["do_classifier_free_guidance"] = guided
@@ -374,13 +408,15 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
 
 
 def guidance_of(family: str, scale: float, negative: str = "") -> dict[str, Any]:
-    """How a family's pipeline is told of guidance; for Z-Image's, 0 is none."""
+    """How a family's pipeline is told of guidance; for Z-Image's, 0 is none, and Qwen-Image's needs the prompt."""
+    if family == "qwen_image":
+        return {"negative_prompt": negative, "true_cfg_scale": scale}
     told = {"negative_prompt": negative} if negative else {}
     return {**told, "guidance_scale": scale - 1 if family == "z_image" else scale}
 
 
 def test_sizes(case: Case) -> None:
-    assert case.family.default_size == SIZE
+    assert case.family.default_size == (case.facts.default_size,) * 2
     assert case.family.multiple == 16
     assert case.family.latent_shape(64, 128) == (case.facts.channels, 8, 16)
     assert case.family.max_size == case.facts.max_size
@@ -417,6 +453,9 @@ def number_of_targets(case: Case) -> dict[str, int]:
         # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
         # of feed-forward and a modulation in each of 2 single ones.
         return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
+    if case.family_name == "qwen_image":
+        # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 blocks.
+        return {"attention": 16, "attention+ff": 24, "all-linear": 28, "all-linear+conv": 28}
     if case.family_name == "z_image":
         # 4 layers of attention and 3 of feed-forward in each of 4 blocks; a modulation in all but the text's refiner.
         return {"attention": 16, "attention+ff": 28, "all-linear": 31, "all-linear+conv": 31}
@@ -495,15 +534,28 @@ def test_stored_forms(sd: Path, tmp_path: Path, options: dict[str, Any], variant
         assert_same(opened(tmp_path / "exported").load(part), stored.load(part))
 
 
-def test_a_language_model_is_read_without_its_head(tmp_path: Path) -> None:
-    """Where it was stored as a whole, its names begin with model."""
+def with_head(key: str) -> str:
+    """Where a language model was stored together with its head."""
+    return f"model.{key}"
+
+
+def as_in_the_module(key: str) -> str:
+    """Models that see are stored with the names that they had before they were one model."""
+    return key
+
+
+@pytest.mark.parametrize(("maker", "rename"), [(make_z_image, with_head), (make_qwen_image, as_in_the_module)])
+def test_a_language_model_has_several_names_for_its_tensors(
+    tmp_path: Path, maker: Callable[[Path], Path], rename: Callable[[str], str]
+) -> None:
     from safetensors.torch import load_file, save_file
 
-    family = opened(make_z_image(tmp_path))
+    family = opened(maker(tmp_path))
     expected = family.load("text_encoder")
     file = tmp_path / "text_encoder" / "model.safetensors"
-    stored = {f"model.{key}": tensor for key, tensor in load_file(file).items()}
-    save_file({**stored, "lm_head.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+    stored = {rename(key): tensor for key, tensor in expected.state_dict().items()}
+    assert load_file(file).keys() != stored.keys()
+    save_file({**stored, "lm_head.weight": stored.get("lm_head.weight", torch.zeros(1))}, file, {"format": "pt"})
     assert_same(family.load("text_encoder"), expected)
 
 
@@ -810,7 +862,9 @@ def attentions_that_read_text(case: Case) -> set[str]:
 CLIP_LAYERS = ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}, "fc1")
 T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
 LANGUAGE_LAYERS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, "up_proj")
-ENCODER_LAYERS = {"T5EncoderModel": T5_LAYERS, "Qwen3Model": LANGUAGE_LAYERS}
+ENCODER_LAYERS = {
+    "T5EncoderModel": T5_LAYERS, "Qwen2_5_VLForConditionalGeneration": LANGUAGE_LAYERS, "Qwen3Model": LANGUAGE_LAYERS,
+}  # fmt: skip
 """Endings of attention and feed-forward, and one of them."""
 
 
@@ -822,7 +876,7 @@ def test_targets_in_a_text_encoder(case: Case, targets: str) -> None:
         endings = {"attention": attention, "one": {one}}.get(targets, attention | feed_forward)
         found = case.family.encoder_targets(encoder, [one] if targets == "one" else targets)
         assert {name.rpartition(".")[2] for name in found} == endings
-        assert len(found) == len(endings) * encoder.config.num_hidden_layers
+        assert len(found) == len(endings) * encoder.config.get_text_config().num_hidden_layers
         with pytest.raises(UserError, match=rf"^tuner\.targets: '{one}9': .*close: "):
             case.family.encoder_targets(encoder, [f"{one}9"])
 

@@ -18,7 +18,8 @@ from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
 from gtl.config.tuners import FreezeTuner, LoraTuner
 from gtl.families import PIPELINES, open_family
-from gtl.families.flux import image_ids, pack, unpack
+from gtl.families.flux import image_ids
+from gtl.families.latent_transformer import pack, unpack
 from gtl.generate.command import run
 from gtl.generate.engine import Engine, Request, check
 from gtl.generate.images import load_parts
@@ -27,7 +28,7 @@ from gtl.tuners import make_tuner
 from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
 from tests.contract.test_families import guidance_of
-from tests.tiny import absent, make_flux, make_sd3, make_z_image, write_json
+from tests.tiny import absent, make_flux, make_qwen_image, make_sd3, make_z_image, write_json
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
@@ -36,6 +37,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     ),
     "flux-dev": make_flux,
     "flux-schnell": lambda folder: make_flux(folder, dev=False),
+    "qwen_image": make_qwen_image,
     "z_image": make_z_image,
 }
 SAME = 0.1 / 255
@@ -69,22 +71,28 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The transformer's output, by diffusers' own calls and helpers; `sigma` is the share of noise."""
     transformer = model.parts["transformer"]
+    states = conditions["encoder_hidden_states"]
+    masks = conditions.get("encoder_hidden_states_mask", torch.ones(states.shape[:2], dtype=torch.bool))
     if model.family.name == "z_image":
-        states = conditions["encoder_hidden_states"]
-        masks = conditions.get("encoder_hidden_states_mask", torch.ones(states.shape[:2], dtype=torch.bool))
         texts = [each[mask] for each, mask in zip(states, masks, strict=True)]
         # Its time runs towards the picture, and so does its flow.
         return -torch.stack(transformer(list(noisy[:, :, None]), 1 - sigma, texts).sample)[:, :, 0]
-    texts = {"encoder_hidden_states": conditions["encoder_hidden_states"],
-             "pooled_projections": conditions["pooled_projections"]}  # fmt: skip
+    pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
+    if model.family.name == "qwen_image":
+        packed = transformer(
+            pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma,
+            encoder_hidden_states=states, encoder_hidden_states_mask=masks,
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        ).sample  # fmt: skip
+        return pipeline._unpack_latents(packed, 8 * height, 8 * width, 8)[:, :, 0]
+    texts = {"encoder_hidden_states": states, "pooled_projections": conditions["pooled_projections"]}
     if model.family.name == "sd3":
         return transformer(noisy, timestep=1000 * sigma, **texts).sample
-    pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
     packed = transformer(
         pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma, **texts,
         guidance=torch.ones(batch) if model.name == "flux-dev" else None,
         img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
-        txt_ids=torch.zeros(texts["encoder_hidden_states"].shape[1], 3),
+        txt_ids=torch.zeros(states.shape[1], 3),
     ).sample  # fmt: skip
     return pipeline._unpack_latents(packed, 8 * height, 8 * width, 8)
 
@@ -93,12 +101,12 @@ def flow_batch(model: Model, config: DenoiseObjective) -> Batch:
     """Three draws of one picture."""
     family = model.family
     rng = torch.Generator().manual_seed(0)
-    shape = family.latent_shape(*family.default_size)
+    shape = family.latent_shape(64, 64)
     moments = {"mean": torch.randn(shape, generator=rng), "logvar": torch.randn(shape, generator=rng) - 4}
     encoders = {part: model.parts[part] for part in family.encoders}
     with torch.no_grad():
         dog, null = family.encode_prompts(encoders, ["a photo of a dog", ""])
-    item = Item(moments, dog, null, Geometry(family.default_size, (0, 0), family.default_size))
+    item = Item(moments, dog, null, Geometry((64, 64), (0, 0), (64, 64)))
     objective = make_objective(config, family)
     draws = [objective.draw(item, torch.Generator().manual_seed(seed)) for seed in range(3)]
     return Batch(objective.collate(draws), torch.tensor([0.5, 0.25, 0.25]))
@@ -189,7 +197,8 @@ def test_pictures_with_an_adapter_are_the_pipelines(model: Model, trained: str, 
     request = request_of(model, (64, 64), 3.5)
     (file,) = run(
         out=tmp_path / "out", prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed,
-        steps=request.steps, guidance=request.guidance, adapters=["a"], registry=registry.store.root,
+        steps=request.steps, guidance=request.guidance, height=request.height, width=request.width, adapters=["a"],
+        registry=registry.store.root,
     )  # fmt: skip
     picture = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255
     pipeline: Any = DiffusionPipeline.from_pretrained(model.folder, **absent(model.folder))
@@ -326,7 +335,7 @@ def test_tokens_are_packed_as_in_the_pipeline() -> None:
     assert torch.equal(image_ids(2, 3, torch.device("cpu")), ids)
 
 
-@pytest.mark.parametrize("name", ["sd35", "z_image"])
+@pytest.mark.parametrize("name", ["sd35", "qwen_image", "z_image"])
 def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path, name: str) -> None:
     from diffusers import DiffusionPipeline
 

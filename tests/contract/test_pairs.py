@@ -17,7 +17,7 @@ from gtl.objectives.base import Objective
 from gtl.train.worker import live_parts
 from gtl.tuners import TUNERS, make_tuner
 from gtl.types import Batch, Geometry, Item
-from tests.contract.test_families import MODELS
+from tests.contract.test_families import MODELS, SIZE
 
 TUNER_CONFIGS = {
     "lora": {"rank": 8, "alpha": 16, "targets": "all-linear+conv"},
@@ -85,7 +85,7 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
 def fixed_batch(family: DiffusionFamily, recipe: Recipe) -> Batch:
     """Four samples of two images, drawn once."""
     objective = make_objective(recipe.objective, family)
-    height, width = family.default_size
+    height, width = SIZE
     rng = torch.Generator().manual_seed(0)
     if recipe.needs.images == "pixels":
         coarse = torch.randint(0, 256, (2, 3, 2, 2), dtype=torch.uint8, generator=rng)
