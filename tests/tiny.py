@@ -1,7 +1,7 @@
 """Tiny models with the real classes and the real file layout, made on the spot."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ CHAT = """{%- for message in messages %}<|im_start|>{{ message.role }}
 
 {% endif %}{%- endif %}"""
 """Qwen's, without tools."""
+MISTRAL_CHAT = """{{- bos_token }}{%- for message in messages %}
+{%- set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}[{{ mark }}]
+{%- for part in message.content %}{{ part.text }}{% endfor %}[/{{ mark }}]{% endfor %}"""
+"""Mistral's, without pictures and tools."""
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -309,6 +313,87 @@ def make_flux(
     return folder
 
 
+def make_flux2(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a FLUX.2-dev-layout pipeline; plain `Flux2Pipeline.from_pretrained` loads it.
+
+    64x64 pixels are latents of 4x8x8 in patches of 16x4x4, for 2 double and 2 single blocks. Where the published model
+    names a processor, which needs torchvision, this names the tokenizer inside of it.
+    """
+    from transformers import Mistral3ForConditionalGeneration
+
+    num_tokens = write_mistral_tokenizer(Path(folder) / "tokenizer")
+    return _write_flux2(
+        Path(folder), "Flux2Pipeline", "PreTrainedTokenizerFast", seed, guidance_embeds=True,
+        text_encoder=lambda: Mistral3ForConditionalGeneration(mistral3_config(num_tokens, 16)),
+    )  # fmt: skip
+
+
+def make_flux2_klein(folder: str | Path, *, seed: int = 0, distilled: bool = False) -> Path:
+    """Write a FLUX.2-klein-layout pipeline; plain `Flux2KleinPipeline.from_pretrained` loads it.
+
+    Its sizes are those of `make_flux2`.
+    """
+    from transformers import Qwen3ForCausalLM
+
+    num_tokens = write_qwen_tokenizer(Path(folder) / "tokenizer")
+    return _write_flux2(
+        Path(folder), "Flux2KleinPipeline", "Qwen2Tokenizer", seed, guidance_embeds=False, is_distilled=distilled,
+        text_encoder=lambda: Qwen3ForCausalLM(qwen3_config(num_tokens, 16, layers=28)),
+    )  # fmt: skip
+
+
+def _write_flux2(
+    folder: Path, pipeline: str, tokenizer: str, seed: int, *, guidance_embeds: bool, text_encoder: Callable[[], Any],
+    **index: Any,
+) -> Path:  # fmt: skip
+    import torch
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": Flux2Transformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=3 * 16,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(4, 4, 4, 4),
+            ),
+            "vae": make_vae(kind=AutoencoderKLFlux2),
+            "text_encoder": text_encoder(),
+        }
+        parts["vae"].bn.running_mean.normal_()
+        parts["vae"].bn.running_var.uniform_(0.5, 2.0)
+    widen_head(parts["transformer"].proj_out)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.38.0",
+        **index,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", type(parts["text_encoder"]).__name__],
+        "tokenizer": ["transformers", tokenizer],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    })
+    return folder
+
+
 def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
     """Write a Qwen-Image-layout pipeline; plain `QwenImagePipeline.from_pretrained` loads it.
 
@@ -427,18 +512,18 @@ def absent(folder: Path) -> dict[str, None]:
     return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
 
 
-def make_vae(levels: int = 4, scaling_factor: float = 0.18215, **config: Any) -> Any:
+def make_vae(levels: int = 4, scaling_factor: float | None = 0.18215, kind: Any = None, **config: Any) -> Any:
     """A tiny `AutoencoderKL` that works on latents of 4x8x8, or as many channels as `config` says."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    vae = (kind or AutoencoderKL)(
         sample_size=8 * 2 ** (levels - 1),
         block_out_channels=(8, 16, 16, 16)[:levels],
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        scaling_factor=scaling_factor,
+        **({} if kind else {"scaling_factor": scaling_factor}),
         **{"latent_channels": 4, **config},
     )
     # A random decoder paints everything grey; contrast makes differences between images visible.
@@ -562,17 +647,53 @@ def qwen2_vl_config(vocab_size: int, width: int) -> Any:
     )
 
 
-def write_qwen_tokenizer(folder: Path) -> int:
-    """Write a byte-level BPE tokenizer in Qwen's files, with a template of chats; how many tokens it has."""
+def mistral3_config(vocab_size: int, width: int) -> Any:
+    """Config of a tiny Mistral 3: a language model of 31 layers that could also see."""
+    from transformers import Mistral3Config
+
+    small = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2, "head_dim": 8}
+    return Mistral3Config(
+        text_config={
+            "model_type": "mistral", "vocab_size": vocab_size, "num_hidden_layers": 31, "num_key_value_heads": 1,
+            "sliding_window": None, **small,
+        },
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, **small},
+        image_token_index=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def write_mistral_tokenizer(folder: Path) -> int:
+    """Write a byte-level BPE tokenizer with Mistral's template of chats, padding in front; how many tokens it has."""
+    from transformers import PreTrainedTokenizerFast
+
+    trained = train_bytes()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained, model_max_length=2048, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        extra_special_tokens=["[IMG]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+        padding_side="left", chat_template=MISTRAL_CHAT,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def train_bytes() -> Any:
+    """A byte-level BPE tokenizer that knows a few words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     trained.train_from_iterator([" ".join(WORDS)], trainer)
-    model = json.loads(trained.to_str())["model"]
+    return trained
+
+
+def write_qwen_tokenizer(folder: Path) -> int:
+    """Write a byte-level BPE tokenizer in Qwen's files, with a template of chats; how many tokens it has."""
+    from transformers import Qwen2Tokenizer
+
+    model = json.loads(train_bytes().to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"], merges=merges, model_max_length=2048, chat_template=CHAT,

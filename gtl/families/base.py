@@ -97,9 +97,14 @@ class DiffusionFamily(Family, Protocol):
 
     codec: ClassVar[str | None]
     """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
-    classifier_free: ClassVar[bool]
-    """Whether guidance leads away from a second prediction (Ho & Salimans 2022, arXiv 2207.12598). A model that was
-    distilled needs none: it reads the scale itself, see `guidance_conditions`, or has it built in."""
+
+    @property
+    def classifier_free(self) -> bool:
+        """Whether guidance leads away from a second prediction (Ho & Salimans 2022, arXiv 2207.12598).
+
+        A model that was distilled needs none: it reads the scale itself, see `guidance_conditions`, or has it built in.
+        """
+        ...
 
     @property
     def encoders(self) -> tuple[str, ...]:

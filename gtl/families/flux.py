@@ -30,7 +30,11 @@ class Flux(LatentTransformer):
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     token_limits: ClassVar[Mapping[str, int]] = {"text_encoder_2": 512}
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
-    classifier_free: ClassVar[bool] = False
+
+    @property
+    def classifier_free(self) -> bool:
+        """No."""
+        return False
 
     @property
     def patch_size(self) -> int:
@@ -44,13 +48,6 @@ class Flux(LatentTransformer):
         """
         clip, t5 = (encode_tokens_of(part, encoders, tokens) for part in self.encoders)
         return {"encoder_hidden_states": t5[0], "pooled_projections": clip.pooler_output}
-
-    def guidance_conditions(self, scale: float) -> Conditions:
-        """`guidance` [] for a model that embeds it, such as dev; {} for schnell."""
-        import torch
-
-        embeds = self.config("transformer").get("guidance_embeds", False)
-        return {"guidance": torch.tensor(scale, dtype=torch.float32)} if embeds else {}
 
     def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The transformer's raw output for noisy latents [B, C, h, w] at times t [B]."""

@@ -41,7 +41,8 @@ class LanguageTransformer(LatentTransformer, ABC):
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """`input_ids` and `attention_mask` [tokens] of each prompt, cut and padded."""
-        read = self._read(TEXT_ENCODER, [self.phrase(prompt) for prompt in prompts])
+        phrases = [self.phrase(prompt) for prompt in prompts]
+        read = self._read(TEXT_ENCODER, phrases, add_special_tokens=False)  # they are in the phrases
         return unstack({name: read[name] for name in (ids_of(TEXT_ENCODER), ATTENTION_MASK)})
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:

@@ -24,7 +24,10 @@ TOKENIZERS = {
     "CLIPTextModelWithProjection": "CLIPTokenizer",
     "T5EncoderModel": "T5TokenizerFast",
     "Qwen3Model": "Qwen2Tokenizer",
+    "Qwen3ForCausalLM": "Qwen2Tokenizer",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2Tokenizer",
+    # Its processor, which also takes pictures, reads text with it; which class that is, is written beside it.
+    "Mistral3ForConditionalGeneration": "AutoTokenizer",
 }
 """What reads prompts for a text encoder, by its class; all in transformers."""
 
@@ -36,9 +39,13 @@ class LatentDiffusion(DiffusersLayout, ABC):
     """
 
     codec: ClassVar[str | None] = "vae"
-    classifier_free: ClassVar[bool] = True
     token_limits: ClassVar[Mapping[str, int]] = {}
     """Of some encoders: how many tokens the model reads, where that is fewer than the tokenizer's length."""
+
+    @property
+    def classifier_free(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -119,11 +126,13 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """Conditions of each prompt, unbatched; all have the same length."""
         return unstack(self.encode_tokens(encoders, self.collate(self.tokenize(prompts))))
 
-    def _read(self, part: str, prompts: Sequence[str]) -> Any:
+    def _read(self, part: str, prompts: Sequence[str], **options: Any) -> Any:
         """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
         tokenizer = self.tokenizers[part]
         length = min(tokenizer.model_max_length, self.token_limits.get(part, tokenizer.model_max_length))
-        return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options
+        )
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from abc import ABC
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gtl.families.base import Conditions
 from gtl.families.latent import LatentDiffusion
 from gtl.families.targets import JOINT, find_targets
 from gtl.types import UserError
@@ -64,6 +65,13 @@ class LatentTransformer(LatentDiffusion, ABC):
         size = int(self.config("vae")["sample_size"])
         return size, size
 
+    def guidance_conditions(self, scale: float) -> Conditions:
+        """`guidance` [] for a model that embeds it, such as FLUX.1 dev; {} for most others."""
+        import torch
+
+        embeds = self.config(self.main).get("guidance_embeds", False)
+        return {"guidance": torch.tensor(scale, dtype=torch.float32)} if embeds else {}
+
     def sampler(self, steps: int, height: int, width: int) -> Any:
         """A fresh diffusers scheduler with its timesteps set, shifted for images of this size if its config asks.
 
@@ -81,9 +89,20 @@ class LatentTransformer(LatentDiffusion, ABC):
             raise UserError(f"scheduler_config.json: _class_name: {name!r}: takes no {', '.join(sorted(unknown))}")
         if is_dynamic:
             num_patches = height // self.multiple * (width // self.multiple)
-            options["mu"] = dynamic_shift(scheduler.config, num_patches)
+            options["mu"] = self.dynamic_shift(scheduler.config, num_patches, steps)
         scheduler.set_timesteps(steps, **options)
         return scheduler
+
+    def dynamic_shift(self, config: Any, num_patches: int, steps: int) -> float:
+        """The scheduler's `mu`: a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+
+        Larger images keep more of their signal at the same noise, so they are noised further (arXiv 2403.03206, section
+        5.3.2); that mu is linear in the number of patches comes from FLUX.1's own sampling code.
+        """
+        rise = config["max_shift"] - config["base_shift"]
+        run = config["max_image_seq_len"] - config["base_image_seq_len"]
+        shift: float = config["base_shift"] + rise / run * (num_patches - config["base_image_seq_len"])
+        return shift
 
     def sampler_options(self, steps: int) -> dict[str, Any]:
         """What else the family's pipeline in diffusers tells the scheduler."""
@@ -106,14 +125,3 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of `pack`."""
     patches = tokens.unflatten(2, (-1, PACKED, PACKED)).unflatten(1, (rows, columns))
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def dynamic_shift(config: Any, num_patches: int) -> float:
-    """The scheduler's `mu`: a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
-
-    Larger images keep more of their signal at the same noise, so they are noised further (arXiv 2403.03206, section
-    5.3.2); that mu is linear in the number of patches comes from FLUX.1's own sampling code.
-    """
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    shift: float = config["base_shift"] + slope * (num_patches - config["base_image_seq_len"])
-    return shift

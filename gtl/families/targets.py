@@ -21,11 +21,16 @@ def _with_attention(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -
 
 UNET = _with_attention(("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2"))
 JOINT = _with_attention(
-    (*UNET["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    (
+        *UNET["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        # FLUX.2's single blocks have one projection into attention and feed-forward, and one out of both.
+        "to_qkv_mlp_proj", "attn.to_out",
+    ),
     (
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
         # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.
         "proj_mlp", "proj_out",
+        *(f"{ff}.linear_{way}" for ff in ("ff", "ff_context") for way in ("in", "out")),
         *(f"feed_forward.w{i}" for i in (1, 2, 3)),
         *(f"{side}_mlp.net.{layer}" for side in ("img", "txt") for layer in ("0.proj", "2")),
     ),

@@ -20,7 +20,18 @@ from gtl.families import FAMILIES, PIPELINES, open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
-from tests.tiny import absent, make_flux, make_qwen_image, make_sd, make_sd3, make_sdxl, make_z_image, write_json
+from tests.tiny import (
+    absent,
+    make_flux,
+    make_flux2,
+    make_flux2_klein,
+    make_qwen_image,
+    make_sd,
+    make_sd3,
+    make_sdxl,
+    make_z_image,
+    write_json,
+)
 
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "sd": ("sd", make_sd),
@@ -33,6 +44,8 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     )),
     "flux-dev": ("flux", make_flux),
     "flux-schnell": ("flux", lambda folder: make_flux(folder, dev=False)),
+    "flux2": ("flux2", make_flux2),
+    "flux2_klein": ("flux2_klein", make_flux2_klein),
     "qwen_image": ("qwen_image", make_qwen_image),
     "z_image": ("z_image", make_z_image),
 }
@@ -60,6 +73,8 @@ class Facts:
     """Ending of its attentions that read text."""
     max_size: int | None = None
     default_size: int = 64
+    scale: int = 8
+    """Pixels a side of a latent."""
 
 
 ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
@@ -70,7 +85,16 @@ UNET = Facts(
     ("conv_in", "conv_in", "time_embedding.linear_1"), 4, ATTENTION, FEED_FORWARD,
     ("encoder_hidden_states", "text_embeds"), attention_to_text="attn2",
 )  # fmt: skip
+FLUX2 = Facts(
+    frozenset({"Flux2TransformerBlock", "Flux2SingleTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
+    ("time_guidance_embed.timestep_embedder.linear_1", "double_stream_modulation_img.linear", "context_embedder"), 16,
+    (*JOINT_ATTENTION, ".to_qkv_mlp_proj", ".attn.to_out"),
+    tuple(f".{ff}.linear_{way}" for ff in ("ff", "ff_context") for way in ("in", "out")),
+    ("encoder_hidden_states",), scale=16,
+)  # fmt: skip
 FACTS: Mapping[str, Facts] = {
+    "flux2": FLUX2,
+    "flux2_klein": FLUX2,
     "sd": UNET,
     "sdxl": UNET,
     "sd3": Facts(
@@ -97,8 +121,8 @@ FACTS: Mapping[str, Facts] = {
     ),
 }  # fmt: skip
 SHIFTS = {
-    "sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "qwen_image": math.exp(0.9),
-    "z_image": 6.0,
+    "sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "flux2": math.exp(1.15),
+    "flux2_klein": math.exp(1.15), "qwen_image": math.exp(0.9), "z_image": 6.0,
 }  # fmt: skip
 """Of flow models: towards noise, at the size they were made for."""
 SIZE = (64, 64)
@@ -201,7 +225,8 @@ def test_load_casts_and_draws_nothing(case: Case) -> None:
     for part, module in case.parts.items():
         cast = case.family.load(part, torch.bfloat16)
         for key, tensor in module.state_dict().items():
-            assert torch.equal(cast.state_dict()[key], tensor.bfloat16()), key
+            expected = tensor.bfloat16() if tensor.is_floating_point() else tensor
+            assert torch.equal(cast.state_dict()[key], expected), key
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -264,36 +289,46 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     family, vae = case.family, case.pipeline.vae
     pixels = random(2, 3, *SIZE).clamp(-1, 1)
     moments = family.encode_images(case.parts["vae"], pixels)
-    posterior = vae.encode(frames(case, pixels)).latent_dist
-    assert torch.equal(frames(case, moments["mean"]), posterior.mean)
-    assert torch.equal(frames(case, moments["logvar"]), posterior.logvar)
+    posterior = vae.encode(pixels.unsqueeze(2) if case.family_name == "qwen_image" else pixels).latent_dist
+    assert torch.equal(moments["mean"], from_vae(case, posterior.mean))
+    assert torch.equal(moments["logvar"], from_vae(case, posterior.logvar))
     assert moments["mean"].shape[1:] == family.latent_shape(*SIZE)
-    noise = random(*moments["mean"].shape, seed=1)
-    theirs = posterior.sample(generator=torch.Generator().manual_seed(1))
+    noise = from_vae(case, random(*posterior.mean.shape, seed=1))
+    theirs = from_vae(case, posterior.sample(generator=torch.Generator().manual_seed(1)))
     shift, scaling = statistics(case)
-    torch.testing.assert_close(frames(case, family.sample_latents(moments, noise)), (theirs - shift) * scaling)
+    torch.testing.assert_close(family.sample_latents(moments, noise), (theirs - shift) * scaling)
 
 
-def frames(case: Case, pictures: Tensor) -> Tensor:
-    """Pictures or their latents as the VAE takes them; Qwen-Image's is one for video."""
-    return pictures.unsqueeze(2) if case.family_name == "qwen_image" else pictures
+def from_vae(case: Case, latents: Tensor) -> Tensor:
+    """A VAE's latents as pictures': without Qwen-Image's one frame, and in FLUX.2's patches."""
+    if case.family_name == "qwen_image":
+        return latents[:, :, 0]
+    return case.pipeline._patchify_latents(latents) if case.facts is FLUX2 else latents
 
 
 def statistics(case: Case) -> tuple[Any, Any]:
     """What latents are shifted and then scaled by, as the pipeline takes it back."""
-    config = case.pipeline.vae.config
+    vae, config = case.pipeline.vae, case.pipeline.vae.config
     if case.family_name == "qwen_image":
         mean, deviation = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
-        return mean.view(1, -1, 1, 1, 1), 1 / deviation.view(1, -1, 1, 1, 1)
+        return mean.view(1, -1, 1, 1), 1 / deviation.view(1, -1, 1, 1)
+    if case.facts is FLUX2:
+        deviation = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + config.batch_norm_eps)
+        return vae.bn.running_mean.view(1, -1, 1, 1), 1 / deviation
     return config.shift_factor or 0, config.scaling_factor
 
 
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
     latents = random(2, *case.family.latent_shape(*SIZE))
     shift, scaling = statistics(case)
-    theirs = case.pipeline.vae.decode(frames(case, latents) / scaling + shift, return_dict=False)[0]
+    raw = latents / scaling + shift
+    if case.family_name == "qwen_image":
+        raw = raw.unsqueeze(2)
+    elif case.facts is FLUX2:
+        raw = case.pipeline._unpatchify_latents(raw)
+    theirs = case.pipeline.vae.decode(raw, return_dict=False)[0]
     pixels = case.family.decode(case.parts["vae"], latents)
-    assert torch.equal(frames(case, pixels), theirs)
+    torch.testing.assert_close(pixels, theirs[:, :, 0] if theirs.ndim == 5 else theirs, rtol=0, atol=1e-5)
     assert pixels.shape == (2, 3, *SIZE)
 
 
@@ -304,6 +339,9 @@ def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -
         with torch.no_grad():
             encoded = encode(list(prompts), "cpu", do_classifier_free_guidance=guided)  # it changes the list
         return [padded(states) for states in encoded if states]
+    if case.facts is FLUX2:
+        with torch.no_grad():
+            return [{"encoder_hidden_states": encode(texts, "cpu")[0]} for texts in (prompts, [""])]
     if case.family_name == "qwen_image":
         with torch.no_grad():
             encoded = [encode(texts, "cpu", max_sequence_length=512) for texts in (prompts, [""])]
@@ -400,17 +438,23 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     case.pipeline.set_progress_bar_config(disable=True)
     # The same noise as `start`, in whichever shape the pipeline keeps it.
     image = case.pipeline(
-        PROMPTS[0], **guidance_of(case.family_name, 1.0), num_inference_steps=4, height=height, width=width,
+        prompt=PROMPTS[0], **guidance_of(case.pipeline, 1.0), num_inference_steps=4, height=height, width=width,
         generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
 
 
-def guidance_of(family: str, scale: float, negative: str = "") -> dict[str, Any]:
-    """How a family's pipeline is told of guidance; for Z-Image's, 0 is none, and Qwen-Image's needs the prompt."""
+def guidance_of(pipeline: Any, scale: float, negative: str = "") -> dict[str, Any]:
+    """How a pipeline is told of guidance.
+
+    For Z-Image's, 0 is none; Qwen-Image's needs a negative prompt, if an empty one; klein's takes it encoded.
+    """
+    family = PIPELINES[type(pipeline).__name__]
     if family == "qwen_image":
         return {"negative_prompt": negative, "true_cfg_scale": scale}
+    if family == "flux2_klein":
+        return {"negative_prompt_embeds": pipeline.encode_prompt(negative)[0], "guidance_scale": scale}
     told = {"negative_prompt": negative} if negative else {}
     return {**told, "guidance_scale": scale - 1 if family == "z_image" else scale}
 
@@ -418,7 +462,7 @@ def guidance_of(family: str, scale: float, negative: str = "") -> dict[str, Any]
 def test_sizes(case: Case) -> None:
     assert case.family.default_size == (case.facts.default_size,) * 2
     assert case.family.multiple == 16
-    assert case.family.latent_shape(64, 128) == (case.facts.channels, 8, 16)
+    assert case.family.latent_shape(64, 128) == (case.facts.channels, 64 // case.facts.scale, 128 // case.facts.scale)
     assert case.family.max_size == case.facts.max_size
 
 
@@ -453,6 +497,10 @@ def number_of_targets(case: Case) -> dict[str, int]:
         # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 double blocks; 3 of attention, 2
         # of feed-forward and a modulation in each of 2 single ones.
         return {"attention": 22, "attention+ff": 34, "all-linear": 40, "all-linear+conv": 40}
+    if case.facts is FLUX2:
+        # 8 layers of joint attention and 4 of feed-forward in each of 2 double blocks; a layer into both and one out of
+        # both in each of 2 single ones. All modulations are in front of the blocks.
+        return {"attention": 20, "attention+ff": 28, "all-linear": 28, "all-linear+conv": 28}
     if case.family_name == "qwen_image":
         # 8 layers of joint attention, 4 of feed-forward and 2 modulations in each of 2 blocks.
         return {"attention": 16, "attention+ff": 24, "all-linear": 28, "all-linear+conv": 28}
@@ -469,16 +517,17 @@ def number_of_targets(case: Case) -> dict[str, int]:
 
 def test_explicit_lora_targets(case: Case) -> None:
     _, one, two = case.facts.before
-    readers = [f"{name}.to_q" for name in case.family.cross_attentions(case.main)]
     queries = [name for name, _ in case.main.named_modules() if name.endswith(f"{case.facts.attention_to_text}.to_q")]
-    assert set(readers) <= set(queries)
+    readers = {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
+    # Z-Image's refiners attend, too, and FLUX.2's single blocks have one layer for queries and all else.
+    assert readers == set(queries) or case.family_name.startswith(("z_image", "flux2"))
     found = case.family.lora_targets(case.main, [one, f"{case.facts.attention_to_text}.to_q", two])
     assert found[:2] == [one, two] and set(found[2:]) == set(queries)
 
 
 @pytest.mark.parametrize(
     ("ending", "hint"),
-    [("to_qq", "close: to_q, "), ("to_out", "close: "), ("_q", "close: "), ("zzz", "the first layers are {first}, ")],
+    [("to_qq", "close: to_q, "), ("to_out.1", "close: "), ("_q", "close: "), ("zzz", "the first layers are {first}, ")],
 )
 def test_a_target_that_matches_nothing_is_named(case: Case, ending: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -544,7 +593,8 @@ def as_in_the_module(key: str) -> str:
     return key
 
 
-@pytest.mark.parametrize(("maker", "rename"), [(make_z_image, with_head), (make_qwen_image, as_in_the_module)])
+@pytest.mark.parametrize(("maker", "rename"), [(make_z_image, with_head), (make_qwen_image, as_in_the_module),
+                                              (make_flux2, as_in_the_module)])  # fmt: skip
 def test_a_language_model_has_several_names_for_its_tensors(
     tmp_path: Path, maker: Callable[[Path], Path], rename: Callable[[str], str]
 ) -> None:
@@ -863,7 +913,9 @@ CLIP_LAYERS = ({"q_proj", "k_proj", "v_proj", "out_proj"}, {"fc1", "fc2"}, "fc1"
 T5_LAYERS = ({"q", "k", "v", "o"}, {"wi_0", "wi_1", "wo"}, "wi_1")
 LANGUAGE_LAYERS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}, "up_proj")
 ENCODER_LAYERS = {
-    "T5EncoderModel": T5_LAYERS, "Qwen2_5_VLForConditionalGeneration": LANGUAGE_LAYERS, "Qwen3Model": LANGUAGE_LAYERS,
+    "T5EncoderModel": T5_LAYERS, "Mistral3ForConditionalGeneration": LANGUAGE_LAYERS,
+    "Qwen2_5_VLForConditionalGeneration": LANGUAGE_LAYERS, "Qwen3ForCausalLM": LANGUAGE_LAYERS,
+    "Qwen3Model": LANGUAGE_LAYERS,
 }  # fmt: skip
 """Endings of attention and feed-forward, and one of them."""
 

@@ -17,7 +17,7 @@ from gtl.adapters.card import base_of
 from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
 from gtl.config.tuners import FreezeTuner, LoraTuner
-from gtl.families import PIPELINES, open_family
+from gtl.families import open_family
 from gtl.families.flux import image_ids
 from gtl.families.latent_transformer import pack, unpack
 from gtl.generate.command import run
@@ -28,7 +28,16 @@ from gtl.tuners import make_tuner
 from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
 from tests.contract.test_families import guidance_of
-from tests.tiny import absent, make_flux, make_qwen_image, make_sd3, make_z_image, write_json
+from tests.tiny import (
+    absent,
+    make_flux,
+    make_flux2,
+    make_flux2_klein,
+    make_qwen_image,
+    make_sd3,
+    make_z_image,
+    write_json,
+)
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
@@ -37,6 +46,9 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     ),
     "flux-dev": make_flux,
     "flux-schnell": lambda folder: make_flux(folder, dev=False),
+    "flux2": make_flux2,
+    "flux2_klein": make_flux2_klein,
+    "flux2_klein-distilled": lambda folder: make_flux2_klein(folder, distilled=True),
     "qwen_image": make_qwen_image,
     "z_image": make_z_image,
 }
@@ -78,6 +90,13 @@ def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping
         # Its time runs towards the picture, and so does its flow.
         return -torch.stack(transformer(list(noisy[:, :, None]), 1 - sigma, texts).sample)[:, :, 0]
     pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
+    if model.family.name.startswith("flux2"):
+        packed = transformer(
+            pipeline._pack_latents(noisy), timestep=sigma, encoder_hidden_states=states,
+            guidance=torch.ones(batch) if model.name == "flux2" else None,
+            img_ids=pipeline._prepare_latent_ids(noisy), txt_ids=pipeline._prepare_text_ids(states),
+        ).sample  # fmt: skip
+        return packed.mT.reshape(noisy.shape)
     if model.family.name == "qwen_image":
         packed = transformer(
             pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma,
@@ -241,10 +260,10 @@ def draw(engine: Engine, request: Request) -> Tensor:
 
 def theirs(pipeline: Any, request: Request) -> Tensor:
     """What the pipeline draws when it is told no more than gtl is."""
-    guidance = guidance_of(PIPELINES[type(pipeline).__name__], request.guidance, request.negative_prompt)
+    guidance = guidance_of(pipeline, request.guidance, request.negative_prompt)
     return pipeline(
-        request.prompt, **guidance, num_inference_steps=request.steps, height=request.height, width=request.width,
-        output_type="pt", generator=torch.Generator().manual_seed(request.seed),
+        prompt=request.prompt, **guidance, num_inference_steps=request.steps, height=request.height,
+        width=request.width, output_type="pt", generator=torch.Generator().manual_seed(request.seed),
     ).images[0]  # fmt: skip
 
 
@@ -291,18 +310,21 @@ def test_a_picture_that_a_model_cannot_draw_is_refused(
 
 
 def test_guidance_is_read_by_the_model_that_embeds_it(model: Model) -> None:
-    """The pipeline's `guidance_scale` of schnell does nothing, and so does gtl's."""
+    """The pipeline's `guidance_scale` of schnell does nothing, nor does distilled klein's, and so does gtl's."""
     one, other = (ours(model, request_of(model, (64, 64), guidance)) for guidance in (1.5, 6.0))
-    assert torch.equal(one, other) == (model.name == "flux-schnell")
+    assert torch.equal(one, other) == (model.name in ("flux-schnell", "flux2_klein-distilled"))
     training = make_objective(DenoiseObjective(), model.family)
     item = Item({"mean": torch.zeros(1, 1, 1), "logvar": torch.zeros(1, 1, 1)}, {}, {},
                 Geometry((8, 8), (0, 0), (8, 8)), caption="a dog")  # fmt: skip
     drawn = training.draw(item, torch.Generator().manual_seed(0))
-    assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name == "flux-dev" else None)
+    assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name in ("flux-dev", "flux2") else None)
 
 
 BLOCKS = {
     "flux-dev": [
+        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
+    ],
+    "flux2": [
         "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
     ],
     "z_image": ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"],
@@ -335,7 +357,7 @@ def test_tokens_are_packed_as_in_the_pipeline() -> None:
     assert torch.equal(image_ids(2, 3, torch.device("cpu")), ids)
 
 
-@pytest.mark.parametrize("name", ["sd35", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["sd35", "flux2", "qwen_image", "z_image"])
 def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path, name: str) -> None:
     from diffusers import DiffusionPipeline
 
@@ -344,7 +366,7 @@ def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path, name:
     write_json(file, json.loads(file.read_text()) | {"use_dynamic_shifting": True, "base_image_seq_len": 4})
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, **absent(folder))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline("a dog", num_inference_steps=3, height=96, width=64, output_type="latent")
+    pipeline(prompt="a dog", num_inference_steps=3, height=96, width=64, output_type="latent")
     family = open_family(str(folder))
     torch.testing.assert_close(family.sampler(3, 96, 64).timesteps, pipeline.scheduler.timesteps)
     assert not torch.allclose(family.sampler(3, 64, 64).timesteps, pipeline.scheduler.timesteps)
