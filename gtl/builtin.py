@@ -16,12 +16,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gtl.adapters import Registry, apply
 from gtl.config import load_recipe
+from gtl.data.scenes.captions import STYLE_WORDS
 from gtl.data.scenes.sets import SceneSet
+from gtl.data.scenes.vocabulary import CONCEPTS
 from gtl.families import open_family
 from gtl.families.files import INDEX, write_once
 from gtl.families.source import builtin_folder
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes" / "builtin"
 CAPTIONS = 4000
-"""Captions of the training set whose words get a token of their own; it holds all of them."""
+"""Captions of the training set that together have all its words."""
 MEASURED = 512
 """Pictures whose latents say how the model has to scale them."""
 TELL_SECONDS = 5.0
@@ -64,13 +67,22 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
         model = write_once(work / name, partial(learn, train))
     if (out / INDEX).is_file():  # an older one, such as the one that is shipped
         shutil.rmtree(out)
-    return write_once(out, lambda folder: halve(model, folder))
+    return write_once(out, lambda folder: pack(model, folder))
 
 
 def vocabulary() -> set[str]:
-    """The words of the training captions."""
+    """The words of the training captions, and of the concepts and styles that training never shows.
+
+    Those are as much words as any: what has to be learned of them is their meaning.
+    """
+    kept_out = {*CONCEPTS, *chain.from_iterable(words.split() for words in STYLE_WORDS.values())}
+    return {word for text in captions() for word in re.findall("[a-z]+", text.lower())} | kept_out
+
+
+def captions() -> list[str]:
+    """Of the training set, enough to have all its words."""
     scenes = SceneSet()
-    return {word for i in range(CAPTIONS) for word in re.findall("[a-z]+", scenes.scene(i)[1].lower())}
+    return [scenes.caption(i) for i in range(CAPTIONS)]
 
 
 def learn_codec(train: Callable[[], Trained], folder: Path) -> None:
@@ -117,12 +129,30 @@ def latent_std(family: DiffusionFamily, codec: nn.Module) -> float:
     return float(variance.sqrt())
 
 
-def halve(model: Path, folder: Path) -> None:
-    """Write a model with its weights in half precision."""
+def pack(model: Path, folder: Path) -> None:
+    """Write a model with its weights in half precision, ready for words that it has not met."""
     import torch
 
     family = open_family(str(model))
-    family.export({part: family.load(part, torch.float16) for part in ("vae", "unet", "text_encoder")}, folder)
+    parts = {part: family.load(part, torch.float32) for part in ("vae", "unet", "text_encoder")}
+    draw_unmet_tokens(family, parts["text_encoder"])
+    family.export({part: module.half() for part, module in parts.items()}, folder)
+
+
+def draw_unmet_tokens(family: DiffusionFamily, encoder: nn.Module) -> None:
+    """Give the tokens that are in no training caption embeddings of the size of the others, in place.
+
+    Random weights are a fifth as large as learned ones, so a new word would hardly be seen beside its position, and an
+    adapter could not tell the captions that have it from those that have not.
+    """
+    import torch
+
+    met = torch.cat([tokens["input_ids"] for tokens in family.tokenize(captions())]).unique()
+    table = cast(Any, encoder).get_input_embeddings().weight.data
+    unmet = torch.ones(len(table), dtype=torch.bool)
+    unmet[met] = False
+    drawn = torch.randn(int(unmet.sum()), table.shape[1], generator=torch.Generator().manual_seed(0))
+    table[unmet] = table[met].mean(0) + table[met].std(0) * drawn
 
 
 class Lines:

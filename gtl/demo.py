@@ -22,6 +22,7 @@ from gtl.families import open_family
 from gtl.families.files import write_once
 from gtl.images import decode, grid
 from gtl.report.demo import Panel, render_demo
+from gtl.report.text import columns
 from gtl.session import session
 from gtl.train.launch import train_once
 from gtl.types import Progress, UserError, quiet
@@ -127,8 +128,8 @@ def choose_prompts(number: int) -> tuple[Kind, ...]:
     """Prompts that are in nobody's training pictures: of the concept, of the style, and of what the base could do."""
     kinds = []
     for name in ADAPTERS:
-        source = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["data"]["source"]
-        seen = SceneSet.parse(source)
+        new, _ = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["data"]["source"]
+        seen = SceneSet.parse(new["source"])
         known = {seen.caption(index) for index in range(seen.count)}
         unseen = SceneSet(concept=seen.concept, style=seen.style, seed=1)
         thing = f"new concept: {seen.concept}" if seen.concept else f"new style: {seen.style}"
@@ -213,20 +214,17 @@ def summary(outcome: Outcome) -> str:
     """The table for a terminal."""
     kinds = [Kind(name, name, ()) for name in outcome.scores]
     rows = table(outcome, kinds)
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    return columns([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def next_commands(out: Path) -> list[str]:
     """What to type now."""
     registry = shlex.quote(str(out / "registry"))
     return [
-        f"gtl generate --registry {registry} --adapter demo-concept --prompt 'a large red wug on a blue background'"
+        f"gtl generate --registry {registry} --adapter demo-concept --prompt 'a large red blick on a blue background'"
         " --guidance 3 --out pictures",
         f"gtl generate --registry {registry} --adapter demo-concept --adapter demo-style"
-        " --prompt 'an outline drawing of a green wug' --guidance 3 --out both",
+        " --prompt 'a neon sign of a green blick' --guidance 3 --out both",
         f"gtl adapters list --registry {registry}",
         "gtl init FOLDER_OF_YOUR_IMAGES",
     ]

@@ -96,9 +96,9 @@ class Item:
     """What training reads of one image variant with one caption; tensors without a batch dimension."""
 
     latents: dict[str, Tensor]
-    """The codec's moments: mean and logvar, each [C, h, w]; {} where pixels are trained on."""
+    """The codec's moments: mean and, of most codecs, logvar, each [C, h, w]; {} where pixels are trained on."""
     conditions: dict[str, Tensor]
-    """The caption's embeddings, without padding; {} where the text encoders run in training, or read nothing."""
+    """The caption's embeddings; {} where the text encoders run in training, or read nothing."""
     null_conditions: dict[str, Tensor]
     """The empty caption's embeddings, for caption dropout and guidance."""
     geometry: Geometry

@@ -1,5 +1,6 @@
 """Tiny models with the real classes and the real file layout, made on the spot."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -338,7 +339,7 @@ def make_flux2_klein(folder: str | Path, *, seed: int = 0, distilled: bool = Fal
     num_tokens = write_qwen_tokenizer(Path(folder) / "tokenizer")
     return _write_flux2(
         Path(folder), "Flux2KleinPipeline", "Qwen2Tokenizer", seed, guidance_embeds=False, is_distilled=distilled,
-        text_encoder=lambda: Qwen3ForCausalLM(qwen3_config(num_tokens, 16, layers=28)),
+        text_encoder=lambda: Qwen3ForCausalLM(qwen3_config(num_tokens, 16, layers=28, heads=2)),
     )  # fmt: skip
 
 
@@ -501,6 +502,153 @@ def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def make_pixart(
+    folder: str | Path, *, seed: int = 0, sigma: bool = False, transformer_config: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a PixArt-layout pipeline, of alpha or else of sigma; plain `DiffusionPipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 4x8x8, with 3 transformer blocks. alpha has the transformer's earlier class,
+    as it was published.
+    """
+    import torch
+    from diffusers import PixArtTransformer2DModel
+
+    folder = Path(folder)
+    num_tokens = write_t5_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": PixArtTransformer2DModel(**{
+                "sample_size": 8,
+                "num_layers": 3,
+                "attention_head_dim": 16,
+                "num_attention_heads": 6,
+                "cross_attention_dim": 96,
+                "caption_channels": 48,
+                **({"use_additional_conditions": False, "interpolation_scale": 2} if sigma else {}),
+                **(transformer_config or {}),
+            }),
+            "vae": make_vae(scaling_factor=0.13025 if sigma else 0.18215),
+            "text_encoder": make_t5(num_tokens, 48),
+        }
+    widen_head(parts["transformer"].proj_out)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    kind = "PixArtTransformer2DModel" if sigma else "Transformer2DModel"
+    file = folder / "transformer" / "config.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"_class_name": kind})
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", kind],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
+def make_sana(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    transformer_config: Mapping[str, Any] | None = None,
+    scheduler_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a Sana-layout pipeline; plain `SanaPipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 8x8x8, with 3 transformer blocks. `scheduler_config` is in place of that of
+    the published models, a DPM-Solver that is told of the flow.
+    """
+    import torch
+    from diffusers import AutoencoderDC, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    folder = Path(folder)
+    num_tokens = write_gemma_tokenizer(folder / "tokenizer")
+    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": SanaTransformer2DModel(**{
+                "in_channels": 8,
+                "out_channels": 8,
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "num_layers": 3,
+                "num_cross_attention_heads": 4,
+                "cross_attention_head_dim": 16,
+                "cross_attention_dim": 64,
+                "caption_channels": 48,
+                "sample_size": 8,
+                **(transformer_config or {}),
+            }),
+            "vae": AutoencoderDC(
+                latent_channels=8,
+                attention_head_dim=8,
+                encoder_block_types=blocks,
+                decoder_block_types=blocks,
+                encoder_block_out_channels=(8, 16, 16, 16),
+                decoder_block_out_channels=(8, 16, 16, 16),
+                encoder_layers_per_block=(1, 1, 1, 1),
+                decoder_layers_per_block=(1, 1, 1, 1),
+                encoder_qkv_multiscales=((), (), (), (5,)),
+                decoder_qkv_multiscales=((), (), (), (5,)),
+                downsample_block_type="Conv",
+                upsample_block_type="interpolate",
+                scaling_factor=0.41407,
+            ),
+            "text_encoder": Gemma2Model(Gemma2Config(
+                vocab_size=num_tokens,
+                hidden_size=48,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=12,
+                query_pre_attn_scalar=12,
+            )),
+        }
+    widen_head(parts["transformer"].proj_out)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    scheduler = scheduler_config or {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "flow_shift": 3.0,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "use_flow_sigmas": True,
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", {
+        "_class_name": "SanaPipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizerFast"],
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderDC"],
+    })
+    return folder
+
+
 def widen_head(head: Any) -> None:
     """Let a transformer's last layer, which no adapter changes, reach the size of what it has to predict."""
     head.weight.data.mul_(3)
@@ -510,6 +658,12 @@ def absent(folder: Path) -> dict[str, None]:
     """What a pipeline has to be told that a folder goes without; others may be left out in silence."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name) == [None, None]}
+
+
+def as_asked(pipeline: Any) -> dict[str, bool]:
+    """What a pipeline's call has to be told to draw the very size and words that it is given."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return {name: False for name in ("use_resolution_binning", "clean_caption") if name in takes}
 
 
 def make_vae(levels: int = 4, scaling_factor: float | None = 0.18215, kind: Any = None, **config: Any) -> Any:
@@ -607,7 +761,7 @@ def write_t5_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
-def qwen3_config(vocab_size: int, width: int, layers: int = 3) -> Any:
+def qwen3_config(vocab_size: int, width: int, layers: int = 3, heads: int = 4) -> Any:
     """Config of a tiny Qwen3."""
     from transformers import Qwen3Config
 
@@ -616,8 +770,8 @@ def qwen3_config(vocab_size: int, width: int, layers: int = 3) -> Any:
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         head_dim=16,
     )
 
@@ -701,6 +855,32 @@ def write_qwen_tokenizer(folder: Path) -> int:
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+def write_gemma_tokenizer(folder: Path) -> int:
+    """Write a BPE tokenizer as Gemma's, whose merges are learned from the instruction; how many tokens it has."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GemmaTokenizerFast
+
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581"), "merged_with_next")
+    texts = [text.replace(" ", "\u2581") for text in (*WORDS, *sana_instruction())]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    merges = [tuple(pair) for pair in model["merges"]]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    gemma = GemmaTokenizerFast(vocab=vocabulary, merges=merges, add_bos_token=True)
+    gemma.save_pretrained(folder)
+    return len(gemma)
+
+
+def sana_instruction() -> list[str]:
+    """What Sana's pipeline puts in front of a prompt, line by line."""
+    from diffusers import SanaPipeline
+
+    return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 def _legacy_vae(key: str) -> str:

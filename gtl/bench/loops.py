@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gtl.data.plan import Plan
+from gtl.train.assemble import assemble
 from gtl.train.loop import Lane, train
 from gtl.train.track import Tracker
-from gtl.train.worker import assemble, make_engines, make_loader, settle
+from gtl.train.worker import make_engines, make_loader, settle
 
 if TYPE_CHECKING:
     from gtl.config import Recipe
@@ -28,7 +29,7 @@ class Ours:
         self._recipe, self._dataset, self._device, self._tracker = recipe, dataset, device, tracker
         self.batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
         self.trainee = assemble(recipe, dtype)
-        self.plan = settle(recipe, self.trainee, device, self.batches.steps_per_epoch)
+        self.plan = settle(recipe, self.trainee, device, dtype, self.batches.steps_per_epoch)
         self._engines = make_engines(self.trainee, recipe, self.plan, device)
         self._done = 0
         self.rows: list[dict[str, float]] = []
@@ -44,10 +45,9 @@ class Ours:
         self._done = train(self._engines, loader, lane)
         return [row["loss"] for row in self.rows]
 
-    def _report(self, row: dict[str, float]) -> bool:
+    def _report(self, row: dict[str, float]) -> None:
         self._tracker.log(row)
         self.rows.append(row)
-        return False
 
     @property
     def data_wait(self) -> float:

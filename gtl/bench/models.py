@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gtl.storage import Store
 
@@ -50,7 +50,7 @@ def write_model(folder: Path, name: str) -> DiffusionFamily:
     return family
 
 
-def write_dataset(cache: Store, family: DiffusionFamily, name: str, images: int) -> Dataset:
+def write_dataset(cache: Store, family: DiffusionFamily, images: int) -> Dataset:
     """As many random images of the family's own size, encoded, with one caption."""
     import torch
 
@@ -62,7 +62,7 @@ def write_dataset(cache: Store, family: DiffusionFamily, name: str, images: int)
     rng = torch.Generator().manual_seed(0)
     size = family.default_size
     shape = family.latent_shape(*size)
-    width = UNETS[name]["cross_attention_dim"]
+    width = cast(Any, family).config(family.main)["cross_attention_dim"]
     entries, latents = [], {}
     for i in range(images):
         sha256 = hashlib.sha256(str(i).encode()).hexdigest()

@@ -84,7 +84,7 @@ def measure(model: str, batch_size: int, steps: int, rounds: int, progress: Prog
     load, taken = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as folder, process_group(folder, device):
         family = write_model(Path(folder, "model"), model)
-        dataset = write_dataset(Store(Path(folder, "cache")), family, model, IMAGES)
+        dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES)
         recipe = make_recipe(folder, batch_size)
         with Tracker(Store(Path(folder, "run"))) as tracker:
             ours, bare = Ours(recipe, dataset, device, dtype, tracker), Bare(recipe, dataset, device, dtype)

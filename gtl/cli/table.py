@@ -67,6 +67,25 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: RecipeFile,
+    set_: Set = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="NODESxGPUSxKIND", help="Such as 8x8xH100; this machine when left out.")
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """What a recipe needs of each GPU, and what `auto` will choose: from the model's config files alone."""
+    from gtl.config import load_recipe
+    from gtl.train.forecast import as_json, forecast, render
+
+    loaded = load_recipe(recipe, set_ or ())
+    with Bar() as bar:
+        found = forecast(loaded, cluster, bar)
+    print(json.dumps(as_json(found), indent=2) if json_ else render(found, loaded))
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="NAME, NAME@VERSION or the folder of a run.")],
     compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Another run, shown beside it.")] = None,

@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
@@ -32,13 +32,15 @@ class Source(Section):
     source: Place
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of its images' loss."""
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """Times that an epoch has each of its images."""
 
 
 class Data(Section):
     """The images and their captions."""
 
     source: Place | Annotated[list[Source], Field(min_length=1)]
-    """A folder, Parquet, WebDataset (.tar) or bucket URL, or a list of {source, weight}."""
+    """A folder, Parquet, WebDataset (.tar) or bucket URL, or a list of {source, weight, repeats}."""
     captions: Literal["auto", "metadata", "sidecar", "folder", "template"] = "auto"
     """auto: metadata.jsonl, then a .txt beside the image, then caption_template, then the folder's name."""
     caption_template: str | None = None
@@ -109,6 +111,17 @@ def default_steps(given: dict[str, Any]) -> int | None:
     return 1000 if given.get("epochs") is None else None
 
 
+def check_elastic(bounds: tuple[int, int]) -> tuple[int, int]:
+    """Refuse a range that holds nothing."""
+    if bounds[0] > bounds[1]:
+        raise ValueError("should be [fewest, most]")
+    return bounds
+
+
+Elastic = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], AfterValidator(check_elastic)]
+"""The fewest and the most."""
+
+
 class Train(Section):
     """The optimisation and where it runs."""
 
@@ -125,8 +138,9 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm."""
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Training processes. auto: one per GPU of the cluster, else one."""
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] | Elastic = "auto"
+    """Training processes. auto: one per GPU of the cluster, else one. [1, 4]: as many as there is room for, of at least
+    1 and at most 4, fewer when machines are lost and more when they come back."""
     gpus_per_worker: Literal["auto", 0, 1] = "auto"
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     zero: Zero = Zero()
@@ -137,6 +151,9 @@ class Train(Section):
     compile: bool = False
     """torch.compile the model's blocks."""
     checkpoints: Checkpoints = Checkpoints()
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Times that the run goes on by itself, from its newest checkpoint, after a worker or its machine died. Machines
+    that are taken away with notice do not count."""
     early_stopping: EarlyStopping | None = None
     """Needs data.validation."""
     seed: int = 0

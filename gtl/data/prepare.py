@@ -102,7 +102,7 @@ def check_sources(data: Data) -> None:
 
 
 def sources(data: Data) -> list[Source]:
-    """What the recipe names, with weights."""
+    """What the recipe names."""
     return data.source if isinstance(data.source, list) else [Source(source=data.source)]
 
 
@@ -119,7 +119,9 @@ def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, pro
 
     found = Scan()
     for s in sources(data):
-        found.extend(scan(s.source, rule, s.weight, cache, look, progress))
+        part = scan(s.source, rule, s.weight, cache, look, progress)
+        part.images *= s.repeats
+        found.extend(part)
     if prior is not None:
         drawn = scan(prior[0], CaptionRule.fixed(prior[1]), prior[2], cache, look, progress)
         drawn.images = [image._replace(record=replace(image.record, is_class_image=True)) for image in drawn.images]

@@ -154,7 +154,7 @@ def path_of(config: Mapping[str, Any]) -> NoisePath:
         UserError: the scheduler or its prediction type is unknown.
     """
     resolved = make_scheduler(config).config
-    if "FlowMatch" in config["_class_name"]:
+    if "FlowMatch" in config["_class_name"] or resolved.get("use_flow_sigmas"):
         return RectifiedFlow(_flow_shift(resolved), resolved["num_train_timesteps"])
     if "beta_schedule" not in resolved:
         # Such as EDM's (Karras et al. 2022, arXiv 2206.00364), which also scales what goes in and comes out.
@@ -196,6 +196,6 @@ def make_scheduler(config: Mapping[str, Any]) -> Any:
 def _flow_shift(config: Mapping[str, Any]) -> float:
     """A model whose shift grows with the image was made for the size at which it is greatest."""
     if not config.get("use_dynamic_shifting"):
-        return float(config["shift"])
+        return float(config["shift"] if "shift" in config else config["flow_shift"])
     greatest = float(config["max_shift"])
     return math.exp(greatest) if config.get("time_shift_type", "exponential") == "exponential" else greatest

@@ -66,6 +66,7 @@ def encode(
     Every rank encodes all of them in the same order: the engine would encode those of its share only, and weights that
     are spread over ranks demand as many forward passes of each.
     """
-    texts = {text for request in requests for text in (request.prompt, request.negative_prompt)}
+    negative = family.negative_text
+    texts = {text for request in requests for text in (request.prompt, negative(request.negative_prompt))}
     encoders = {part: parts[part] for part in family.encoders}
     return {text: family.encode_prompts(encoders, [text])[0] for text in sorted(texts)}

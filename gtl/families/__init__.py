@@ -21,6 +21,8 @@ FAMILIES: dict[str, str] = {
     "flux2_klein": "gtl.families.flux2_klein:Flux2Klein",
     "qwen_image": "gtl.families.qwen_image:QwenImage",
     "z_image": "gtl.families.z_image:ZImage",
+    "pixart": "gtl.families.pixart:PixArt",
+    "sana": "gtl.families.sana:Sana",
 }
 """Families by name, imported when opened."""
 
@@ -34,21 +36,26 @@ PIPELINES: dict[str, str] = {
     "Flux2KleinPipeline": "flux2_klein",
     "QwenImagePipeline": "qwen_image",
     "ZImagePipeline": "z_image",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
 }
 """Family by the pipeline class that model_index.json names."""
 
 
 def open_family(
-    source: str, family: str = "auto", revision: str | None = None, variant: str | None = None
+    source: str, family: str = "auto", revision: str | None = None, variant: str | None = None, weights: bool = True
 ) -> DiffusionFamily:
     """Find a model's files, downloading what is missing, and read its configs; no weight is loaded.
+
+    Without `weights` no weight file is downloaded either.
 
     Raises:
         UserError: there is no such model, its kind is not supported, or it is of another family than the given one.
     """
     if family not in ("auto", *FAMILIES):
         raise UserError(f"model.family: {family!r}: known families: auto, {', '.join(FAMILIES)}")
-    folder = resolve(source, revision, variant)
+    folder = resolve(source, revision, variant, weights)
     pipeline = read_json(folder / INDEX).get("_class_name")
     found = PIPELINES.get(str(pipeline))
     if found is None:
@@ -59,4 +66,5 @@ def open_family(
     module, _, name = FAMILIES[found].partition(":")
     opened = getattr(importlib.import_module(module), name)(folder, variant)
     opened.origin = (source, found, revision, variant)
+    opened.configs_only = not weights
     return opened

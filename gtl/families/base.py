@@ -136,7 +136,10 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] to the codec's raw moments: mean and logvar, each [B, C, h, w]."""
+        """Pixels [B, 3, H, W] in [-1, 1] to the codec's raw moments: mean and logvar, each [B, C, h, w].
+
+        A codec that encodes to a point and not to a distribution has no logvar.
+        """
         ...
 
     def sample_latents(self, moments: Mapping[str, Tensor], noise: Tensor) -> Tensor:
@@ -144,15 +147,22 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """What `encode_tokens` reads of each prompt, without a batch dimension; all of one shape."""
+        """What `encode_tokens` reads of each prompt, without a batch dimension; `collate` batches it."""
         ...
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
-        """Conditions of stacked tokens, [B, ...]; differentiable in the encoders' weights."""
+        """Conditions of a batch of tokens, [B, ...]; differentiable in the encoders' weights."""
         ...
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
-        """Conditions of each prompt, unbatched and without padding where the model has a mask."""
+        """Conditions of each prompt, unbatched; the padding's mask is among them where the model has one."""
+        ...
+
+    def negative_text(self, prompt: str) -> str:
+        """A negative prompt as `tokenize` and `encode_prompts` take it: itself in most models.
+
+        Other than itself where the model reads negative prompts in another way than prompts; "" is always "".
+        """
         ...
 
     def unconditional(self, empty: Conditions) -> Conditions:
@@ -179,7 +189,7 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
-        """Batch conditions of samples, [B, ...], padding what has to be."""
+        """Batch conditions or tokens of samples, [B, ...], padding what has to be."""
         ...
 
     def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:

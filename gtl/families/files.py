@@ -51,13 +51,13 @@ def components(index: dict[str, Any]) -> list[str]:
     return [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
 
 
-def patterns(names: Iterable[str], variant: str | None) -> list[str]:
+def patterns(names: Iterable[str], variant: str | None, weights: bool = True) -> list[str]:
     """Glob patterns of the files to read of these components: configs, tokenizers, safetensors of one variant."""
     number = "?????-of-?????"
     result = [INDEX]
     for name in names:
         result += [f"{name}/{kind}" for kind in ("*.json", "*.txt", "*.model", "*.jinja")]
-        for stem in STEMS:
+        for stem in STEMS if weights else ():
             middles = [f".{variant}", f".{variant}-{number}", f"-{number}.{variant}"] if variant else ["", f"-{number}"]
             result += [f"{name}/{stem}{middle}.safetensors" for middle in middles]
     return result

@@ -28,7 +28,7 @@ class Flux(LatentTransformer):
         "text_encoder_2": ("transformers", "T5EncoderModel"),
     }
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-    token_limits: ClassVar[Mapping[str, int]] = {"text_encoder_2": 512}
+    token_limits: Mapping[str, int] = {"text_encoder_2": 512}
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
 
     @property

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STATES = "encoder_hidden_states"
 STATES_MASK = f"{STATES}_mask"
+IDS = ids_of(TEXT_ENCODER)
 ATTENTION_MASK = "attention_mask"
 
 
@@ -25,7 +26,7 @@ class LanguageTransformer(LatentTransformer, ABC):
     """
 
     companions: ClassVar[Mapping[str, str]] = {TEXT_ENCODER: "tokenizer"}
-    token_limits: ClassVar[Mapping[str, int]] = {TEXT_ENCODER: 512}
+    token_limits: Mapping[str, int] = {TEXT_ENCODER: 512}
     reads_padding: ClassVar[bool] = False
     """Whether the transformer reads the states of padding like those of the prompt."""
     num_dropped: ClassVar[int] = 0
@@ -40,42 +41,51 @@ class LanguageTransformer(LatentTransformer, ABC):
         """What the transformer reads, [B, tokens, D], of the states in front of the layers and behind each of them."""
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """`input_ids` and `attention_mask` [tokens] of each prompt, cut and padded."""
+        """`input_ids` and `attention_mask` [tokens] of each prompt, cut and padded; see `collate`."""
         phrases = [self.phrase(prompt) for prompt in prompts]
-        read = self._read(TEXT_ENCODER, phrases, add_special_tokens=False)  # they are in the phrases
-        return unstack({name: read[name] for name in (ids_of(TEXT_ENCODER), ATTENTION_MASK)})
+        side = {} if self.reads_padding else {"padding_side": "right"}
+        read = self._read(TEXT_ENCODER, phrases, add_special_tokens=False, **side)  # they are in the phrases
+        return unstack({name: read[name] for name in (IDS, ATTENTION_MASK)})
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
-        """Selected hidden states, [B, tokens, D], of the longest prompt's length; see `collate`."""
-        return self.collate(self._encode(encoders, tokens))
+        """Selected hidden states, [B, tokens, D], and where prompts are padded their mask; see `collate`."""
+        encoder = cast(Any, encoders[TEXT_ENCODER])
+        given = {name: value.to(encoder.device) for name, value in tokens.items()}
+        # Without the head that makes words of the last states: nobody reads those.
+        output = encoder.base_model(**given, output_hidden_states=True, use_cache=False)
+        states = self.select(output.hidden_states)[:, self.num_dropped :]
+        if self.reads_padding or ATTENTION_MASK not in given:
+            return {STATES: states}
+        mask = given[ATTENTION_MASK][:, self.num_dropped :].bool()
+        return {STATES: states * mask[..., None], STATES_MASK: mask}
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
         """Selected hidden states of each prompt, [tokens, D], each as long as it is."""
-        return self._encode(encoders, self.collate(self.tokenize(prompts)))
-
-    def _encode(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> list[Conditions]:
-        encoder = cast(Any, encoders[TEXT_ENCODER])
-        ids, mask = (tokens[name].to(encoder.device) for name in (ids_of(TEXT_ENCODER), ATTENTION_MASK))
-        if not self.reads_padding:
-            needed = mask.any(0)
-            ids, mask = ids[:, needed], mask[:, needed]
-        # Without the head that makes words of the last states: nobody reads those.
-        output = encoder.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        states = self.select(output.hidden_states)
-        if self.reads_padding:
-            return [{STATES: each} for each in states]
-        return [{STATES: each[kept][self.num_dropped :]} for each, kept in zip(states, mask.bool(), strict=True)]
+        samples = super().encode_prompts(encoders, prompts)
+        return [
+            {STATES: sample[STATES][sample[STATES_MASK]]} if STATES_MASK in sample else sample for sample in samples
+        ]
 
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
-        """Batch conditions of samples, [B, ...], the shorter prompts filled up with zeros.
+        """Batch conditions or tokens of samples, [B, ...], as long as the longest prompt; others are filled up.
 
-        Where they are, `encoder_hidden_states_mask` [B, tokens] is False; it is left out where all are equally long.
+        `encoder_hidden_states_mask`, or `attention_mask`, [B, tokens] says where they are. It is left out where all
+        prompts are equally long, so that nothing that reads a batch of them depends on more than its shape.
         """
+        if STATES in conditions[0]:
+            return self._collate_states(conditions)
+        batch = super().collate(conditions)
+        if self.reads_padding or ATTENTION_MASK not in batch:
+            return batch
+        mask = batch.pop(ATTENTION_MASK)
+        needed = int(mask.sum(1).max())
+        batch[IDS] = batch[IDS][:, :needed]
+        return batch if mask[:, :needed].all() else {**batch, ATTENTION_MASK: mask[:, :needed]}
+
+    def _collate_states(self, conditions: Sequence[Conditions]) -> Conditions:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        if STATES not in conditions[0]:  # tokens, or what else there is where the text encoder runs in training
-            return super().collate(conditions)
         states = [sample[STATES] for sample in conditions]
         batch = super().collate([{k: v for k, v in sample.items() if k != STATES} for sample in conditions])
         batch[STATES] = pad_sequence(states, batch_first=True)

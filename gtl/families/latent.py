@@ -28,6 +28,7 @@ TOKENIZERS = {
     "Qwen2_5_VLForConditionalGeneration": "Qwen2Tokenizer",
     # Its processor, which also takes pictures, reads text with it; which class that is, is written beside it.
     "Mistral3ForConditionalGeneration": "AutoTokenizer",
+    "Gemma2Model": "GemmaTokenizerFast",
 }
 """What reads prompts for a text encoder, by its class; all in transformers."""
 
@@ -39,8 +40,8 @@ class LatentDiffusion(DiffusersLayout, ABC):
     """
 
     codec: ClassVar[str | None] = "vae"
-    token_limits: ClassVar[Mapping[str, int]] = {}
-    """Of some encoders: how many tokens the model reads, where that is fewer than the tokenizer's length."""
+    token_limits: Mapping[str, int] = {}
+    """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
 
     @property
     def classifier_free(self) -> bool:
@@ -74,11 +75,11 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """Channels of the latents."""
         return int(self.config("vae").get("latent_channels", 4))
 
-    def levels(self, part: str) -> int:
-        """Resolutions that a part works at, each half of the one before."""
-        channels = self.config(part).get("block_out_channels")
+    def levels(self, part: str, key: str = "block_out_channels") -> int:
+        """Resolutions that a part works at, each half of the one before; its config lists their channels."""
+        channels = self.config(part).get(key)
         if not channels:
-            raise UserError(f"{self.folder / part / 'config.json'}: block_out_channels: missing")
+            raise UserError(f"{self.folder / part / 'config.json'}: {key}: missing")
         return len(channels)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -129,7 +130,7 @@ class LatentDiffusion(DiffusersLayout, ABC):
     def _read(self, part: str, prompts: Sequence[str], **options: Any) -> Any:
         """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
         tokenizer = self.tokenizers[part]
-        length = min(tokenizer.model_max_length, self.token_limits.get(part, tokenizer.model_max_length))
+        length = self.token_limits.get(part, tokenizer.model_max_length)
         return tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options
         )
@@ -148,6 +149,10 @@ class LatentDiffusion(DiffusersLayout, ABC):
                 raise UserError(f"{folder}: not a {name} that can be read: {reason}") from error
 
         return {part: load(part) for part in self.encoders}
+
+    def negative_text(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
 
     def unconditional(self, empty: Conditions) -> Conditions:
         """The empty prompt's conditions."""

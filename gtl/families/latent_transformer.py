@@ -1,34 +1,36 @@
-"""What latent flow models with a transformer share (Esser et al. 2024, arXiv 2403.03206).
-
-Their blocks attend to image and text jointly.
-"""
+"""What latent models with a transformer share (Peebles & Xie 2022, arXiv 2212.09748)."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from gtl.families.base import Conditions
-from gtl.families.latent import LatentDiffusion
-from gtl.families.targets import JOINT, find_targets
+from gtl.families.latent import LatentDiffusion, unstack
+from gtl.families.targets import CROSS, JOINT, Endings, find_targets
 from gtl.types import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 PACKED = 2
 """Latents a side of a token, in models whose tokens are packed outside of the transformer."""
 
 
 class LatentTransformer(LatentDiffusion, ABC):
-    """A transformer over patches of the latents of a VAE that predicts a flow."""
+    """A transformer over patches of the latents of a VAE, whose blocks attend to image and text jointly."""
 
     main: ClassVar[str] = "transformer"
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """Lists of blocks, in the order they run."""
     head: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
     """Behind the blocks."""
+    endings: ClassVar[Endings] = JOINT
+    """Of the layers in the target sets that are known by them."""
+    reader: ClassVar[str] = "attn"
+    """Name, in a block, of the attention that reads the text."""
 
     def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
         """Every transformer block in execution order."""
@@ -43,11 +45,11 @@ class LatentTransformer(LatentDiffusion, ABC):
 
     def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
         """Full names of the layers that a target set names, in order."""
-        return find_targets(main, self.embedders(main), self.blocks(main), targets, JOINT)
+        return find_targets(main, self.embedders(main), self.blocks(main), targets, self.endings)
 
     def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
-        """The joint attention of every block, which reads image and text."""
-        return tuple(f"{block}.attn" for (block,) in self.blocks(main))
+        """Of every block, the attention that reads the text."""
+        return tuple(f"{block}.{self.reader}" for (block,) in self.blocks(main))
 
     @property
     def patch_size(self) -> int:
@@ -61,8 +63,12 @@ class LatentTransformer(LatentDiffusion, ABC):
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the VAE was made for: the configs of most transformers have none."""
-        size = int(self.config("vae")["sample_size"])
+        """(height, width) in pixels the transformer was made for, or else the VAE: not every transformer's config says.
+
+        That of a transformer counts in latents.
+        """
+        latents = self.config(self.main).get("sample_size")
+        size = int(self.config("vae")["sample_size"]) if latents is None else int(latents) * self.latent_scale
         return size, size
 
     def guidance_conditions(self, scale: float) -> Conditions:
@@ -107,6 +113,24 @@ class LatentTransformer(LatentDiffusion, ABC):
     def sampler_options(self, steps: int) -> dict[str, Any]:
         """What else the family's pipeline in diffusers tells the scheduler."""
         return {}
+
+
+class CrossTransformer(LatentTransformer, ABC):
+    """A transformer whose blocks attend to the image, and then to the text of one encoder without its padding."""
+
+    endings: ClassVar[Endings] = CROSS
+    reader: ClassVar[str] = "attn2"
+
+    def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """`input_ids` and `attention_mask` [tokens] of each prompt, in lower case; cut and padded."""
+        batch = self._read("text_encoder", [prompt.lower().strip() for prompt in prompts])
+        return unstack({name: batch[name] for name in ("input_ids", "attention_mask")})
+
+    def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
+        """The encoder's last hidden states, [B, tokens, D], and `encoder_attention_mask` [B, tokens]: 0 is padding."""
+        encoder = cast(Any, encoders["text_encoder"])
+        given = {name: value.to(encoder.device) for name, value in tokens.items()}
+        return {"encoder_hidden_states": encoder(**given)[0], "encoder_attention_mask": given["attention_mask"]}
 
 
 def equal_steps(steps: int) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gtl.families.base import Conditions
 from gtl.families.latent import LatentDiffusion
-from gtl.families.targets import UNET, find_targets
+from gtl.families.targets import CROSS, find_targets
 from gtl.families.unet import unet_blocks, unet_cross_attentions, unet_embedders
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class LatentUNet(LatentDiffusion, ABC):
 
     def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
         """Full names of the layers that a target set names, in order."""
-        return find_targets(main, self.embedders(main), self.blocks(main), targets, UNET)
+        return find_targets(main, self.embedders(main), self.blocks(main), targets, CROSS)
 
     def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
         """The second attention of every transformer block."""

@@ -27,12 +27,16 @@ class DiffusersLayout:
     main: ClassVar[str]
     classes: Mapping[str, tuple[str, str]]
     """Of every part: the library and class it is made with. Of an opened model: of the parts that it has."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Names that models were published under before a class was renamed -> its name."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """Parts that a model may go without."""
     companions: ClassVar[Mapping[str, str]] = {}
     """Of some parts: the folder beside it that belongs to it, such as a text encoder's tokenizer."""
     origin: tuple[str, str, str | None, str | None] | None = None
     """What `open_family` was asked for, if it made this."""
+    configs_only: bool = False
+    """Whether it was opened to ask for shapes, and its weight files need not be there."""
 
     def __init__(self, folder: Path, variant: str | None = None) -> None:
         """No weight is read.
@@ -48,7 +52,7 @@ class DiffusersLayout:
         for part, expected in self.classes.items():
             found = index.get(part) or [None, None]
             name = found[1] if isinstance(found, list) and len(found) == 2 else found
-            if name != expected[1]:
+            if self.aliases.get(str(name), name) != expected[1]:
                 raise UserError(f"{folder / INDEX}: {part}: {name}; expected {expected[1]}")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,11 +98,20 @@ class DiffusersLayout:
         yield from read_tensors(files, module.state_dict().keys(), ties_of(module))
 
     def load(self, part: str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-        """Build and fill a part, frozen and in eval mode. dtype None keeps the stored one.
+        """Build and fill a part, frozen and in eval mode. dtype None keeps the stored one; on meta nothing is filled.
 
         Raises:
             UserError: files are missing, damaged, or do not match the config.
         """
+        if device == "meta":
+            import torch
+
+            with torch.device("meta"):
+                module = self.build(part)
+            for tensor in module.state_dict(keep_vars=True).values():
+                if dtype is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+            return module.requires_grad_(False).eval()
         files = weight_files(self.folder / part, self.variant)
         with parameters_on_meta():
             module = self.build(part)

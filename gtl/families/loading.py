@@ -24,7 +24,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without storage, and real buffers.
+    """Modules built inside have parameters without storage, and real buffers; what they draw is not seen outside.
 
     `torch.device("meta")` would also take the buffers that are in no file, such as position ids.
     """
@@ -40,7 +40,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # declared without a result
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):  # some parameters are drawn before they are registered
+            yield
     finally:
         handle.remove()
 

@@ -31,7 +31,7 @@ class QwenImage(LanguageTransformer):
         "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration"),
     }
     num_dropped: ClassVar[int] = 34  # the instructions, and what begins the user's message
-    token_limits: ClassVar[Mapping[str, int]] = {"text_encoder": 512 + num_dropped}
+    token_limits: Mapping[str, int] = {"text_encoder": 512 + num_dropped}
 
     @property
     def latent_scale(self) -> int:

@@ -32,18 +32,12 @@ class StableDiffusion3(LatentTransformer):
     companions: ClassVar[Mapping[str, str]] = {
         "text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", T5: "tokenizer_3",
     }  # fmt: skip
-    token_limits: ClassVar[Mapping[str, int]] = {T5: T5_TOKENS}
+    token_limits: Mapping[str, int] = {T5: T5_TOKENS}
 
     @property
     def max_size(self) -> int:
         """Beyond it there are no position embeddings."""
         return int(self.config("transformer")["pos_embed_max_size"]) * self.multiple
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the model was made for."""
-        size = int(self.config("transformer")["sample_size"]) * self.latent_scale
-        return size, size
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
         """CLIP's penultimate hidden states side by side, filled up with zeros, then T5's last, [B, tokens, D].

@@ -16,8 +16,10 @@ BUILTIN = "builtin:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve(source: str, revision: str | None = None, variant: str | None = None) -> Path:
+def resolve(source: str, revision: str | None = None, variant: str | None = None, weights: bool = True) -> Path:
     """The local folder of a hub id, a local folder or a bucket URL; downloads what is not there yet.
+
+    Without `weights` only configs and tokenizers are sure to be in it.
 
     Raises:
         UserError: there is no such model, it can't be reached, or it is not in diffusers layout.
@@ -26,11 +28,11 @@ def resolve(source: str, revision: str | None = None, variant: str | None = None
     if source.startswith(BUILTIN):
         folder = _builtin(source.removeprefix(BUILTIN))
     elif "://" in source:
-        folder = fetch(source, variant)
+        folder = fetch(source, variant, weights)
     elif path.exists() or source.startswith((".", "/", "~")):
         folder = _local(path)
     elif HUB_ID.fullmatch(source):
-        return download(source, revision, variant)
+        return download(source, revision, variant, weights)
     else:
         raise UserError(f"model.source: {source!r}: neither a folder here, nor a hub id (owner/name), nor a bucket URL")
     if revision is not None:
@@ -63,7 +65,7 @@ def _local(path: Path) -> Path:
     return path
 
 
-def download(repository: str, revision: str | None, variant: str | None) -> Path:
+def download(repository: str, revision: str | None, variant: str | None, weights: bool = True) -> Path:
     """The snapshot of a hub repository in the hub's own cache; only the files that are read."""
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
@@ -71,7 +73,8 @@ def download(repository: str, revision: str | None, variant: str | None) -> Path
     try:
         index = Path(hf_hub_download(repository, INDEX, revision=revision))
         wanted = [name for name in components(read_json(index)) if name not in EXTRAS]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns(wanted, variant)))
+        allowed = patterns(wanted, variant, weights)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
     except errors.LocalEntryNotFoundError:
         raise UserError(
             f"{where}: not in the local cache, and the hub is off-line or can't be reached; nor is it a folder here"
@@ -90,7 +93,7 @@ def download(repository: str, revision: str | None, variant: str | None) -> Path
         raise UserError(f"{where}: not downloaded: {error.strerror or error}") from error
 
 
-def fetch(url: str, variant: str | None) -> Path:
+def fetch(url: str, variant: str | None, weights: bool = True) -> Path:
     """A local copy of a model in a bucket, fetched once per machine; again when the bucket's files have changed."""
     from filelock import FileLock
     store = Store(url)
@@ -102,11 +105,13 @@ def fetch(url: str, variant: str | None) -> Path:
         raise UserError(f"model.source: {store.url(INDEX)}: not readable as JSON: {error}") from error
     if not isinstance(index, dict):
         raise UserError(f"model.source: {store.url(INDEX)}: expected a JSON object, found {type(index).__name__}")
-    wanted = patterns([name for name in components(index) if name not in EXTRAS], variant)
+    wanted = patterns([name for name in components(index) if name not in EXTRAS], variant, weights)
     listing = {
         key: [size, mtime] for key, size, mtime in store.list() if any(fnmatchcase(key, pattern) for pattern in wanted)
     }
-    folder = cache_home() / "models" / hashlib.sha256(f"{store.url()} {variant}".encode()).hexdigest()[:16]
+    # Apart from a copy with weights, which would be removed as files that are gone there.
+    identity = f"{store.url()} {variant}{'' if weights else ' configs'}"
+    folder = cache_home() / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     stamp = folder / ".complete.json"
     with FileLock(folder.with_suffix(".lock")):

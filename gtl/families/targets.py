@@ -19,10 +19,15 @@ def _with_attention(attention: tuple[str, ...], feed_forward: tuple[str, ...]) -
     return {"attention": attention, "attention+ff": (*attention, *feed_forward)}
 
 
-UNET = _with_attention(("to_q", "to_k", "to_v", "to_out.0"), ("ff.net.0.proj", "ff.net.2"))
+CROSS = _with_attention(
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    # Sana's feed-forward is of convolutions.
+    ("ff.net.0.proj", "ff.net.2", "ff.conv_inverted", "ff.conv_point"),
+)
+"""In transformer blocks that attend to the image, and then to the text."""
 JOINT = _with_attention(
     (
-        *UNET["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        *CROSS["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         # FLUX.2's single blocks have one projection into attention and feed-forward, and one out of both.
         "to_qkv_mlp_proj", "attn.to_out",
     ),
@@ -57,6 +62,8 @@ def find_targets(
 ) -> list[str]:
     """Names of linear and convolution layers, in execution order: of the blocks, and for a list of endings of all.
 
+    The sets leave out convolutions by groups of channels: an adapter's rank would have to be a multiple of the groups.
+
     `before` and `blocks` are the module-name prefixes of `Family.embedders` and `Family.blocks`; `endings` say what
     the family's sets are.
 
@@ -68,6 +75,7 @@ def find_targets(
     layers = {name: module for name, module in main.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     inside = ordered(layers, [prefix for block in blocks for prefix in block])
     if isinstance(targets, str):
+        inside = [name for name in inside if getattr(layers[name], "groups", 1) == 1]
         if targets == "all-linear+conv":
             return inside
         if targets == "all-linear":

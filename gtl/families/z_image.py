@@ -30,6 +30,7 @@ class ZImage(LanguageTransformer):
     }
     stacks: ClassVar[tuple[str, ...]] = ("noise_refiner", "context_refiner", "layers")
     head: ClassVar[tuple[str, ...]] = ("all_final_layer",)
+    reader: ClassVar[str] = "attention"
 
     @property
     def patch_size(self) -> int:
@@ -48,7 +49,7 @@ class ZImage(LanguageTransformer):
 
     def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
         """The attention of the blocks behind the refiners."""
-        return tuple(f"{block}.attention" for (block,) in self.blocks(main) if block.startswith("layers."))
+        return tuple(name for name in super().cross_attentions(main) if name.startswith("layers."))
 
     def phrase(self, prompt: str) -> str:
         """The prompt as a user's message that the assistant is about to answer."""

@@ -239,7 +239,7 @@ class Engine:
         return self._prompts[prompt]
 
     def _negative(self, prompt: str) -> Conditions:
-        encoded = self._encoded(prompt)
+        encoded = self._encoded(self.family.negative_text(prompt))
         return encoded if prompt else self.family.unconditional(encoded)
 
     def _completed(self, conditions: Conditions, request: Request) -> Conditions:

@@ -91,6 +91,11 @@ class Autoencoder(nn.Module):
 
 
 def divergence(moments: Mapping[str, Tensor]) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each sample in nats, [B], fp32 (arXiv 1312.6114, appendix B)."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each sample in nats, [B], fp32 (arXiv 1312.6114, appendix B).
+
+    0 for a codec that encodes to a point, which has none.
+    """
+    if "logvar" not in moments:
+        return torch.zeros(len(moments["mean"]), device=moments["mean"].device)
     mean, logvar = moments["mean"].float(), moments["logvar"].float()
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)

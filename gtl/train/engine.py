@@ -19,6 +19,7 @@ from gtl.train.checkpoint import Shapes, State
 from gtl.train.flops import FlopMeter
 from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
 from gtl.train.optimizer import MOMENTS, make_optimizer, read_moments, write_moments
+from gtl.train.plan import BUCKET
 from gtl.train.schedule import ema_decay, learning_rate
 from gtl.types import Batch, Losses
 
@@ -231,7 +232,7 @@ def make_config(
     train: Train, stage: int, micro_batch: int, accumulation: int, numel: int, device: torch.device
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: fp32 mode, and buffers no larger than the `numel` trained elements need."""
-    bucket = min(max(numel, 1), 50_000_000)
+    bucket = min(max(numel + numel % 2, 2), BUCKET)  # DeepSpeed refuses odd ones
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

@@ -6,7 +6,6 @@ forward and backward, where frozen weights take no gradient, without what activa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,15 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from gtl.train.gpus import find_gpu
 from gtl.types import Batch
-
-PEAKS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "RTX 6000 Ada": 364e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-"""Words of a GPU's name -> dense bf16 operations a second, from the vendor's data sheets; the first that fits."""
-
 
 Shape = tuple[int, ...]
 
@@ -134,9 +126,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second that a GPU can do at most in bf16; None for what is not in the table."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name: str) -> float | None:
-    """The table's entry for a GPU's name: an RTX A4000 is no A40."""
-    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 class Resources:
     """What one run takes from the cluster."""
 
-    workers: int
+    workers: int | tuple[int, int]
+    """So many, or the fewest and the most."""
     gpus_per_worker: int
     cpus_per_worker: float
     dtype: str
@@ -150,15 +151,16 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     asked = recipe.train
     gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
     workers = (int(cluster.gpus) if gpus else 1) if asked.workers == "auto" else asked.workers
-    if workers * gpus > cluster.gpus:
+    fewest = workers[0] if isinstance(workers, tuple) else workers
+    if fewest * gpus > cluster.gpus:
         raise UserError(
-            f"train.workers: {workers} workers with {gpus} GPU each need {workers * gpus} GPUs; the cluster has "
+            f"train.workers: {fewest} workers with {gpus} GPU each need {fewest * gpus} GPUs; the cluster has "
             f"{cluster.gpus:g} (train.gpus_per_worker: 0 trains on CPUs)"
         )
-    if workers * asked.cpus_per_worker > cluster.cpus:
+    if fewest * asked.cpus_per_worker > cluster.cpus:
         raise UserError(
-            f"train.workers: {workers} workers with {asked.cpus_per_worker:g} CPUs each need "
-            f"{workers * asked.cpus_per_worker:g} CPUs; the cluster has {cluster.cpus:g}"
+            f"train.workers: {fewest} workers with {asked.cpus_per_worker:g} CPUs each need "
+            f"{fewest * asked.cpus_per_worker:g} CPUs; the cluster has {cluster.cpus:g}"
         )
     dtype = recipe.model.dtype
     resolved = ("bf16" if gpus else "fp32") if dtype == "auto" else dtype
@@ -184,7 +186,8 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
         except Exception as error:  # handed to the main thread below
             failures.append(error)
 
-    progress("workers", 0, 0, f"starting {resources.workers}")
+    number = resources.workers
+    progress("workers", 0, 0, f"starting {' to '.join(map(str, number)) if isinstance(number, tuple) else number}")
     thread = threading.Thread(target=fit, daemon=True)
     with stop_signals(lambda: board.stop.remote()) as stopped:
         thread.start()
@@ -192,9 +195,9 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
             for rows in follow(thread, lambda: ray.get(board.take.remote())):
                 show(rows, progress)
                 services.log(rows)
+                if mistake := ray.get(board.mistake.remote()):
+                    raise UserError(mistake)
             services.is_finished = job.run.exists(RESULT)
-    if mistake := ray.get(board.mistake.remote()):
-        raise UserError(mistake)
     if failures:
         raise RuntimeError(f"{job.run.url()}: a worker failed; what it saved stands, --resume goes on") from failures[0]
     if not job.run.exists(RESULT):
@@ -213,7 +216,7 @@ def follow(thread: threading.Thread, take: Callable[[], list[Row]]) -> Iterator[
 
 def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
     """The Ray Train run of a job. Its name is the version, which no other run has."""
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     folder = Store(job.run.url().rsplit("/", 1)[0])
@@ -221,10 +224,14 @@ def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
         main,
         train_loop_config={"job": asdict(job), "board": board},
         scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=bool(resources.gpus_per_worker),
+            num_workers=resources.workers,  # type: ignore[arg-type]  # a range, too
+            use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
         ),
-        run_config=RunConfig(name=job.version, storage_path=folder.path(), storage_filesystem=folder.fs),
+        run_config=RunConfig(
+            name=job.version, storage_path=folder.path(), storage_filesystem=folder.fs,
+            failure_config=FailureConfig(max_failures=job.recipe["train"]["max_failures"]),
+        ),
     )  # fmt: skip
 
 
@@ -290,7 +297,7 @@ def publish(job: Job, recipe: Recipe, base: Base, images: int) -> Reference:
 def count_learned(dataset: Dataset, validation: float) -> int:
     """Images of the subject that are learned from: neither class images nor those that are held out."""
     trained, _ = dataset.split(validation)
-    return sum(not entry.record.is_class_image for entry in trained.entries)
+    return len({entry.record.uri for entry in trained.entries if not entry.record.is_class_image})
 
 
 def report(run: Store) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from gtl.data.dataset import Dataset
     from gtl.evaluate.validation import Validation
+    from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
-    from gtl.train.worker import Trainee
 
 SAMPLES = "samples"
 """In a run's folder: grids by the steps made before them."""
@@ -95,7 +95,7 @@ class Grid:
         if family.codec and family.codec not in parts:  # which training has no use for, so its memory is given back
             parts[family.codec] = family.load(family.codec, torch.float32, str(self.device))
         if self.dataset.prompts is not None:
-            texts = {*self.prompts, shown.negative_prompt}
+            texts = {*self.prompts, family.negative_text(shown.negative_prompt)}
             encoded = {text: self.dataset.prompts.read(prompt_key(text)) for text in sorted(texts)}
         requests = [
             Request(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from torch import Tensor
+
+
+Wish = Literal["save", "stop"]
+"""What somebody outside asks of a run: to save and go on, or to save and stop."""
 
 
 class DivergedError(UserError):
@@ -137,8 +141,8 @@ class Lane:
     """Steps between two saves; the last step is saved too."""
     save: Callable[[int], None]
     """Saves the state after that many steps. Called on every rank at the same step."""
-    report: Callable[[dict[str, float]], bool]
-    """Takes a row of metrics, on rank 0; returns whether somebody asked the run to stop."""
+    report: Callable[[dict[str, float]], Wish | None]
+    """Takes a row of metrics, on rank 0; returns what somebody asks of the run, if anything."""
     look: Look = field(default_factory=NoLook)
     """Measures the model; asked after every step, and before the first."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -229,8 +233,13 @@ class Lane:
         return self._agreed_stop
 
     def _tell(self, row: dict[str, float]) -> None:
-        if dist.get_rank() == 0 and self.report(row):
-            self._asked_stop = True
+        if dist.get_rank() != 0:
+            return
+        wish = self.report(row)
+        if wish == "stop":
+            self.request_stop()
+        elif wish == "save":
+            self.request_save()
 
     def finish(self) -> None:
         """Save what was done since the last save."""

@@ -4,39 +4,57 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from gtl.config import Recipe
 from gtl.types import UserError
 
+if TYPE_CHECKING:
+    from gtl.train.footprint import Footprint
+
 CPU_MICRO_BATCH = 4
-GPU_MICRO_BATCH = 8
-TRAINABLE_BYTES = 16
-"""Of one trained parameter in fp32: weight 4, gradient 4, AdamW's two moments 8."""
-STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
-WEIGHTS_SHARE = 0.6
-"""Share of a device's memory that weights and optimizer may take; the rest is for activations."""
+GPU_MICRO_BATCH = 32
+"""Beyond it nothing gets faster."""
+STAGES = (0, 1, 2, 3)
+BUCKET = 50_000_000
+"""Elements of the buffer through which gradients are reduced, at most."""
+USABLE = 0.9
+"""Share of a device's memory that a plan may fill. The rest is for the backward pass's own tensors, for what the
+libraries take, and for gaps."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one device."""
+
+    weights: float
+    """Frozen and trained ones, with the fp32 masters of the trained ones where ZeRO keeps them apart, and the EMA."""
+    gradients: float
+    """Of the trained weights."""
+    optimizer: float
+    """AdamW's two moments."""
+    buffers: float
+    """Through which gradients are reduced, and the largest block's weights where they are gathered for its turn."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
 @dataclass(frozen=True)
 class Memory:
     """What has to fit on a device, and the device."""
 
-    frozen_bytes: int
-    """Weights that do not move."""
-    trainable: int
-    """Number of parameters that do."""
-    device_bytes: int
+    footprint: Footprint
+    device_bytes: float
+    """Of the smallest device."""
 
-    def needed(self, stage: int, workers: int) -> float:
-        """Bytes of weights, gradients and optimizer on one of the workers, without activations.
-
-        Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights (arXiv 1910.02054, figure 1).
-        """
-        sharded = {0: 0, 1: 8, 2: 12, 3: 16}[stage]
-        whole = TRAINABLE_BYTES - sharded
-        frozen = self.frozen_bytes / workers if stage == 3 else self.frozen_bytes
-        return frozen + self.trainable * (whole + sharded / workers)
+    @property
+    def budget(self) -> float:
+        """Bytes that a plan may fill."""
+        return USABLE * self.device_bytes
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,28 @@ class TrainPlan:
     """Forward passes of one worker per step."""
 
 
+def need(footprint: Footprint, recipe: Recipe, *, stage: int, workers: int, micro_batch: int) -> Need:
+    """What one of the workers holds under a ZeRO stage.
+
+    Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights (arXiv 1910.02054, figure 1). From stage 1
+    on every worker has fp32 masters of its share beside the weights that the forward pass reads.
+    """
+    train, trained = recipe.train, footprint.trained
+    weights_share, gradients_share, share = (1 / workers if stage >= first else 1.0 for first in (3, 2, 1))
+    averaged = 4 if train.ema else 0
+    masters = 4 if stage else 0
+    moments = 2 if train.optimizer.type == "adamw_8bit" else 8
+    weights = (footprint.frozen_bytes + 4 * trained) * weights_share + trained * (masters + averaged) * share
+    buffer = 4 * min(trained, BUCKET) if stage else 0
+    return Need(
+        weights=weights,
+        gradients=4 * trained * gradients_share,
+        optimizer=moments * trained * share,
+        buffers=buffer + (footprint.largest_bytes if stage == 3 else 0),
+        activations=footprint.activations(micro_batch, train.activation_checkpointing),
+    )
+
+
 def choose(recipe: Recipe, *, workers: int, steps_per_epoch: int, memory: Memory | None = None) -> TrainPlan:
     """Settle a recipe for a number of workers. `memory` is None on CPUs, where nothing is sharded unless asked for.
 
@@ -58,16 +98,8 @@ def choose(recipe: Recipe, *, workers: int, steps_per_epoch: int, memory: Memory
         UserError: the model fits on no device, however it is sharded.
     """
     train = recipe.train
-    stage = train.zero.stage
-    if stage == "auto":
-        stage = choose_stage(memory, workers, recipe.pair.max_zero_stage)
     share = math.ceil(train.batch_size / workers)
-    if train.micro_batch == "auto":
-        # The smallest that makes no more passes than the largest would: fewer places are only filled.
-        passes = math.ceil(share / (CPU_MICRO_BATCH if memory is None else GPU_MICRO_BATCH))
-        micro_batch = math.ceil(share / passes)
-    else:
-        micro_batch = min(train.micro_batch, share)
+    stage, micro_batch = settle_sizes(recipe, workers, share, memory)
     return TrainPlan(
         steps=train.steps or steps_per_epoch * (train.epochs or 1),
         stage=stage,
@@ -76,20 +108,39 @@ def choose(recipe: Recipe, *, workers: int, steps_per_epoch: int, memory: Memory
     )
 
 
-def choose_stage(memory: Memory | None, workers: int, max_stage: int) -> Literal[0, 1, 2, 3]:
-    """The first ZeRO stage that fits, since every further one costs communication.
+def settle_sizes(recipe: Recipe, workers: int, share: int, memory: Memory | None) -> tuple[int, int]:
+    """The ZeRO stage and the micro-batch: the first stage that fits, since every further one costs communication, and
+    in it the largest micro-batch that does.
 
     Raises:
-        UserError: none does.
+        UserError: nothing fits.
     """
+    asked_stage, asked = recipe.train.zero.stage, recipe.train.micro_batch
+    sizes = micro_batches(share, CPU_MICRO_BATCH if memory is None else GPU_MICRO_BATCH) if asked == "auto" else [
+        min(asked, share)
+    ]  # fmt: skip
+    stages = STAGES[: recipe.pair.max_zero_stage + 1] if asked_stage == "auto" else [asked_stage]
     if memory is None:
-        return 0
-    budget = WEIGHTS_SHARE * memory.device_bytes
-    for stage in STAGES[: max_stage + 1]:
-        if memory.needed(stage, workers) <= budget:
-            return stage
-    needed = memory.needed(max_stage, workers)
+        return stages[0], sizes[0]
+    for stage in stages:
+        for size in sizes:
+            if need(memory.footprint, recipe, stage=stage, workers=workers, micro_batch=size).total <= memory.budget:
+                return stage, size
+    if asked_stage != "auto":  # the user's own word, and an estimate is no reason to refuse it
+        return asked_stage, sizes[-1]
+    least = need(memory.footprint, recipe, stage=stages[-1], workers=workers, micro_batch=sizes[-1])
+    more = "" if recipe.train.activation_checkpointing else "train.activation_checkpointing: true, "
     raise UserError(
-        f"train.zero.stage: auto: weights and optimizer need {needed / 2**30:.1f} GiB on each of {workers} workers, "
-        f"{budget / 2**30:.1f} GiB of a device are for them; take more workers or a smaller model"
+        f"train.zero.stage: auto: at stage {stages[-1]} and micro-batch {sizes[-1]} each of {workers} workers needs "
+        f"{least.total / 2**30:.1f} GiB, of which activations are {least.activations / 2**30:.1f} GiB; "
+        f"{memory.budget / 2**30:.1f} GiB of a device are for them; take {more}more workers or a smaller model"
     )
+
+
+def micro_batches(share: int, largest: int) -> list[int]:
+    """Sizes that go through a worker's share in 1, 2, 3, ... passes, from at most `largest` down to 1.
+
+    Each is the smallest that makes no more passes: a larger one would only fill more places.
+    """
+    fewest = math.ceil(share / largest)
+    return list(dict.fromkeys(math.ceil(share / passes) for passes in range(fewest, share + 1)))

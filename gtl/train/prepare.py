@@ -39,7 +39,9 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
         check_sources(recipe.data)  # before the class images, which take long
         extra = (draw_on_cluster(family, prior, cache, dtype, gpus, progress), prior.prompt, prior.weight)
     shown = recipe.evaluate
-    prompts = [shown.negative_prompt, *shown.prompts] if isinstance(shown.prompts, list) else [shown.negative_prompt]
+    prompts = [family.negative_text(shown.negative_prompt)]
+    if isinstance(shown.prompts, list):
+        prompts += shown.prompts
     return encode(
         recipe.data, family, cache, dtype=dtype, needs=recipe.needs, prior=extra, prompts=prompts, progress=progress
     )

@@ -17,7 +17,7 @@ from gtl.types import UserError
 
 HARMLESS = {"storage", "evaluate", "train.workers", "train.gpus_per_worker", "train.cpus_per_worker",
             "train.micro_batch", "train.zero", "train.checkpoints", "train.activation_checkpointing",
-            "train.compile"}  # fmt: skip
+            "train.compile", "train.max_failures"}  # fmt: skip
 """Keys that may change between a run and its resumption without changing what is learned."""
 PUBLISHED = "adapter.json"
 """In a run's folder: the card under which the registry has its adapter."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,17 @@ from gtl.types import DTYPES, UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from gtl.data.dataset import Dataset
     from gtl.data.loader import Loader
     from gtl.data.plan import Plan
     from gtl.families.base import DiffusionFamily
-    from gtl.objectives.base import Objective
+    from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
     from gtl.train.look import Watch
+    from gtl.train.loop import Wish
     from gtl.train.plan import TrainPlan
-    from gtl.tuners.base import Tuner
+    from gtl.train.saver import Saver
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -39,8 +38,8 @@ BEST = "best"
 RESULT = "result.json"
 """In a run's folder, written last: all steps are made and the adapter is exported."""
 
-Notify = Callable[[dict[str, float]], bool]
-"""Takes a row of metrics on rank 0; returns whether somebody asked the run to stop."""
+Notify = Callable[[dict[str, float]], "Wish | None"]
+"""Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything."""
 
 
 @dataclass(frozen=True)
@@ -64,33 +63,31 @@ class Job:
         return Store(f"{self.recipe['storage']['runs']}/{self.name}/{self.version}")
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """The model at hand, with what moves in it and what it learns."""
-
-    family: DiffusionFamily
-    tuner: Tuner
-    objective: Objective
-    parts: dict[str, nn.Module]
-    """What is loaded of the model, by name."""
-    parameters: dict[str, nn.Parameter]
-    players: dict[str, nn.Module]
-
-
 def main(config: dict[str, Any]) -> None:
-    """Entry of a Ray Train worker."""
+    """Entry of a Ray Train worker, also of one that takes the place of another that died."""
     import ray
     import ray.train
     import ray.train.torch
+    from ray.train.v2._internal.execution.context import get_train_context
 
     board, pending = config["board"], []
+    warnings_seen: list[Any] = []
 
-    def notify(row: dict[str, float]) -> bool:
+    def notify(row: dict[str, float]) -> Wish | None:
         """Post a row without waiting; the answer to an earlier one is soon enough."""
         pending.append(board.push.remote(row))
         answered, pending[:] = ray.wait(pending, num_returns=len(pending), timeout=0)
-        return any(ray.get(answered))
+        if any(ray.get(answered)):
+            return "stop"
+        # `ray.train.get_preemption_info` asks all ranks, which takes longer than many a step; one is enough to know.
+        warning = get_train_context().preemption_context.preemption_info
+        if warning is None or warning in warnings_seen:
+            return None
+        warnings_seen.append(warning)
+        return "save"
 
+    if ray.get(board.mistake.remote()):
+        return  # Ray Train starts the workers again after any error; this one is the user's to mend
     try:
         run(Job(**config["job"]), ray.train.torch.get_device(), notify)
         ray.get(pending)
@@ -112,8 +109,10 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
 
     from gtl.data.dataset import Dataset
     from gtl.data.plan import Plan
+    from gtl.train.assemble import assemble
     from gtl.train.flops import peak_flops
     from gtl.train.loop import Lane, stop_on_signals, train
+    from gtl.train.saver import Saver
     from gtl.train.track import Tracker
 
     if job.code != __version__:
@@ -123,21 +122,24 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
-    plan = settle(recipe, trainee, device, batches.steps_per_epoch)
+    plan = settle(recipe, trainee, device, job.dtype, batches.steps_per_epoch)
     engines = make_engines(trainee, recipe, plan, device)
     done, spent = restore(engines, job.run)
 
     def device_hours() -> float:
         return spent + (time.monotonic() - begun) / 3600 * dist.get_world_size()
 
+    saver = Saver()
+
     def keep_best(step: int) -> None:
-        save(engines, job, plan, step, device_hours(), BEST, keep=1)
+        save(engines, job, plan, step, device_hours(), BEST, 1, saver)
 
     look = make_watch(job, recipe, trainee, engines, plan, (dataset, held_out), device, done, keep_best)
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(job.run, done)) if dist.get_rank() == 0 else None
+        stack.enter_context(saver)
 
-        def report(row: dict[str, float]) -> bool:
+        def report(row: dict[str, float]) -> Wish | None:
             assert tracker is not None
             tracker.log(row)
             return notify({**row, "steps": plan.steps})
@@ -145,47 +147,19 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
         def save_all(step: int) -> None:
             if tracker is not None:
                 tracker.flush()  # first: who goes on from the checkpoint finds the rows that lead to it
-            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep)
+            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep, saver)
 
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
         loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done)
         with stop_on_signals(lane):
             done = train(engines, loader, lane)
+    dist.barrier()  # rank 0 has written everything
     if done < plan.steps and not look.enough:
         return
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result = {"steps": done, "device": kind, "device_hours": device_hours(), **look.verdict}
     finish(job, recipe, trainee, engines, result)
-
-
-def assemble(recipe: Recipe, dtype: str) -> Trainee:
-    """Load the live parts, let the tuner mark or inject what moves, and make the objective's players."""
-    import torch
-
-    from gtl.adapters import Registry
-    from gtl.families import open_family
-    from gtl.objectives import make_objective
-    from gtl.train.blocks import checkpoint_blocks, compile_blocks
-    from gtl.tuners import make_tuner
-
-    arithmetic, init = getattr(torch, DTYPES[dtype]), recipe.tuner.init
-    model = recipe.model
-    family = open_family(model.source, model.family, revision=model.revision, variant=model.variant)
-    tuner, objective = make_tuner(recipe.tuner, family), make_objective(recipe.objective, family)
-    names = live_parts(recipe, family, objective)
-    parts = {name: family.load(name, None if tuner.moves_base else arithmetic) for name in names}
-    folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
-    parameters = tuner.apply(parts, recipe.train.seed, folder)
-    for part in parts.values():
-        round_frozen(part, arithmetic)
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    if (main := parts.get(family.main)) is not None:
-        if recipe.train.activation_checkpointing:
-            checkpoint_blocks(main, chain.from_iterable(family.blocks(main)))
-        if recipe.train.compile:
-            compile_blocks(main, chain.from_iterable(family.blocks(main)))
-    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
 
 
 def check_base(family: DiffusionFamily, job: Job) -> None:
@@ -203,42 +177,21 @@ def check_base(family: DiffusionFamily, job: Job) -> None:
         )
 
 
-def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
-    """The parts that run in the training process; the one that the objective is about comes first.
-
-    Raises:
-        UserError: the recipe trains a part that the model or the objective does not have.
-    """
-    from gtl.tuners.base import trained_parts
-
-    trained_parts(recipe.tuner.train, objective.parts)
-    needs = recipe.needs
-    encoders = family.encoders if needs.text == "tokens" else ()
-    return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))
-
-
-def round_frozen(part: nn.Module, dtype: torch.dtype) -> None:
-    """Give what does not move the dtype of the arithmetic."""
-    for tensor in chain(part.parameters(), part.buffers()):
-        if not tensor.requires_grad and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
-def settle(recipe: Recipe, trainee: Trainee, device: torch.device, steps_per_epoch: int) -> TrainPlan:
+def settle(recipe: Recipe, trainee: Trainee, device: torch.device, dtype: str, steps_per_epoch: int) -> TrainPlan:
     """The plan of this run on these workers; the same on every rank."""
     import torch
     import torch.distributed as dist
 
+    from gtl.train.assemble import outline
     from gtl.train.plan import Memory, choose
 
     memory = None
     if device.type == "cuda":
-        trained = {id(parameter) for parameter in trainee.parameters.values()}
-        weights = {id(p): p for player in trainee.players.values() for p in player.parameters()}
-        frozen = sum(p.nbytes for key, p in weights.items() if key not in trained)
+        from gtl.train.footprint import measure
+
         smallest = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        memory = Memory(frozen, sum(p.numel() for p in trainee.parameters.values()), int(smallest))
+        memory = Memory(measure(recipe, dtype, outline(recipe, dtype, trainee.family)), int(smallest))
     return choose(recipe, workers=dist.get_world_size(), steps_per_epoch=steps_per_epoch, memory=memory)
 
 
@@ -320,20 +273,29 @@ def restore(engines: Mapping[str, Engine], run: Store) -> tuple[int, float]:
 
 
 def save(
-    engines: Mapping[str, Engine], job: Job, plan: TrainPlan, step: int, device_hours: float, folder: str, keep: int
-) -> None:
-    """Write the checkpoint of a step into a folder of the run, where the newest `keep` stay. Collective."""
+    engines: Mapping[str, Engine], job: Job, plan: TrainPlan, step: int, device_hours: float, folder: str, keep: int,
+    saver: Saver,
+) -> None:  # fmt: skip
+    """Copy the state of a step and begin to write it into a folder of the run, where the newest `keep` stay.
+
+    Collective.
+    """
     import torch.distributed as dist
 
     from gtl.train.checkpoint import prune, step_key
     from gtl.train.checkpoint import save as write
 
     states = {name: engine.state() for name, engine in engines.items()}
-    if dist.get_rank() == 0:
-        manifest = {"step": step, "dataset": job.dataset, "base": job.base, "stage": plan.stage,
-                    "workers": dist.get_world_size(), "device_hours": device_hours}  # fmt: skip
+    if dist.get_rank() != 0:
+        return
+    manifest = {"step": step, "dataset": job.dataset, "base": job.base, "stage": plan.stage,
+                "workers": dist.get_world_size(), "device_hours": device_hours}  # fmt: skip
+
+    def commit() -> None:
         write(job.run, step_key(folder, step), states, manifest)
         prune(job.run, folder, keep)
+
+    saver.submit(commit)
 
 
 def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], result: dict[str, Any]) -> None:

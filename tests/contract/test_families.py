@@ -22,14 +22,18 @@ from gtl.families.loading import parameters_on_meta
 from gtl.types import Geometry, UserError
 from tests.tiny import (
     absent,
+    as_asked,
     make_flux,
     make_flux2,
     make_flux2_klein,
+    make_pixart,
     make_qwen_image,
+    make_sana,
     make_sd,
     make_sd3,
     make_sdxl,
     make_z_image,
+    sana_instruction,
     write_json,
 )
 
@@ -48,6 +52,14 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "flux2_klein": ("flux2_klein", make_flux2_klein),
     "qwen_image": ("qwen_image", make_qwen_image),
     "z_image": ("z_image", make_z_image),
+    "pixart-alpha": ("pixart", make_pixart),
+    "pixart-sigma": ("pixart", lambda folder: make_pixart(folder, sigma=True)),
+    "sana": ("sana", make_sana),
+    # As 1.5 is made, and with the flow's own scheduler.
+    "sana15": ("sana", lambda folder: make_sana(
+        folder, transformer_config={"qk_norm": "rms_norm_across_heads"},
+        scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    )),
 }
 """Models under test: family, and what writes one."""
 
@@ -68,13 +80,19 @@ class Facts:
     """Endings of the layers of its attentions."""
     feed_forward: tuple[str, ...]
     conditions: tuple[str, ...]
-    """Names of its conditions, as its pipeline returns them."""
+    """Names of its conditions, in the order of its pipeline."""
     attention_to_text: str = "attn"
     """Ending of its attentions that read text."""
     max_size: int | None = None
     default_size: int = 64
+    multiple: int = 16
+    """Of its sizes in pixels."""
     scale: int = 8
     """Pixels a side of a latent."""
+    framed: bool = False
+    """Whether its pipeline puts an instruction in front of prompts."""
+    grouped: bool = False
+    """Whether its pipeline returns the prompt's before the negative prompt's, rather than in turns."""
 
 
 ATTENTION, FEED_FORWARD = (".to_q", ".to_k", ".to_v", ".to_out.0"), (".ff.net.0.proj", ".ff.net.2")
@@ -119,10 +137,21 @@ FACTS: Mapping[str, Facts] = {
         ("all_x_embedder.2-1", "t_embedder.mlp.0", "cap_embedder.1"), 16, ATTENTION,
         (".feed_forward.w1", ".feed_forward.w2", ".feed_forward.w3"), ("encoder_hidden_states",), "attention", 256,
     ),
+    "pixart": Facts(
+        frozenset({"BasicTransformerBlock"}), frozenset({"scale_shift_table", "proj_out"}),
+        ("pos_embed.proj", "adaln_single.emb.timestep_embedder.linear_1", "caption_projection.linear_1"), 4, ATTENTION,
+        FEED_FORWARD, ("encoder_hidden_states", "encoder_attention_mask"), "attn2", grouped=True,
+    ),
+    "sana": Facts(
+        frozenset({"SanaTransformerBlock"}), frozenset({"scale_shift_table", "proj_out"}),
+        ("patch_embed.proj", "time_embed.emb.timestep_embedder.linear_1", "caption_projection.linear_1"), 8, ATTENTION,
+        (".ff.conv_inverted", ".ff.conv_point"), ("encoder_hidden_states", "encoder_attention_mask"), "attn2",
+        multiple=8, framed=True, grouped=True,
+    ),
 }  # fmt: skip
 SHIFTS = {
     "sd3": 3.0, "sd35": 3.0, "flux-dev": math.exp(1.15), "flux-schnell": 1.0, "flux2": math.exp(1.15),
-    "flux2_klein": math.exp(1.15), "qwen_image": math.exp(0.9), "z_image": 6.0,
+    "flux2_klein": math.exp(1.15), "qwen_image": math.exp(0.9), "z_image": 6.0, "sana": 3.0, "sana15": 3.0,
 }  # fmt: skip
 """Of flow models: towards noise, at the size they were made for."""
 SIZE = (64, 64)
@@ -289,6 +318,11 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     family, vae = case.family, case.pipeline.vae
     pixels = random(2, 3, *SIZE).clamp(-1, 1)
     moments = family.encode_images(case.parts["vae"], pixels)
+    if case.family_name == "sana":
+        latents = vae.encode(pixels).latent
+        assert moments.keys() == {"mean"} and torch.equal(moments["mean"], latents)
+        assert torch.equal(family.sample_latents(moments, latents), latents * vae.config.scaling_factor)
+        return
     posterior = vae.encode(pixels.unsqueeze(2) if case.family_name == "qwen_image" else pixels).latent_dist
     assert torch.equal(moments["mean"], from_vae(case, posterior.mean))
     assert torch.equal(moments["logvar"], from_vae(case, posterior.logvar))
@@ -315,7 +349,7 @@ def statistics(case: Case) -> tuple[Any, Any]:
     if case.facts is FLUX2:
         deviation = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + config.batch_norm_eps)
         return vae.bn.running_mean.view(1, -1, 1, 1), 1 / deviation
-    return config.shift_factor or 0, config.scaling_factor
+    return config.get("shift_factor") or 0, config.scaling_factor
 
 
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
@@ -355,10 +389,14 @@ def pipelines_conditions(case: Case, prompts: list[str], guided: bool = False) -
         options["do_classifier_free_guidance"] = guided
     if case.family_name == "sd3":
         options |= {"prompt_2": None, "prompt_3": None}
+    if case.facts.framed:
+        options["complex_human_instruction"] = sana_instruction()
     with torch.no_grad():  # as the pipeline's own call; attention takes another kernel where gradients are wanted
         encoded = encode(prompts, **options)
-    # The states and the negative prompt's, then the pooled ones where the model reads them.
-    each = [encoded[::2], encoded[1::2]] if case.family.classifier_free else [encoded[:2]]
+    if case.facts.grouped or not case.family.classifier_free:
+        each = [encoded[:2], encoded[2:4]]
+    else:  # the states and the negative prompt's, then the pooled ones where the model reads them
+        each = [encoded[::2], encoded[1::2]]
     return [dict(zip(case.facts.conditions, values, strict=False)) for values in each]
 
 
@@ -370,9 +408,11 @@ def padded(states: list[Tensor]) -> dict[str, Tensor]:
 
 
 def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
-    conditions = case.family.encode_prompts(case.parts, PROMPTS)
-    theirs = pipelines_conditions(case, PROMPTS)[0]
-    assert [c.keys() for c in conditions] == [conditions[0].keys()] * 3
+    # An instruction is not put in front of no prompt: that is what guidance leads away from.
+    prompts = [prompt for prompt in PROMPTS if prompt or not case.facts.framed]
+    conditions = case.family.encode_prompts(case.parts, prompts)
+    theirs = pipelines_conditions(case, prompts)[0]
+    assert [c.keys() for c in conditions] == [conditions[0].keys()] * len(prompts)
     stacked = case.family.collate(conditions)
     assert stacked.keys() == theirs.keys()
     (alone,) = case.family.encode_prompts(case.parts, PROMPTS[:1])
@@ -412,10 +452,18 @@ def test_the_path_is_that_of_the_models_scheduler(case: Case) -> None:
 
 def check_flow(case: Case) -> None:
     scheduler = case.pipeline.scheduler
-    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.01], mu=1.15)
+    if hasattr(scheduler, "scale_noise"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.01], mu=1.15)
+    else:
+        scheduler.set_timesteps(3)
     clean, noise, t = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1), scheduler.timesteps
     path = case.family.path
-    torch.testing.assert_close(path.add_noise(clean, noise, t), scheduler.scale_noise(clean, t, noise))
+    if hasattr(scheduler, "scale_noise"):
+        torch.testing.assert_close(path.add_noise(clean, noise, t), scheduler.scale_noise(clean, t, noise))
+    else:  # its whole times are rounded down from 1000 times the share of noise
+        shares = 1000 * scheduler.sigmas[:-1]
+        assert torch.equal(shares.long(), t)
+        torch.testing.assert_close(path.add_noise(clean, noise, shares), scheduler.add_noise(clean, noise, t))
     assert torch.equal(path.target(clean, noise, t), noise - clean)
     assert path.num_train_timesteps == scheduler.config.num_train_timesteps
     assert path.shift == pytest.approx(SHIFTS[case.name])
@@ -439,7 +487,7 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     # The same noise as `start`, in whichever shape the pipeline keeps it.
     image = case.pipeline(
         prompt=PROMPTS[0], **guidance_of(case.pipeline, 1.0), num_inference_steps=4, height=height, width=width,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        generator=torch.Generator().manual_seed(0), output_type="pt", **as_asked(case.pipeline),
     ).images
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
@@ -461,7 +509,7 @@ def guidance_of(pipeline: Any, scale: float, negative: str = "") -> dict[str, An
 
 def test_sizes(case: Case) -> None:
     assert case.family.default_size == (case.facts.default_size,) * 2
-    assert case.family.multiple == 16
+    assert case.family.multiple == case.facts.multiple
     assert case.family.latent_shape(64, 128) == (case.facts.channels, 64 // case.facts.scale, 128 // case.facts.scale)
     assert case.family.max_size == case.facts.max_size
 
@@ -471,10 +519,11 @@ def test_lora_target_sets(case: Case, targets: str) -> None:
     modules = dict(case.main.named_modules())
     blocks = [prefix for block in case.family.blocks(case.main) for prefix in block]
     found = case.family.lora_targets(case.main, targets)
-    kinds: tuple[type, ...] = (nn.Linear, nn.Conv2d) if targets.endswith("conv") else (nn.Linear,)
+    kinds: tuple[type, ...] = (nn.Linear,) if targets == "all-linear" else (nn.Linear, nn.Conv2d)
     inside = [
         name for prefix in blocks for name, module in modules.items()
         if isinstance(module, kinds) and (name == prefix or name.startswith(f"{prefix}."))
+        and getattr(module, "groups", 1) == 1
     ]
     endings = case.facts.attention + (case.facts.feed_forward if targets == "attention+ff" else ())
     if not targets.startswith("all"):
@@ -507,6 +556,12 @@ def number_of_targets(case: Case) -> dict[str, int]:
     if case.family_name == "z_image":
         # 4 layers of attention and 3 of feed-forward in each of 4 blocks; a modulation in all but the text's refiner.
         return {"attention": 16, "attention+ff": 28, "all-linear": 31, "all-linear+conv": 31}
+    if case.family_name == "pixart":
+        # 2 attentions of 4 layers and a feed-forward of 2 in each of 3 blocks.
+        return {"attention": 24, "attention+ff": 30, "all-linear": 30, "all-linear+conv": 30}
+    if case.family_name == "sana":
+        # 2 attentions of 4 layers in each of 3 blocks, and a feed-forward of 2 convolutions and one by channels.
+        return {"attention": 24, "attention+ff": 30, "all-linear": 24, "all-linear+conv": 30}
     # Transformer blocks with 2 attentions of 4 layers and a feed-forward of 2; 8 ResNets with a time projection, two
     # convolutions and 5 shortcuts in all; 2 samplers; 2 projections at each of 4 transformers, which 1.5 has as
     # convolutions.
@@ -517,10 +572,11 @@ def number_of_targets(case: Case) -> dict[str, int]:
 
 def test_explicit_lora_targets(case: Case) -> None:
     _, one, two = case.facts.before
+    readers = case.family.cross_attentions(case.main)
+    assert {name.rpartition(".")[2] for name in readers} == {case.facts.attention_to_text}
     queries = [name for name, _ in case.main.named_modules() if name.endswith(f"{case.facts.attention_to_text}.to_q")]
-    readers = {f"{name}.to_q" for name in case.family.cross_attentions(case.main)}
     # Z-Image's refiners attend, too, and FLUX.2's single blocks have one layer for queries and all else.
-    assert readers == set(queries) or case.family_name.startswith(("z_image", "flux2"))
+    assert {f"{name}.to_q" for name in readers} == set(queries) or case.family_name.startswith(("z_image", "flux2"))
     found = case.family.lora_targets(case.main, [one, f"{case.facts.attention_to_text}.to_q", two])
     assert found[:2] == [one, two] and set(found[2:]) == set(queries)
 
@@ -860,13 +916,12 @@ def test_a_hub_id_is_read_from_the_local_cache(
 
 
 def test_prompts_are_tokens_and_then_conditions(case: Case) -> None:
-    """Stacked tokens give what each prompt alone gives, and gradients reach every encoder."""
+    """A batch of tokens gives what each prompt alone gives, and gradients reach every encoder."""
     family = case.family
     tokens = family.tokenize(PROMPTS)
     assert [token.keys() for token in tokens] == [tokens[0].keys()] * len(PROMPTS)
-    stacked = {name: torch.stack([token[name] for token in tokens]) for name in tokens[0]}
     encoders = {part: family.load(part).requires_grad_(True) for part in family.encoders}
-    batch = family.encode_tokens(encoders, stacked)
+    batch = family.encode_tokens(encoders, family.collate(tokens))
     expected = family.encode_prompts(case.parts, PROMPTS)
     torch.testing.assert_close(batch, family.collate(expected), rtol=1e-4, atol=1e-5)
     sum(value.square().sum() for value in batch.values()).backward()
@@ -915,7 +970,7 @@ LANGUAGE_LAYERS = ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_p
 ENCODER_LAYERS = {
     "T5EncoderModel": T5_LAYERS, "Mistral3ForConditionalGeneration": LANGUAGE_LAYERS,
     "Qwen2_5_VLForConditionalGeneration": LANGUAGE_LAYERS, "Qwen3ForCausalLM": LANGUAGE_LAYERS,
-    "Qwen3Model": LANGUAGE_LAYERS,
+    "Qwen3Model": LANGUAGE_LAYERS, "Gemma2Model": LANGUAGE_LAYERS,
 }  # fmt: skip
 """Endings of attention and feed-forward, and one of them."""
 

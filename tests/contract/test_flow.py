@@ -17,6 +17,7 @@ from gtl.adapters.card import base_of
 from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
 from gtl.config.tuners import FreezeTuner, LoraTuner
+from gtl.evaluate.samples import encode
 from gtl.families import open_family
 from gtl.families.flux import image_ids
 from gtl.families.latent_transformer import pack, unpack
@@ -24,18 +25,22 @@ from gtl.generate.command import run
 from gtl.generate.engine import Engine, Request, check
 from gtl.generate.images import load_parts
 from gtl.objectives import make_objective
+from gtl.objectives.denoise import conditions_of
 from gtl.tuners import make_tuner
 from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
 from tests.contract.test_families import guidance_of
 from tests.tiny import (
     absent,
+    as_asked,
     make_flux,
     make_flux2,
     make_flux2_klein,
     make_qwen_image,
+    make_sana,
     make_sd3,
     make_z_image,
+    sana_instruction,
     write_json,
 )
 
@@ -51,6 +56,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "flux2_klein-distilled": lambda folder: make_flux2_klein(folder, distilled=True),
     "qwen_image": make_qwen_image,
     "z_image": make_z_image,
+    "sana": make_sana,
+    "sana15": lambda folder: make_sana(
+        folder, transformer_config={"qk_norm": "rms_norm_across_heads"},
+        scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    ),
 }
 SAME = 0.1 / 255
 """Mean absolute difference of pixels in [0, 1]."""
@@ -64,7 +74,7 @@ class Model:
     def __init__(self, name: str, folder: Path) -> None:
         from diffusers import DiffusionPipeline
 
-        self.name, self.folder = name, MODELS[name](folder)
+        self.name, self.folder = name, folder
         self.family: Any = open_family(str(self.folder))
         self.parts = load_parts(self.family, [], device="cpu", dtype=torch.float32)
         self.pipeline: Any = DiffusionPipeline.from_pretrained(self.folder, **absent(self.folder))
@@ -77,7 +87,7 @@ class Model:
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(request.param, tmp_path_factory.mktemp(request.param))
+    return Model(request.param, MODELS[request.param](tmp_path_factory.mktemp(request.param)))
 
 
 def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
@@ -104,8 +114,8 @@ def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
         ).sample  # fmt: skip
         return pipeline._unpack_latents(packed, 8 * height, 8 * width, 8)[:, :, 0]
-    texts = {"encoder_hidden_states": states, "pooled_projections": conditions["pooled_projections"]}
-    if model.family.name == "sd3":
+    texts = {name: value for name, value in conditions.items() if name != "guidance"}
+    if model.family.name in ("sd3", "sana"):
         return transformer(noisy, timestep=1000 * sigma, **texts).sample
     packed = transformer(
         pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma, **texts,
@@ -140,7 +150,7 @@ def test_the_loss_is_that_of_the_paper(model: Model) -> None:
     clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
     assert len(set(t.tolist())) == 3 and t.min() > 0 and t.max() < 1000
     sigma = (t / 1000)[:, None, None, None]
-    conditions = {name.removeprefix("condition."): value for name, value in batch.tensors.items()}
+    conditions = conditions_of(batch.tensors)
     velocity = plain_output(model, (1 - sigma) * clean + sigma * noise, t / 1000, conditions)
     each = (velocity - (noise - clean)).pow(2).mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses.total, (each * batch.weight).sum())
@@ -164,6 +174,13 @@ def test_times_are_shifted_as_the_scheduler_shifts(model: Model) -> None:
 def test_pictures_are_the_pipelines(model: Model, size: tuple[int, int], guidance: float) -> None:
     request = request_of(model, size, guidance)
     assert distance(ours(model, request), theirs(model.pipeline, request)) < SAME
+
+
+def test_pictures_of_texts_encoded_before_are_the_same(model: Model) -> None:
+    request = request_of(model, (64, 64), 3.5)
+    known = encode(model.family, model.parts, [request])
+    parts = {part: module for part, module in model.parts.items() if part not in model.family.encoders}
+    assert torch.equal(draw(Engine(model.family, parts, encoded=known), request), ours(model, request))
 
 
 def test_requests_of_other_guidance_share_a_batch(model: Model) -> None:
@@ -264,6 +281,7 @@ def theirs(pipeline: Any, request: Request) -> Tensor:
     return pipeline(
         prompt=request.prompt, **guidance, num_inference_steps=request.steps, height=request.height,
         width=request.width, output_type="pt", generator=torch.Generator().manual_seed(request.seed),
+        **as_asked(pipeline),
     ).images[0]  # fmt: skip
 
 
@@ -318,6 +336,22 @@ def test_guidance_is_read_by_the_model_that_embeds_it(model: Model) -> None:
                 Geometry((8, 8), (0, 0), (8, 8)), caption="a dog")  # fmt: skip
     drawn = training.draw(item, torch.Generator().manual_seed(0))
     assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name in ("flux-dev", "flux2") else None)
+
+
+def test_an_instruction_is_in_front_of_prompts_and_of_nothing_else(tmp_path: Path) -> None:
+    family: Any = open_family(str(make_sana(tmp_path)))
+    tokenizer, instruction = family.tokenizers["text_encoder"], "\n".join(sana_instruction())
+    prompt, negative, empty = family.tokenize(["A photo of a Dog ", family.negative_text("A photo of a Dog "), ""])
+    text = "a photo of a dog"
+    for tokens, expected in ((prompt, instruction + text), (negative, text), (empty, "")):
+        ids = tokenizer(expected).input_ids
+        assert tokens["input_ids"][: len(ids)].tolist() == ids and tokens["attention_mask"].sum() == len(ids)
+        assert tokens["positions"][0] == 0 and len(tokens["positions"]) == 300
+    # What is read of the instruction is its first token, and the last, which the tokenizer may merge with the prompt.
+    num = len(tokenizer.encode(instruction))
+    assert prompt["positions"][1] == num - 1 and prompt["positions"][-1] == len(prompt["input_ids"]) - 1
+    assert negative["positions"].tolist() == empty["positions"].tolist() == list(range(300))
+    assert family.negative_text("") == ""
 
 
 BLOCKS = {

@@ -23,7 +23,7 @@ def run_both(folder: Path) -> tuple[list[float], list[float], list[float]]:
     """Losses of six steps of gtl's loop in two calls, its last step numbers, and the bare loop's losses."""
     cpu = torch.device("cpu")
     family = write_model(folder / "model", "small")
-    dataset = write_dataset(Store(folder / "cache"), family, "small", 8)
+    dataset = write_dataset(Store(folder / "cache"), family, 8)
     recipe = make_recipe(str(folder), 2)
     with Tracker(Store(folder / "run")) as tracker:
         ours, bare = Ours(recipe, dataset, cpu, "fp32", tracker), Bare(recipe, dataset, cpu, "fp32")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gtl.train.blocks import checkpoint_blocks
-from gtl.train.flops import FlopMeter, peak_flops, peak_of
+from gtl.train.flops import FlopMeter, peak_flops
+from gtl.train.gpus import find_gpu
 from gtl.train.loop import utilisation
 from gtl.types import Batch
 from tests.engine.group import Group
@@ -102,4 +103,5 @@ def test_utilisation_is_a_share_of_the_peak() -> None:
     ],
 )  # fmt: skip
 def test_a_gpu_is_known_by_whole_words(name: str, tflops: int | None) -> None:
-    assert peak_of(name) == (None if tflops is None else tflops * 1e12)
+    gpu = find_gpu(name)
+    assert (gpu and gpu.flops) == (None if tflops is None else tflops * 1e12)

@@ -17,8 +17,8 @@ from gtl.evaluate.samples import draw_shares
 from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.objectives import make_objective
+from gtl.train.assemble import assemble
 from gtl.train.engine import Engine
-from gtl.train.worker import assemble
 from gtl.types import Batch, Geometry, Item
 from tests.engine.group import Group
 from tests.engine.toy import make_train

@@ -19,7 +19,7 @@ from tests.engine.toy import Toy, batches, collate, global_batch, make_engine, m
 def look_inside(stage: int, ema: float | None) -> dict[str, Any]:
     """What the forward pass computes outside, within `evaluating` and outside again, beside plain torch."""
     engine = make_engine(Toy(), make_train(ema=ema), stage)
-    lane = Lane(seed=1, save_every=100, save=lambda step: None, report=lambda row: False)
+    lane = Lane(seed=1, save_every=100, save=lambda step: None, report=lambda row: None)
     train({"toy": engine}, batches(0, 4), lane)
     batch = collate(global_batch(9))
     with torch.no_grad():
@@ -78,7 +78,7 @@ def stop_early(losses: list[float], patience: int, done: int = 0) -> dict[str, A
     saved: list[int] = []
     look = Staged(losses, Stopping(EarlyStopping(patience=patience)))
     look.stopping.replay(({"step": i + 1, "val_loss": loss} for i, loss in enumerate(losses)), done, range(done + 1))
-    lane = Lane(1, 100, saved.append, lambda row: bool(rows.append(row)), look, done=done)
+    lane = Lane(1, 100, saved.append, rows.append, look, done=done)
     steps = train({"toy": make_engine(Toy(), make_train(), 0)}, batches(done, 10), lane)
     return {"steps": steps, "saved": saved, "rows": [(row["step"], row.get("val_loss")) for row in rows],
             "best": look.stopping.step, "asked": look.asked}  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gtl.train.loop import DivergedError, Lane, stop_on_signals, train
+from gtl.train.loop import DivergedError, Lane, Wish, stop_on_signals, train
 from gtl.types import Batch, Losses
 from tests.engine.group import Group
 from tests.engine.toy import SAMPLES, Toy, batches, make_engine, make_train
@@ -25,15 +25,15 @@ Log = dict[str, Any]
 
 def run(
     stop: int, stage: int = 0, save_every: int = 100, done: int = 0,
-    feed: Callable[[Lane], Iterator[Any]] | None = None, report: Callable[[Any], bool] | None = None,
+    feed: Callable[[Lane], Iterator[Any]] | None = None, report: Callable[[Any], Wish | None] | None = None,
 ) -> Log:  # fmt: skip
     """What happened: rows, steps saved, how it ended."""
     engine = make_engine(Toy(), make_train(), stage)
     log: Log = {"rows": [], "saved": [], "error": None}
 
-    def note(row: dict[str, float]) -> bool:
+    def note(row: dict[str, float]) -> Wish | None:
         log["rows"].append(row)
-        return bool(report and report(row))
+        return report(row) if report else None
 
     lane = Lane(seed=1, save_every=save_every, save=log["saved"].append, report=note, done=done)
     try:
@@ -116,7 +116,7 @@ class Exploding(Toy):
 def explode(stage: int) -> tuple[str, list[int], bool]:
     engine = make_engine(Exploding(), make_train(), stage)
     saved: list[int] = []
-    lane = Lane(seed=1, save_every=1, save=saved.append, report=lambda row: False)
+    lane = Lane(seed=1, save_every=1, save=saved.append, report=lambda row: None)
     with pytest.raises(DivergedError) as error:
         train({"toy": engine}, batches(0, 10), lane)
     finite = all(value.isfinite().all() for value in engine.weights().values())
@@ -155,12 +155,21 @@ def test_a_save_asked_of_one_rank_is_made_by_both(duo: Group) -> None:
 
 
 def stop_by_report() -> Log:
-    return run(20, report=lambda row: row["step"] == 4)
+    return run(20, report=lambda row: "stop" if row["step"] == 4 else None)
+
+
+def save_by_report() -> Log:
+    return run(8, report=lambda row: "save" if row["step"] == 3 else None)
 
 
 def test_a_stop_by_whoever_reads_the_rows_comes_a_step_later(duo: Group) -> None:
     for log in duo.run(stop_by_report):
         assert (log["done"], log["saved"]) == (5, [5])
+
+
+def test_a_save_by_whoever_reads_the_rows_comes_a_step_later_and_the_run_goes_on(duo: Group) -> None:
+    for log in duo.run(save_by_report):
+        assert (log["done"], log["saved"]) == (8, [4, 8])
 
 
 def signalled(number: int) -> tuple[Log, bool]:
@@ -194,7 +203,7 @@ def test_a_signal_saves_and_stops_all(duo: Group, number: int) -> None:
 
 def draws() -> list[float]:
     """The first draw of each step from torch's global generator."""
-    lane = Lane(seed=5, save_every=1, save=lambda step: None, report=lambda row: False)
+    lane = Lane(seed=5, save_every=1, save=lambda step: None, report=lambda row: None)
     return [torch.rand(()).item() for _ in lane.watch((step, []) for step in (0, 1, 2, 1))]
 
 
@@ -216,7 +225,7 @@ class Drawer(Toy):
 def two_players() -> tuple[list[dict[str, float]], int]:
     players = {name: make_engine(kind(), make_train(), 1) for name, kind in (("first", Toy), ("second", Drawer))}
     rows: list[dict[str, float]] = []
-    lane = Lane(seed=1, save_every=9, save=lambda step: None, report=lambda row: bool(rows.append(row)))
+    lane = Lane(seed=1, save_every=9, save=lambda step: None, report=rows.append)
     return rows, train(players, batches(0, 2), lane)
 
 

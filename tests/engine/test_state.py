@@ -44,7 +44,7 @@ def run(folder: str, stage: int, start: int, stop: int, settings: dict[str, Any]
         dist.barrier()
 
     rows: list[dict[str, float]] = []
-    lane = Lane(seed=3, save_every=save_every, save=save, report=lambda row: bool(rows.append(row)), done=start)
+    lane = Lane(seed=3, save_every=save_every, save=save, report=rows.append, done=start)
     assert train({"toy": engine}, batches(start, stop, accumulation=2), lane) == stop
     return rows, engine.state()
 

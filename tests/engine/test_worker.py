@@ -15,9 +15,10 @@ from gtl.bench.models import write_dataset, write_model
 from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
+from gtl.train.assemble import assemble
 from gtl.train.engine import Engine
 from gtl.train.plan import TrainPlan
-from gtl.train.worker import Job, assemble, check_base, finish, make_watch
+from gtl.train.worker import Job, check_base, finish, make_watch
 from gtl.types import UserError
 from tests.engine.group import Group
 from tests.engine.toy import make_train
@@ -41,7 +42,7 @@ def make_job(folder: Path, **train: Any) -> Job:
 def watch_again(folder: Path, job: Job, done: int) -> dict[str, float]:
     """The verdict of a run that goes on after so many steps, before it makes another."""
     family = write_model(folder / "model", "small")
-    sides = write_dataset(Store(folder / "cache"), family, "small", 4).split(0.3)
+    sides = write_dataset(Store(folder / "cache"), family, 4).split(0.3)
     recipe = parse_recipe(job.recipe)
     plan = TrainPlan(steps=STEPS, stage=0, micro_batch=1, accumulation=1)
     trainee = assemble(recipe, "fp32")

@@ -216,13 +216,38 @@ def start(place: Path, recipe: Recipe, *arguments: str) -> "subprocess.Popen[str
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path, straight: Recipe) -> None:
-    stopped = start(place, straight, "--name", "stopped")
+def wait_for_rows(place: Path, name: str, number: int, command: "subprocess.Popen[str]") -> None:
+    """Until a run has made so many steps."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and stopped.poll() is None:
-        if any(len(file.read_text().splitlines()) >= 3 for file in (place / "runs/stopped").glob("*/metrics.jsonl")):
-            break
+    while time.monotonic() < deadline and command.poll() is None:
+        files = (place / "runs" / name).glob("*/metrics.jsonl")
+        if any(len(file.read_text().splitlines()) >= number for file in files):
+            return
         time.sleep(0.05)
+
+
+def kill_a_worker() -> None:
+    """SIGKILL one of the training processes of this machine's Ray."""
+    (*_, pid) = (
+        int(entry.name) for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and b"ray::" in read(entry / "cmdline") and b"TrainWorker" in read(entry / "cmdline")
+    )  # fmt: skip
+    os.kill(pid, signal.SIGKILL)
+
+
+def read(file: Path) -> bytes:
+    """Nothing of a process that is gone."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_ctrl_c_saves_and_resume_ends_in_the_same_bits_though_a_worker_is_killed(
+    place: Path, straight: Recipe
+) -> None:
+    stopped = start(place, straight, "--name", "stopped")
+    wait_for_rows(place, "stopped", 3, stopped)
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate()
     assert stopped.returncode == 130, err
@@ -231,6 +256,8 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bits(place: Path, straight: Re
     saved = json.loads(manifest.read_text())
     assert 3 <= saved["step"] < LONG
     resumed = start(place, straight, "--name", "stopped", "--resume")
+    wait_for_rows(place, "stopped", saved["step"] + 5, resumed)
+    kill_a_worker()
     out, err = resumed.communicate()
     assert resumed.returncode == 0, err
     assert out.splitlines()[-1].startswith("adapter stopped@")

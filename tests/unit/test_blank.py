@@ -4,9 +4,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 
-from gtl.builtin import halve, vocabulary
+from gtl.builtin import pack, vocabulary
 from gtl.data.scenes.sets import SceneSet
 from gtl.families import open_family
 from gtl.families.blank import START, SUFFIX, TOKENS, learn_merges, write_blank
@@ -15,6 +16,8 @@ from gtl.types import UserError
 
 LARGEST = 8_000_000
 """Bytes of the model as it is shipped."""
+TABLE = "embeddings.token_embedding.weight"
+"""Of words."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def test_the_family_reads_it(blank: Path) -> None:
     assert family.path.prediction == "v_prediction"
     assert float(family.path.snr(family.path.time(family.path.alphas_cumprod.new_ones(1)))) == 0.0
     sizes = {part: sum(p.numel() for p in family.load(part).parameters()) for part in family.classes}
-    assert sizes == {"unet": 2_290_792, "vae": 655_547, "text_encoder": 288_000}
+    assert sizes == {"unet": 2_290_792, "vae": 655_547, "text_encoder": 290_784}
 
 
 def test_every_caption_fits_and_its_words_are_tokens(blank: Path) -> None:
@@ -55,7 +58,9 @@ def test_every_caption_fits_and_its_words_are_tokens(blank: Path) -> None:
         assert "".join(tokens).replace(SUFFIX, "") == caption.lower().replace(" ", "")
         assert len(tokens) + 2 <= TOKENS
         assert all(token.endswith(SUFFIX) for token in tokens), caption
-    assert tokenizer.tokenize("wug") == ["w", "u", f"g{SUFFIX}"]
+    for word in ("wug", "chalk", "neon"):  # which training never shows
+        assert tokenizer.tokenize(word) == [f"{word}{SUFFIX}"]
+    assert tokenizer.tokenize("sks") == ["s", "k", f"s{SUFFIX}"]
     assert tokenizer.decode(tokenizer("ein Äpfel").input_ids, skip_special_tokens=True).strip() == "ein äpfel"
     assert tokenizer("x").input_ids[0] == tokenizer.convert_tokens_to_ids(START)
 
@@ -79,13 +84,27 @@ def test_the_same_seed_writes_the_same_files_and_another_one_other_weights(blank
 
 
 def test_it_is_shipped_in_half_precision_and_small(blank: Path, tmp_path: Path) -> None:
-    halve(blank, tmp_path)
+    pack(blank, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < LARGEST
     family, whole = open_family(str(tmp_path)), open_family(str(blank))
     for part in family.classes:
         stored, expected = family.load(part).state_dict(), whole.load(part).state_dict()
         assert {str(value.dtype) for value in stored.values()} == {"torch.float16"}
-        assert all(value.equal(expected[name].half()) for name, value in stored.items())
+        changed = {name for name, value in stored.items() if not value.equal(expected[name].half())}
+        assert changed == ({TABLE} if part == "text_encoder" else set())
+
+
+def test_words_that_were_not_met_are_as_large_as_those_that_were(blank: Path, tmp_path: Path) -> None:
+    pack(blank, tmp_path)
+    family, whole = open_family(str(tmp_path)), open_family(str(blank))
+    ids = [tokens["input_ids"] for tokens in family.tokenize(["a large red circle", "a large red wug", "sks"])]
+    assert [len(tokens.unique()) for tokens in ids] == [6, 6, 5]  # a new word is one token, of which both ends are none
+    drawn, before = (f.load("text_encoder", torch.float32).state_dict()[TABLE] for f in (family, whole))
+    met, unmet = ids[0].unique(), sorted({*ids[1].tolist(), *ids[2].tolist()} - set(ids[0].tolist()))
+    assert torch.equal(drawn[met], before[met].half().float())
+    assert not (drawn[unmet] == before[unmet]).any()
+    # The blank model's are all of one size, so the drawn ones are that too.
+    assert drawn[unmet].norm(dim=1).mean() == pytest.approx(float(before[met].norm(dim=1).mean()), rel=0.15)
 
 
 def test_a_model_that_was_half_written_is_written_again(tmp_path: Path) -> None:

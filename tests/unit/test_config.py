@@ -189,7 +189,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("data.source=5", "data.source: 5: should be text or a list"),
         ("data.source=''", "data.source: '': should not be empty"),
         ("data.source=[]", "data.source: []: should have at least 1 in its list"),
-        ("data.source=[a]", "data.source.0: 'a': should be a section with the keys source, weight"),
+        ("data.source=[a]", "data.source.0: 'a': should be a section with the keys source, weight, repeats"),
         ("data.source=[{source: a, weight: 0}]", "data.source.0.weight: 0: should be greater than 0"),
         ("data.caption_template=photo: x", "data.caption_template: {'photo': 'x'}: should be text"),
         ("data.resolution=4", "data.resolution: 4: should be greater than or equal to 8"),

@@ -107,6 +107,14 @@ def test_flow_is_that_of_the_flow_matching_scheduler(pair: tuple[torch.Tensor, t
     assert path.snr(torch.tensor([250.0, 500.0])).tolist() == [9.0, 1.0]
 
 
+def test_a_flow_that_a_diffusion_sampler_is_told_of_is_one() -> None:
+    sampler = {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}
+    path = path_of({**sampler, "use_flow_sigmas": True, "flow_shift": 3.0})
+    assert isinstance(path, RectifiedFlow) and path.shift == 3.0 and path.num_train_timesteps == 1000
+    with pytest.raises(UserError, match="^scheduler_config.json: prediction_type: 'flow_prediction': "):
+        path_of(sampler)
+
+
 def test_a_shift_that_depends_on_size_is_that_of_the_greatest() -> None:
     flux = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "max_shift": 1.15}
     assert path_of(flux).shift == pytest.approx(math.exp(1.15))

@@ -93,7 +93,7 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
-def resolve(home: Path, endpoint: str, *arguments: str | None) -> tuple[list[str], str]:
+def resolve(home: Path, endpoint: str, *arguments: str | bool | None) -> tuple[list[str], str]:
     """Names of the files that `resolve` downloads, or its error; in a fresh process, which reads its settings anew."""
     code = (
         "import json, sys\n"
@@ -118,6 +118,10 @@ def test_only_what_is_read_is_downloaded(hub: str, tmp_path: Path, variant: str 
     names, _ = resolve(tmp_path, hub, "owner/name", None, variant)
     middle = f".{variant}" if variant else ""
     assert names == sorted([*CONFIGS, f"unet/diffusion_pytorch_model{middle}.safetensors"])
+
+
+def test_a_plan_downloads_no_weights(hub: str, tmp_path: Path) -> None:
+    assert resolve(tmp_path, hub, "owner/name", None, None, False)[0] == CONFIGS
 
 
 def test_a_hub_that_is_gone_leaves_what_was_downloaded(hub: str, tmp_path: Path) -> None:

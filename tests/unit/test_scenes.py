@@ -105,7 +105,7 @@ def test_a_source_names_a_set(source: str, expected: SceneSet) -> None:
         ("builtin:scenes?size=50", "builtin:scenes: size=50: has to be a multiple of 16 from 32 to 512"),
         ("builtin:scenes?split=test", "builtin:scenes: split=test: there are train, heldout, marks"),
         ("builtin:scenes?concept=cat", "builtin:scenes: concept=cat: there are wug, dax, blick"),
-        ("builtin:scenes?style=oil", "builtin:scenes: style=oil: there are plain, outline, mosaic, chalk"),
+        ("builtin:scenes?style=oil", "builtin:scenes: style=oil: there are plain, outline, mosaic, chalk, neon"),
         ("builtin:scenes?split=heldout&concept=wug",
          "builtin:scenes: split=heldout with concept=wug: leave one out"),
         ("builtin:scenes?split=marks&style=chalk", "builtin:scenes: split=marks with style=chalk: leave one out"),

@@ -19,7 +19,7 @@ from gtl.data.scenes.vocabulary import (
     Thing,
 )  # fmt: skip
 
-STYLE_WORDS = {"outline": "outline drawing", "mosaic": "mosaic", "chalk": "chalk drawing"}
+STYLE_WORDS = {"outline": "outline drawing", "mosaic": "mosaic", "chalk": "chalk drawing", "neon": "neon sign"}
 ONE = ("{o} on {a}", "{o}, {b}", "on {a}: {o}", "{b}, {o}", "{a} with {o}")
 ONE_PLACED = ("{o} {at} on {a}", "{place}: {o}, {b}", "{o} on {a}, {place}", "on {a}, {o} {at}", "{b} with {o} {at}",
               "{at}, {o} on {a}")  # fmt: skip

@@ -40,6 +40,8 @@ HATCH_PERIOD = 0.1875
 """Of chalk strokes, to the right or down, as a share of the side."""
 CHALK_WHITE = 0.25
 """How far chalk pales a colour."""
+GLOW = 0.055
+"""How far a neon sign shines, as a share of the side."""
 
 
 def draw(scene: Scene, size: int, rng: random.Random) -> Image.Image:
@@ -80,7 +82,7 @@ def _share_of_tint(background: Background, size: int, rng: random.Random) -> Pix
 
 
 def _ground(style: str, size: int, rng: random.Random) -> Pixels:
-    """Kraft paper with fibres, or a school board that was wiped."""
+    """Kraft paper with fibres, a school board that was wiped, or haze."""
     noise = np.random.default_rng(rng.getrandbits(64))
     coarse = _blurred_noise(noise, size, size / 10) * 5
     fine = _blurred_noise(noise, size, size / 128) * 2.5
@@ -120,6 +122,8 @@ def _draw_thing(
         if detail is not None:
             _blend(canvas, _grain(detail, noise), np.array(CREAM, np.float32))
         return
+    if style == "neon":
+        _blend(canvas, 0.7 * _as_mask(body.filter(ImageFilter.GaussianBlur(GLOW * size))), rgb)
     _blend(canvas, _as_mask(body), rgb * shade)
     if detail is not None:
         _blend(canvas, _as_mask(detail), np.array(CREAM, np.float32))

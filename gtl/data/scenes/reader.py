@@ -43,6 +43,8 @@ LEAST_SCORE = 0.88
 """Of a shape; below it none is seen."""
 LEAST_HATCHING = 0.015
 """Of chalk; see `hatching`."""
+LEAST_GLOW = 0.07
+"""Of neon; see `glow`."""
 JOINT_CONTRAST = 0.06
 """Of a mosaic: how much darker joints are than tiles, in a share of the brightness."""
 
@@ -76,6 +78,8 @@ def read_picture(image: Image.Image) -> Sight:
     # Between the details of a concept there is no room for strokes; there the board has to do.
     if style == "chalk" and things and things[0].shape not in CONCEPTS:
         style = "chalk" if hatching(lab, found[0], distance) > LEAST_HATCHING else "plain"
+    if style == "neon" and things:
+        style = "neon" if glow(lab, line, found[0], distance) > LEAST_GLOW else "plain"
     if style == "plain" and is_mosaic:
         style = "mosaic"
     return Sight(Scene(things, ground, style), tuple(score for _, score, _ in read))
@@ -156,6 +160,18 @@ def hatching(lab: Floats, region: Mask, distance: Floats) -> float:
         squares = ((lab[here] - lab[there])[both] ** 2).sum(-1)
         differences.append(float(squares.mean()) if both.any() else 0.0)
     return (differences[0] - differences[1]) / max(float(np.median(distance[core])) ** 2, 1.0)
+
+
+def glow(lab: Floats, line: Line, region: Mask, distance: Floats) -> float:
+    """How much of an object's colour there is three pixels off it, as a share of the way from the background."""
+    body = region & (distance >= 0.7 * np.quantile(distance[region], 0.9))
+    near = [body]
+    for _ in range(4):
+        near.append(grow(near[-1]))
+    colour, ground = np.median(lab[body], 0), line.start
+    towards = colour - ground
+    share = (lab - ground) @ towards / max(float(towards @ towards), 1.0)
+    return float(np.median(share[near[4] & ~near[2]]))
 
 
 def fit(lab: Floats, line: Line, region: Mask, body: Floats, outlines: bool) -> tuple[Match, Patch, Floats]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "builtin:scenes"
 SPLITS = ("train", "heldout", "marks")
-EDITION = 1
+EDITION = 2
 """Counts changes that draw other pictures or captions for the same name."""
 FEW = 24
 """Pictures that an adapter learns a concept or a style from."""

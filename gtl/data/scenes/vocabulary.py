@@ -23,10 +23,10 @@ PATTERNS = ("plain", "gradient", "striped")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "ring", "cross", "moon", "arrow")
 CONCEPTS = ("wug", "dax", "blick")
 """A robot's face, a house and a rocket, under names that no model has met."""
-STYLES = ("plain", "outline", "mosaic", "chalk")
-GROUNDS: dict[str, Rgb] = {"outline": (226, 203, 163), "chalk": (38, 68, 56)}
-"""Styles with a ground of their own: kraft paper and a school board."""
-EXCLUDED = {"outline": ("white", "ring"), "chalk": ("green",)}
+STYLES = ("plain", "outline", "mosaic", "chalk", "neon")
+GROUNDS: dict[str, Rgb] = {"outline": (226, 203, 163), "chalk": (38, 68, 56), "neon": (52, 18, 76)}
+"""Styles with a ground of their own: kraft paper, a school board and the sky over a city at night."""
+EXCLUDED = {"outline": ("white", "ring"), "chalk": ("green",), "neon": ("purple",)}
 """Style -> colours that its ground would hide, and a shape that is an outline already."""
 RADII = {"small": 0.15, "large": 0.25}
 """Size of an object -> its radius, as a share of the picture's side."""
@@ -79,8 +79,9 @@ def choose_scene(rng: random.Random, split: str = "train", concept: str | None =
     Args:
         rng: Decides everything.
         split: train leaves out the HELD_OUT combinations of shape and colour, heldout shows nothing else.
-        concept: One of CONCEPTS instead of a shape; then, and in a style, there is one object.
-        style: One of STYLES; all but plain show large objects only, because small ones are too coarse in them.
+        concept: One of CONCEPTS instead of a shape; then, and in a style, there is one object, and it is large: small
+            ones are too coarse for details.
+        style: One of STYLES.
     """
     background = None if style in GROUNDS else choose_background(rng, style)
     hidden = set(EXCLUDED.get(style, ())) | ({background.colour} if background else set())
@@ -94,7 +95,7 @@ def choose_scene(rng: random.Random, split: str = "train", concept: str | None =
         two = split == "train" and style == "plain" and rng.random() < SHARE_OF_TWO
         chosen = rng.sample(pairs, 2) if two else [rng.choice(pairs)]
     places = rng.choice(SIDES) if len(chosen) == 2 else (rng.choice(tuple(PLACES)),)
-    size = "small" if len(chosen) == 2 else "large" if style != "plain" else rng.choice(tuple(RADII))
+    size = "small" if len(chosen) == 2 else "large" if concept or style != "plain" else rng.choice(tuple(RADII))
     things = tuple(Thing(s, c, size, place) for (s, c), place in zip(chosen, places, strict=True))
     return Scene(things, background, style)
 

@@ -1,0 +1,110 @@
+"""From a recipe to modules: the live parts of the model, what moves in them, and the players that learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from gtl.config import Recipe
+from gtl.types import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from gtl.families.base import DiffusionFamily
+    from gtl.objectives.base import Objective
+    from gtl.tuners.base import Tuner
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model at hand, with what moves in it and what it learns."""
+
+    family: DiffusionFamily
+    tuner: Tuner
+    objective: Objective
+    parts: dict[str, nn.Module]
+    """What is loaded of the model, by name."""
+    parameters: dict[str, nn.Parameter]
+    players: dict[str, nn.Module]
+
+
+def assemble(recipe: Recipe, dtype: str) -> Trainee:
+    """Load the live parts, let the tuner mark or inject what moves, and make the objective's players.
+
+    Raises:
+        UserError: the model's files or the adapter to continue from are not what they have to be, or do not fit the
+            recipe.
+    """
+    import torch
+
+    from gtl.adapters import Registry
+    from gtl.families import open_family
+    from gtl.objectives import make_objective
+    from gtl.train.blocks import checkpoint_blocks, compile_blocks
+    from gtl.tuners import make_tuner
+
+    arithmetic, init = getattr(torch, DTYPES[dtype]), recipe.tuner.init
+    model = recipe.model
+    family = open_family(model.source, model.family, revision=model.revision, variant=model.variant)
+    tuner, objective = make_tuner(recipe.tuner, family), make_objective(recipe.objective, family)
+    names = live_parts(recipe, family, objective)
+    parts = {name: family.load(name, None if tuner.moves_base else arithmetic) for name in names}
+    folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
+    parameters = tuner.apply(parts, recipe.train.seed, folder)
+    for part in parts.values():
+        round_frozen(part, arithmetic)
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    if (main := parts.get(family.main)) is not None:
+        if recipe.train.activation_checkpointing:
+            checkpoint_blocks(main, chain.from_iterable(family.blocks(main)))
+        if recipe.train.compile:
+            compile_blocks(main, chain.from_iterable(family.blocks(main)))
+    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
+
+
+def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
+    """What `assemble` would make, on meta: shapes and dtypes, from config files alone.
+
+    Raises:
+        UserError: the model's configs are not what they have to be, or do not fit the recipe.
+    """
+    import torch
+
+    from gtl.objectives import make_objective
+    from gtl.tuners import make_tuner
+
+    # Where adapters start from changes none of their sizes.
+    start = {"init": None} | ({"initialization": "default"} if recipe.tuner.type == "lora" else {})
+    tuner = make_tuner(recipe.tuner.model_copy(update=start), family)
+    objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
+    stored = None if tuner.moves_base else arithmetic
+    parts = {name: family.load(name, stored, "meta") for name in live_parts(recipe, family, objective)}
+    parameters = tuner.apply(parts, recipe.train.seed)
+    for part in parts.values():
+        round_frozen(part, arithmetic)
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
+
+
+def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
+    """The parts that run in the training process; the one that the objective is about comes first.
+
+    Raises:
+        UserError: the recipe trains a part that the model or the objective does not have.
+    """
+    from gtl.tuners.base import trained_parts
+
+    trained_parts(recipe.tuner.train, objective.parts)
+    needs = recipe.needs
+    encoders = family.encoders if needs.text == "tokens" else ()
+    return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))
+
+
+def round_frozen(part: nn.Module, dtype: torch.dtype) -> None:
+    """Give what does not move the dtype of the arithmetic."""
+    for tensor in chain(part.parameters(), part.buffers()):
+        if not tensor.requires_grad and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,252 @@
+"""What a recipe takes of memory, from config files alone: its model runs once forward without weights or numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from gtl.types import Batch, Geometry, Item
+
+if TYPE_CHECKING:
+    from gtl.config import Recipe
+    from gtl.families.base import DiffusionFamily
+    from gtl.train.assemble import Trainee
+
+CPU = torch.device("cpu")
+CAPTION = "photo " * 2048
+"""More than any text encoder reads."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass keeps for the backward pass."""
+
+    whole: float
+    checkpointed: float
+    """With train.activation_checkpointing: what goes into the blocks, what is kept outside of them, and the most that
+    is kept inside of one."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the main part."""
+
+    name: str
+    parameters: int
+    """Adapters not counted."""
+    trained: int
+    """Adapters counted."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The sizes of a model under a recipe."""
+
+    parts: dict[str, int]
+    """Parameters of every part that is in the training process, without adapters."""
+    blocks: tuple[Block, ...]
+    """Of the main part in execution order; () where it is not trained."""
+    frozen_bytes: int
+    """Of weights that do not move, and of buffers."""
+    trained: int
+    """Parameters that move."""
+    largest_bytes: int
+    """Of the largest block's weights, which a worker holds whole for a moment where they are sharded."""
+    fixed: Activations
+    """Whatever the number of images: such as weights in the dtype of the arithmetic."""
+    per_image: Activations
+
+    def activations(self, images: int, checkpointing: bool) -> float:
+        """Bytes that a forward pass of so many images keeps."""
+        fixed, each = self.fixed, self.per_image
+        if checkpointing:
+            return fixed.checkpointed + images * each.checkpointed
+        return fixed.whole + images * each.whole
+
+
+def measure(recipe: Recipe, dtype: str, trainee: Trainee) -> Footprint:
+    """Run an `outline` forward with two images and with three; its modules can do nothing else afterwards.
+
+    Args:
+        recipe: What it was assembled from.
+        dtype: Of the arithmetic, fp32 or bf16.
+        trainee: Is changed.
+    """
+    family, parts = trainee.family, trainee.parts
+    main = parts.get(family.main)
+    blocks = [] if main is None else family.blocks(main)
+    moving = {id(parameter) for parameter in trainee.parameters.values()}
+    parameters = {name: list(part.named_parameters()) for name, part in parts.items()}
+    # An adapter's names say that it is one: it is PEFT's, under the layer that it adapts.
+    counts = {name: sum(p.numel() for key, p in own if "lora_" not in key) for name, own in parameters.items()}
+    listed = tuple(_block(names, parameters[family.main], moving) for names in blocks)
+    still = {id(p): p.nbytes for own in parameters.values() for _, p in own if id(p) not in moving}
+    buffers = sum(buffer.nbytes for part in parts.values() for buffer in part.buffers())
+    largest = max((_bytes_under(names, parameters[family.main]) for names in blocks), default=0)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
+    for part in parts.values():
+        pretend(part, mode)
+    # Not with one image: a dimension of one saves copies.
+    two, three = (run(recipe, trainee, mode, images) for images in (2, 3))
+    each = Activations(three.whole - two.whole, three.checkpointed - two.checkpointed)
+    fixed = Activations(two.whole - 2 * each.whole, two.checkpointed - 2 * each.checkpointed)
+    trained = sum(parameter.numel() for parameter in trainee.parameters.values())
+    return Footprint(counts, listed, sum(still.values()) + buffers, trained, largest, fixed, each)
+
+
+def _bytes_under(names: tuple[str, ...], parameters: list[tuple[str, nn.Parameter]]) -> int:
+    return sum(p.nbytes for key, p in parameters if key.startswith(tuple(f"{name}." for name in names)))
+
+
+def _block(names: tuple[str, ...], parameters: list[tuple[str, nn.Parameter]], moving: set[int]) -> Block:
+    inside = [(key, p) for key, p in parameters if key.startswith(tuple(f"{name}." for name in names))]
+    return Block(
+        names[0], sum(p.numel() for key, p in inside if "lora_" not in key),
+        sum(p.numel() for _, p in inside if id(p) in moving),
+    )  # fmt: skip
+
+
+def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Put a module on meta onto a CPU that computes shapes only, in place.
+
+    Libraries choose their kernels by the device, and meta has neither autocast nor attention that keeps no scores.
+    """
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                fake = FakeTensor(mode, parameter.data, CPU)
+                child._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in child._buffers.items():
+            if buffer is not None:
+                child._buffers[name] = FakeTensor(mode, buffer.to("meta"), CPU)
+
+
+def run(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: int) -> Activations:
+    """What the forward pass of every player keeps of so many images; the largest counts."""
+    batch = make_batch(recipe, trainee, mode, images)
+    main = trainee.parts.get(trainee.family.main)
+    names = [name for block in trainee.family.blocks(main) for name in block] if main is not None else []
+    found = []
+    for player in trainee.players.values():
+        with mode, saved_by(player, {name: main.get_submodule(name) for name in names} if main else {}) as saved:
+            player(batch)
+        found.append(saved.activations())
+    return Activations(max(each.whole for each in found), max(each.checkpointed for each in found))
+
+
+def make_batch(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: int) -> Batch:
+    """A batch of images of the recipe's resolution with captions at their longest, as the loader would make it."""
+    family, objective = trainee.family, trainee.objective
+    side = max(recipe.data.resolution // family.multiple, 1) * family.multiple
+    latents, conditions, pixels = {}, {}, None
+    if recipe.needs.images == "pixels":
+        pixels = torch.zeros(3, side, side, dtype=torch.uint8)
+    else:
+        latents = moments(family, side, mode)
+    if recipe.needs.text == "embeddings":
+        conditions = embeddings(family, mode)
+    item = Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
+    # In a stratum, where no caption is dropped.
+    samples = [objective.draw(item, torch.Generator().manual_seed(0), stratum=0) for _ in range(images)]
+    tensors: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in objective.collate(samples).items()}
+    return Batch(tensors, mode.from_tensor(torch.full((images,), 1 / images)))
+
+
+def moments(family: DiffusionFamily, side: int, mode: FakeTensorMode) -> dict[str, Tensor]:
+    """Zeros in the shape of a square image's moments."""
+    if family.codec is None:
+        shape = family.latent_shape(side, side)
+        return {name: torch.zeros(shape) for name in ("mean", "logvar")}
+    codec = family.load(family.codec, device="meta")
+    pretend(codec, mode)
+    with mode, torch.no_grad():
+        found = family.encode_images(codec, torch.empty(1, 3, side, side))
+    return {name: torch.zeros(value.shape[1:]) for name, value in found.items()}
+
+
+def embeddings(family: DiffusionFamily, mode: FakeTensorMode) -> dict[str, Tensor]:
+    """Zeros in the shape of a prompt's conditions at their longest."""
+    encoders = {name: family.load(name, device="meta") for name in family.encoders}
+    for encoder in encoders.values():
+        pretend(encoder, mode)
+    tokens = {name: mode.from_tensor(ids) for name, ids in family.collate(family.tokenize([CAPTION])).items()}
+    with mode, torch.no_grad():
+        found = family.encode_tokens(encoders, tokens)
+    return {name: torch.zeros(value.shape[1:], dtype=value.dtype) for name, value in found.items()}
+
+
+class Saved:
+    """Tensors that autograd keeps, each storage once, by the block that made it do so."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        """Nothing is kept yet; parameters are there anyway."""
+        self._seen = {storage_of(parameter) for parameter in parameters}
+        self._inside: dict[str, float] = {}
+        self._outside = 0.0
+        self._inputs: dict[int, int] = {}
+        self._block: str | None = None
+        self._alive: list[Tensor] = []
+        """So that no two storages get the same address."""
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor."""
+        self._alive.append(tensor)
+        if (storage := storage_of(tensor)) in self._seen:
+            return tensor
+        self._seen.add(storage)
+        size = tensor.untyped_storage().nbytes()
+        if self._block is None:
+            self._outside += size
+        else:
+            self._inside[self._block] = self._inside.get(self._block, 0.0) + size
+        return tensor
+
+    def enter(self, block: str) -> None:
+        """What follows is inside a block."""
+        self._block = block
+
+    def leave(self, inputs: object, outputs: object) -> None:
+        """The block is through."""
+        self._block = None
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(outputs)):
+            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            self._alive += tensors
+            self._inputs |= {storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+    def activations(self) -> Activations:
+        """The sums."""
+        inside = list(self._inside.values()) or [0.0]
+        outside = self._outside + sum(self._inputs.values())
+        return Activations(self._outside + sum(inside), outside + max(inside))
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Address of what a tensor, or a view of it, lies in."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+@contextmanager
+def saved_by(player: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[Saved]:
+    """Counts what autograd keeps of a forward pass within it."""
+    saved = Saved(player.parameters())
+
+    def entering(name: str) -> Any:
+        return lambda *_: saved.enter(name)
+
+    def leaving(module: nn.Module, args: object, kwargs: object, outputs: object) -> None:
+        saved.leave((args, kwargs), outputs)
+
+    with ExitStack() as stack:
+        for name, block in blocks.items():
+            stack.callback(block.register_forward_pre_hook(entering(name)).remove)
+            stack.callback(block.register_forward_hook(leaving, with_kwargs=True).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor))
+        yield saved

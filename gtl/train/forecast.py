@@ -1,0 +1,211 @@
+"""`gtl plan`: what a recipe needs of a cluster and what `auto` chooses there, before anything is downloaded or run."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gtl.config import Recipe
+from gtl.families import open_family
+from gtl.report.text import columns
+from gtl.train.assemble import outline
+from gtl.train.footprint import Footprint, measure
+from gtl.train.gpus import GPUS, find_gpu
+from gtl.train.plan import STAGES, Memory, Need, TrainPlan, choose, need
+from gtl.types import Progress, UserError, quiet
+
+GIB = 2**30
+SPEC = re.compile(r"(?:(?P<nodes>[1-9]\d*)x)?(?:(?P<gpus>[1-9]\d*)x)?(?P<kind>\D[^x]*|[\d.]+GiB)")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Machines that are all alike."""
+
+    nodes: int
+    devices: int
+    """GPUs of a node; of a machine without any, 1."""
+    kind: str
+    device_bytes: float
+    """Memory of a device."""
+    is_gpu: bool = True
+
+    @property
+    def workers(self) -> int:
+        """Devices of all nodes."""
+        return self.nodes * self.devices
+
+
+@dataclass(frozen=True)
+class Row:
+    """A ZeRO stage, at the micro-batch of the plan."""
+
+    stage: int
+    need: Need
+    checkpointed: float
+    """Bytes in all with train.activation_checkpointing."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A recipe on some hardware."""
+
+    source: str
+    family: str
+    dtype: str
+    hardware: Hardware
+    workers: int
+    footprint: Footprint
+    rows: tuple[Row, ...]
+    budget: float
+    """Bytes of a device that a plan may fill."""
+    plan: TrainPlan | None
+    """What `auto` becomes; None where nothing fits."""
+    problem: str
+    """Why nothing does."""
+
+
+def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = quiet) -> Forecast:
+    """Work out a recipe's memory from the model's config files.
+
+    Args:
+        recipe: Its data is not looked at.
+        cluster: NODESxGPUSxKIND, such as 8x8xH100; GPUSxKIND or KIND is one node's. KIND may also be memory, such as
+            48GiB. None: this machine.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: the cluster is not spelled so, or the recipe or the model's configs are not what they have to be.
+    """
+    hardware = this_machine() if cluster is None else parse_cluster(cluster)
+    asked, model = recipe.train, recipe.model
+    on_gpu = hardware.is_gpu and asked.gpus_per_worker != 0
+    workers = (hardware.workers if on_gpu else 1) if asked.workers == "auto" else asked.workers
+    workers = workers[0] if isinstance(workers, tuple) else workers  # with fewer of them each holds more
+    if on_gpu and workers > hardware.workers:
+        raise UserError(f"train.workers: {workers}: --cluster {cluster or 'here'} has {hardware.workers} GPUs")
+    dtype = ("bf16" if on_gpu else "fp32") if model.dtype == "auto" else model.dtype
+    # PEFT imports accelerate, and that imports DeepSpeed, which would warn of a machine without a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    progress("model", 0, 0, model.source)
+    family = open_family(model.source, model.family, model.revision, model.variant, weights=False)
+    footprint = measure(recipe, dtype, outline(recipe, dtype, family))
+    memory = Memory(footprint, hardware.device_bytes)
+    plan, problem = None, ""
+    try:
+        plan = choose(recipe, workers=workers, steps_per_epoch=1, memory=memory if on_gpu else None)
+    except UserError as error:
+        problem = str(error)
+    size = plan.micro_batch if plan else 1
+
+    def row(stage: int) -> Row:
+        found = need(footprint, recipe, stage=stage, workers=workers, micro_batch=size)
+        less = found.activations - footprint.activations(size, checkpointing=True)
+        return Row(stage, found, found.total - less)
+
+    rows = tuple(row(stage) for stage in STAGES[: recipe.pair.max_zero_stage + 1])
+    return Forecast(
+        model.source, family.name, dtype, hardware, workers, footprint, rows, memory.budget, plan, problem
+    )
+
+
+def parse_cluster(text: str) -> Hardware:
+    """NODESxGPUSxKIND.
+
+    Raises:
+        UserError: it is not spelled so, or no GPU of that kind is known.
+    """
+    match = SPEC.fullmatch(text.strip())
+    nodes, gpus, kind = match.group("nodes", "gpus", "kind") if match else (None, None, "")
+    if gpus is None:
+        nodes, gpus = None, nodes
+    if kind.endswith("GiB"):
+        memory = float(kind.removesuffix("GiB"))
+    elif gpu := find_gpu(kind):
+        memory = gpu.gib
+    else:
+        raise UserError(
+            f"--cluster {text}: expected NODESxGPUSxKIND, such as 8x8xH100, where KIND is one of {', '.join(GPUS)}, or "
+            "memory such as 48GiB"
+        )
+    return Hardware(int(nodes or 1), int(gpus or 1), kind, memory * GIB)
+
+
+def this_machine() -> Hardware:
+    """Its GPUs, or its memory if there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return Hardware(1, len(found), found[0].name, min(device.total_memory for device in found))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(1, 1, "CPU", memory, is_gpu=False)
+
+
+def render(found: Forecast, recipe: Recipe) -> str:
+    """For people to read."""
+    hardware, footprint, plan = found.hardware, found.footprint, found.plan
+    parts = ", ".join(f"{part} {count(number)}" for part, number in footprint.parts.items())
+    device = "GPU" if hardware.is_gpu else "machine"
+    facts = [
+        ["model", f"{found.source} ({found.family}, {found.dtype}): {parts} parameters"],
+        ["trained", f"{count(footprint.trained)} parameters by {recipe.tuner.type}"],
+        ["cluster", f"{hardware.nodes} x {hardware.devices} x {hardware.kind}, {hardware.device_bytes / GIB:.1f} GiB "
+                    f"each, {found.budget / GIB:.1f} GiB to fill; {found.workers} workers"],
+    ]  # fmt: skip
+    if plan is not None:
+        rest = f"accumulation {plan.accumulation} for batches of {recipe.train.batch_size}"
+        facts.append(["auto", f"ZeRO stage {plan.stage}, micro-batch {plan.micro_batch}, {rest}"])
+    else:
+        facts.append(["auto", found.problem])
+    header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed"]
+    table = [header, *(_cells(row, found.budget) for row in found.rows)]
+    size = f"on each {device} with {images(plan.micro_batch if plan else 1)} in a forward pass of {resolution(recipe)}"
+    text = [columns(facts), "", size + ":", columns(table, numbers=True)]
+    if footprint.blocks:
+        blocks = [["depth", "block", "parameters", "trained"]]
+        blocks += [
+            [str(i), block.name, count(block.parameters), count(block.trained)]
+            for i, block in enumerate(footprint.blocks, 1)
+        ]  # fmt: skip
+        text += ["", f"tuner.freeze_depth K freezes the blocks up to K of {len(footprint.blocks)}:", columns(blocks)]
+    return "\n".join(text)
+
+
+def _cells(row: Row, budget: float) -> list[str]:
+    sizes = (row.need.weights, row.need.gradients, row.need.optimizer, row.need.buffers, row.need.activations)
+    totals = (row.need.total, row.checkpointed)
+    marked = [f"{total / GIB:.2f}{' ' if total <= budget else '!'}" for total in totals]
+    return [f"stage {row.stage}", *(f"{size / GIB:.2f}" for size in sizes), *marked]
+
+
+def images(number: int) -> str:
+    """So many, in words."""
+    return "1 image" if number == 1 else f"{number} images"
+
+
+def resolution(recipe: Recipe) -> str:
+    """Of the training images."""
+    return f"{recipe.data.resolution} px (! does not fit)"
+
+
+def count(number: int) -> str:
+    """A number of parameters in three digits."""
+    if not number:
+        return "0"
+    for factor, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            value = number / factor
+            return f"{value:.{max(2 - int(math.log10(value)), 0)}f}{unit}"
+    return str(number)
+
+
+def as_json(found: Forecast) -> dict[str, Any]:
+    """For programs: sizes in bytes, everything under the names of the classes here."""
+    values = asdict(found)
+    for row, each in zip(values["rows"], found.rows, strict=True):
+        row["need"]["total"] = each.need.total
+    return values

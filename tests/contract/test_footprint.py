@@ -1,0 +1,107 @@
+"""What a plan says of memory from config files alone, against what a real forward pass keeps, on every family."""
+
+import shutil
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gtl.config import Recipe, parse_recipe
+from gtl.families import open_family
+from gtl.families.base import DiffusionFamily
+from gtl.train.assemble import assemble, outline
+from gtl.train.footprint import CAPTION, Footprint, measure
+from gtl.types import Batch
+from tests.contract.test_families import MODELS, SIZE
+from tests.contract.test_pairs import fixed_batch
+
+TUNERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "targets": "all-linear"},
+    "lora-deep": {"type": "lora", "freeze_depth": 0.5},
+    "full": {},
+    "freeze": {"freeze_depth": 0.5},
+}
+BY_LENGTH = ("qwen_image", "z_image")
+"""Models that read each prompt only as long as it is; a plan is for the longest, so it is above what others keep."""
+TOLERANCE = 0.02
+"""The goal is 0.15."""
+
+
+def make_recipe(family: DiffusionFamily, tuner: str, *parts: str) -> Recipe:
+    return parse_recipe({
+        "model": {"source": str(family.folder)},
+        "data": {"source": "photos", "resolution": SIZE[0]},
+        "tuner": {"type": tuner, **TUNERS[tuner], **({"train": parts} if parts else {})},
+        "objective": {"type": "denoise", "caption_dropout": 0},  # all captions of a batch are equally long
+    })
+
+
+def kept(player: nn.Module, batch: Batch) -> int:
+    """Bytes of the storages that autograd keeps of a forward pass, without the weights themselves."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in player.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = player(batch)
+    assert losses.total.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in weights)
+
+
+def without_weights(family: DiffusionFamily, folder: Path) -> DiffusionFamily:
+    """The same model in another folder that has no weight files."""
+    shutil.copytree(family.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return open_family(str(folder), weights=False)
+
+
+def footprint(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Footprint:
+    return measure(recipe, dtype, outline(recipe, dtype, family))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_sizes_of_a_model_without_its_weights(tmp_path: Path, model: str, tuner: str, dtype: str) -> None:
+    family = open_family(str(MODELS[model][1](tmp_path / "model")))
+    recipe = make_recipe(family, tuner)
+    planned = footprint(recipe, dtype, without_weights(family, tmp_path / "configs"))
+    trainee = assemble(recipe, dtype)
+    moving = {id(parameter) for parameter in trainee.parameters.values()}
+    main = trainee.parts[family.main]
+    tensors = list(chain(main.parameters(), main.buffers()))
+    assert planned.trained == sum(parameter.numel() for parameter in trainee.parameters.values())
+    assert planned.frozen_bytes == sum(tensor.nbytes for tensor in tensors if id(tensor) not in moving)
+    assert planned.parts == {family.main: sum(p.numel() for p in family.load(family.main).parameters())}
+    assert [block.name for block in planned.blocks] == [names[0] for names in family.blocks(main)]
+    (player,) = trainee.players.values()
+    check_activations(model, family, recipe, planned, player)
+
+
+@pytest.mark.parametrize("model", ["sdxl", "flux2", "flux2_klein", "sana", *BY_LENGTH])
+def test_text_encoders_that_are_trained_keep_activations_too(tmp_path: Path, model: str) -> None:
+    family = open_family(str(MODELS[model][1](tmp_path / "model")))
+    recipe = make_recipe(family, "lora", family.main, *family.encoders)
+    planned = footprint(recipe, "fp32", without_weights(family, tmp_path / "configs"))
+    (player,) = assemble(recipe, "fp32").players.values()
+    assert planned.parts.keys() == {family.main, *family.encoders}
+    # Qwen3 is planned with a mask, which it has where prompts are not equally long.
+    other = "" if model == "z_image" else CAPTION
+    check_activations(model, family, recipe, planned, player, other)
+
+
+def check_activations(
+    model: str, family: DiffusionFamily, recipe: Recipe, planned: Footprint, player: nn.Module, other: str = CAPTION
+) -> None:
+    """`other` is the second caption of a batch whose first one is at its longest."""
+    activations = planned.activations(4, checkpointing=False)
+    batch = fixed_batch(family, recipe)
+    if model in BY_LENGTH:
+        assert activations > kept(player, batch)
+        batch = fixed_batch(family, recipe, (CAPTION, other))
+    assert activations == pytest.approx(kept(player, batch), rel=TOLERANCE)

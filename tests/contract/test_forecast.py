@@ -1,0 +1,123 @@
+"""`gtl plan`: a model that is too large for this machine, from its config files alone."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gtl.cli import main
+from gtl.config import parse_recipe
+from gtl.families.source import resolve
+from gtl.storage import Store
+from gtl.train.forecast import GIB, Hardware, count, forecast, parse_cluster
+from gtl.types import UserError
+from tests.tiny import make_flux, write_json
+
+FLUX = {
+    "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
+    "joint_attention_dim": 4096, "axes_dims_rope": [16, 56, 56], "in_channels": 64,
+}  # fmt: skip
+"""As FLUX.1 dev has it, but for the pooled text."""
+T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1 dev without weights; CLIP and the codec are small."""
+    folder = make_flux(tmp_path_factory.mktemp("flux"))
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    for part, values in {"transformer": FLUX, "text_encoder_2": T5, "vae": {"latent_channels": 16}}.items():
+        config = folder / part / "config.json"
+        write_json(config, json.loads(config.read_text()) | values)
+    return folder
+
+
+def recipe(flux: Path, **sections: Any) -> Any:
+    data = {"source": "photos", "resolution": 1024}
+    return {"model": {"source": str(flux)}, "data": data, "train": {"batch_size": 64}, **sections}
+
+
+def test_a_lora_of_twelve_billion_parameters_on_eight_gpus(flux: Path) -> None:
+    found = forecast(parse_recipe(recipe(flux)), "8xH100")
+    assert round(found.footprint.parts["transformer"] / 1e9, 1) == 11.9
+    assert (len(found.footprint.blocks), found.footprint.trained) == (57, 26_148_864)
+    assert [round(row.need.weights / GIB, 2) for row in found.rows] == [22.26, 22.27, 22.27, 2.79]
+    assert found.plan is not None
+    # A LoRA run that fits is not sharded: that would only slow it.
+    assert (found.workers, found.plan.stage, found.plan.micro_batch, found.plan.accumulation) == (8, 0, 2, 4)
+    assert 20 < found.footprint.activations(1, checkpointing=False) / GIB < 24
+    assert 1 < found.footprint.activations(1, checkpointing=True) / GIB < 3
+
+
+def test_full_tuning_is_sharded_and_says_what_would_make_it_fit(flux: Path) -> None:
+    values = recipe(flux, tuner={"type": "full"})
+    found = forecast(parse_recipe(values), "8x8xH100")
+    assert found.plan is not None
+    assert (found.workers, found.plan.stage, found.plan.micro_batch) == (64, 3, 1)
+    found = forecast(parse_recipe(values), "1x48GiB")
+    assert found.plan is None
+    assert found.problem.startswith("train.zero.stage: auto: at stage 3 and micro-batch 1 each of 1 workers needs ")
+    assert found.problem.endswith("take train.activation_checkpointing: true, more workers or a smaller model")
+
+
+def test_the_command(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(flux)))
+    command = ["gtl", "plan", str(tmp_path / "r.yaml"), "--cluster", "8xH100"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"model    {flux} (flux, bf16): transformer 11.9 B parameters"
+    assert lines[1] == "trained  26.1 M parameters by lora"
+    assert lines[2] == "cluster  1 x 8 x H100, 79.2 GiB each, 71.3 GiB to fill; 8 workers"
+    assert lines[3] == "auto     ZeRO stage 0, micro-batch 2, accumulation 4 for batches of 64"
+    assert lines[7].split()[:5] == ["stage", "0", "22.26", "0.10", "0.19"]
+    assert lines[-57].split() == ["1", "transformer_blocks.0", "340", "M", "786", "k"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    values = json.loads(capsys.readouterr().out)
+    assert values["plan"] == {"steps": 1000, "stage": 0, "micro_batch": 2, "accumulation": 4}
+    row = values["rows"][0]["need"]
+    assert row["total"] == sum(value for name, value in row.items() if name != "total")
+
+
+def test_clusters() -> None:
+    assert parse_cluster("8x8xH100") == Hardware(8, 8, "H100", 79.2 * GIB)
+    assert parse_cluster("4xRTX 4090") == Hardware(1, 4, "RTX 4090", 23.5 * GIB)
+    assert parse_cluster("2x4x48GiB") == Hardware(2, 4, "48GiB", 48 * GIB)
+    assert parse_cluster("H200").workers == 1
+    for wrong in ("8x8xTPU", "0xH100", "", "8", "8x8x8xH100", "x.xGiB"):
+        with pytest.raises(UserError, match=f"^--cluster {wrong}: expected NODESxGPUSxKIND, such as 8x8xH100, where"):
+            parse_cluster(wrong)
+
+
+def test_more_workers_than_the_cluster_has(flux: Path) -> None:
+    with pytest.raises(UserError, match=r"^train.workers: 9: --cluster 8xH100 has 8 GPUs$"):
+        forecast(parse_recipe(recipe(flux, train={"workers": 9})), "8xH100")
+
+
+def test_counts_have_three_digits() -> None:
+    assert [count(n) for n in (0, 7, 999, 1234, 12_345_678, 999_500, 11_901_408_320)] == [
+        "0", "7", "999", "1.23 k", "12.3 M", "1000 k", "11.9 B"
+    ]  # fmt: skip
+
+
+def test_of_a_model_in_a_bucket_no_weights_are_fetched(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    store = Store(f"{s3}/{tmp_path.name}")
+    for file in (folder := make_flux(tmp_path / "flux")).rglob("*"):
+        if file.is_file():
+            store.upload(file, file.relative_to(folder).as_posix())
+    configs = resolve(store.url(), weights=False)
+    assert not list(configs.rglob("*.safetensors"))
+    assert (configs / "transformer" / "config.json").is_file()
+    whole = resolve(store.url())
+    assert len(list(whole.rglob("*.safetensors"))) == 4
+    assert resolve(store.url(), weights=False) == configs != whole
