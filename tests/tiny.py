@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,19 @@ with and at small large old young sitting standing running white black brown gra
 drawing painting of an animal image picture style sks low quality blurry""".split()
 
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+CHAT = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{%- endif %}"""
+"""Qwen's, without tools."""
+MISTRAL_CHAT = """{{- bos_token }}{%- for message in messages %}
+{%- set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}[{{ mark }}]
+{%- for part in message.content %}{{ part.text }}{% endfor %}[/{{ mark }}]{% endfor %}"""
+"""Mistral's, without pictures and tools."""
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -210,7 +223,7 @@ def make_sd3(
         }  # fmt: skip
         if t5:
             parts["text_encoder_3"] = make_t5(write_t5_tokenizer(folder / "tokenizer_3"), 96)
-    widen_head(parts["transformer"])
+    widen_head(parts["transformer"].proj_out)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", {
@@ -271,7 +284,7 @@ def make_flux(
             "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
             "text_encoder_2": make_t5(num_tokens, 48),
         }  # fmt: skip
-    widen_head(parts["transformer"])
+    widen_head(parts["transformer"].proj_out)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", {
@@ -296,6 +309,194 @@ def make_flux(
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
+    return folder
+
+
+def make_flux2(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a FLUX.2-dev-layout pipeline; plain `Flux2Pipeline.from_pretrained` loads it.
+
+    64x64 pixels are latents of 4x8x8 in patches of 16x4x4, for 2 double and 2 single blocks. Where the published model
+    names a processor, which needs torchvision, this names the tokenizer inside of it.
+    """
+    from transformers import Mistral3ForConditionalGeneration
+
+    num_tokens = write_mistral_tokenizer(Path(folder) / "tokenizer")
+    return _write_flux2(
+        Path(folder), "Flux2Pipeline", "PreTrainedTokenizerFast", seed, guidance_embeds=True,
+        text_encoder=lambda: Mistral3ForConditionalGeneration(mistral3_config(num_tokens, 16)),
+    )  # fmt: skip
+
+
+def make_flux2_klein(folder: str | Path, *, seed: int = 0, distilled: bool = False) -> Path:
+    """Write a FLUX.2-klein-layout pipeline; plain `Flux2KleinPipeline.from_pretrained` loads it.
+
+    Its sizes are those of `make_flux2`.
+    """
+    from transformers import Qwen3ForCausalLM
+
+    num_tokens = write_qwen_tokenizer(Path(folder) / "tokenizer")
+    return _write_flux2(
+        Path(folder), "Flux2KleinPipeline", "Qwen2Tokenizer", seed, guidance_embeds=False, is_distilled=distilled,
+        text_encoder=lambda: Qwen3ForCausalLM(qwen3_config(num_tokens, 16, layers=28, heads=2)),
+    )  # fmt: skip
+
+
+def _write_flux2(
+    folder: Path, pipeline: str, tokenizer: str, seed: int, *, guidance_embeds: bool, text_encoder: Callable[[], Any],
+    **index: Any,
+) -> Path:  # fmt: skip
+    import torch
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": Flux2Transformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=3 * 16,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(4, 4, 4, 4),
+            ),
+            "vae": make_vae(kind=AutoencoderKLFlux2),
+            "text_encoder": text_encoder(),
+        }
+        parts["vae"].bn.running_mean.normal_()
+        parts["vae"].bn.running_var.uniform_(0.5, 2.0)
+    widen_head(parts["transformer"].proj_out)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": pipeline,
+        "_diffusers_version": "0.38.0",
+        **index,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", type(parts["text_encoder"]).__name__],
+        "tokenizer": ["transformers", tokenizer],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    })
+    return folder
+
+
+def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a Qwen-Image-layout pipeline; plain `QwenImagePipeline.from_pretrained` loads it.
+
+    64x64 pixels are latents of 16x8x8, which are packed to 16 tokens, for 2 double blocks.
+    """
+    import torch
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    folder = Path(folder)
+    num_tokens = write_qwen_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": QwenImageTransformer2DModel(
+                patch_size=2,
+                in_channels=64,
+                out_channels=16,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=4,
+                joint_attention_dim=48,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            "vae": AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(qwen2_vl_config(num_tokens, 48)),
+        }
+    widen_head(parts["transformer"].proj_out)
+    widen_head(parts["vae"].decoder.conv_out)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "use_dynamic_shifting": True,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "QwenImagePipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    })
+    return folder
+
+
+def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
+    """Write a Z-Image-layout pipeline; plain `ZImagePipeline.from_pretrained` loads it.
+
+    It works on 64x64 pixels in latents of 16x8x8, and on at most 256x256, with a refiner of each kind and 2 blocks
+    behind them.
+    """
+    import torch
+    from diffusers import ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    folder = Path(folder)
+    num_tokens = write_qwen_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "transformer": ZImageTransformer2DModel(
+                in_channels=16,
+                dim=64,
+                n_layers=2,
+                n_refiner_layers=1,
+                n_heads=4,
+                n_kv_heads=4,
+                cap_feat_dim=48,
+                axes_dims=[4, 6, 6],
+                axes_lens=[1024, 16, 16],
+            ),
+            "vae": make_vae(
+                latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                use_post_quant_conv=False, force_upcast=True,
+            ),
+            "text_encoder": Qwen3Model(qwen3_config(num_tokens, 48)),
+        }  # fmt: skip
+    widen_head(parts["transformer"].all_final_layer["2-1"].linear)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 6.0,
+        "use_dynamic_shifting": False,
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "ZImagePipeline",
+        "_diffusers_version": "0.38.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "ZImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     })
     return folder
@@ -330,7 +531,7 @@ def make_pixart(
             "vae": make_vae(scaling_factor=0.13025 if sigma else 0.18215),
             "text_encoder": make_t5(num_tokens, 48),
         }
-    widen_head(parts["transformer"])
+    widen_head(parts["transformer"].proj_out)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     kind = "PixArtTransformer2DModel" if sigma else "Transformer2DModel"
@@ -420,7 +621,7 @@ def make_sana(
                 query_pre_attn_scalar=12,
             )),
         }
-    widen_head(parts["transformer"])
+    widen_head(parts["transformer"].proj_out)
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     scheduler = scheduler_config or {
@@ -448,9 +649,9 @@ def make_sana(
     return folder
 
 
-def widen_head(transformer: Any) -> None:
+def widen_head(head: Any) -> None:
     """Let a transformer's last layer, which no adapter changes, reach the size of what it has to predict."""
-    transformer.proj_out.weight.data.mul_(3)
+    head.weight.data.mul_(3)
 
 
 def absent(folder: Path) -> dict[str, None]:
@@ -465,18 +666,18 @@ def as_asked(pipeline: Any) -> dict[str, bool]:
     return {name: False for name in ("use_resolution_binning", "clean_caption") if name in takes}
 
 
-def make_vae(levels: int = 4, scaling_factor: float = 0.18215, **config: Any) -> Any:
+def make_vae(levels: int = 4, scaling_factor: float | None = 0.18215, kind: Any = None, **config: Any) -> Any:
     """A tiny `AutoencoderKL` that works on latents of 4x8x8, or as many channels as `config` says."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    vae = (kind or AutoencoderKL)(
         sample_size=8 * 2 ** (levels - 1),
         block_out_channels=(8, 16, 16, 16)[:levels],
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        scaling_factor=scaling_factor,
+        **({} if kind else {"scaling_factor": scaling_factor}),
         **{"latent_channels": 4, **config},
     )
     # A random decoder paints everything grey; contrast makes differences between images visible.
@@ -556,6 +757,102 @@ def write_t5_tokenizer(folder: Path) -> int:
     words = {f"\u2581{word}": -2.0 for word in WORDS} | {chr(code): -8.0 for code in range(33, 127)}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *words.items()]
     tokenizer = T5TokenizerFast(vocab=pieces, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def qwen3_config(vocab_size: int, width: int, layers: int = 3, heads: int = 4) -> Any:
+    """Config of a tiny Qwen3."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=16,
+    )
+
+
+def qwen2_vl_config(vocab_size: int, width: int) -> Any:
+    """Config of a tiny Qwen2.5-VL: a language model of two layers that could also see."""
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocab_size,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "fullatt_block_indexes": [0],
+        },
+    )
+
+
+def mistral3_config(vocab_size: int, width: int) -> Any:
+    """Config of a tiny Mistral 3: a language model of 31 layers that could also see."""
+    from transformers import Mistral3Config
+
+    small = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2, "head_dim": 8}
+    return Mistral3Config(
+        text_config={
+            "model_type": "mistral", "vocab_size": vocab_size, "num_hidden_layers": 31, "num_key_value_heads": 1,
+            "sliding_window": None, **small,
+        },
+        vision_config={"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, **small},
+        image_token_index=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def write_mistral_tokenizer(folder: Path) -> int:
+    """Write a byte-level BPE tokenizer with Mistral's template of chats, padding in front; how many tokens it has."""
+    from transformers import PreTrainedTokenizerFast
+
+    trained = train_bytes()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained, model_max_length=2048, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        extra_special_tokens=["[IMG]", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"],
+        padding_side="left", chat_template=MISTRAL_CHAT,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def train_bytes() -> Any:
+    """A byte-level BPE tokenizer that knows a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([" ".join(WORDS)], trainer)
+    return trained
+
+
+def write_qwen_tokenizer(folder: Path) -> int:
+    """Write a byte-level BPE tokenizer in Qwen's files, with a template of chats; how many tokens it has."""
+    from transformers import Qwen2Tokenizer
+
+    model = json.loads(train_bytes().to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=merges, model_max_length=2048, chat_template=CHAT,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 

@@ -17,6 +17,10 @@ FAMILIES: dict[str, str] = {
     "sdxl": "gtl.families.sdxl:StableDiffusionXL",
     "sd3": "gtl.families.sd3:StableDiffusion3",
     "flux": "gtl.families.flux:Flux",
+    "flux2": "gtl.families.flux2:Flux2",
+    "flux2_klein": "gtl.families.flux2_klein:Flux2Klein",
+    "qwen_image": "gtl.families.qwen_image:QwenImage",
+    "z_image": "gtl.families.z_image:ZImage",
     "pixart": "gtl.families.pixart:PixArt",
     "sana": "gtl.families.sana:Sana",
 }
@@ -28,6 +32,10 @@ PIPELINES: dict[str, str] = {
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2_klein",
+    "QwenImagePipeline": "qwen_image",
+    "ZImagePipeline": "z_image",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
@@ -58,4 +66,5 @@ def open_family(
     module, _, name = FAMILIES[found].partition(":")
     opened = getattr(importlib.import_module(module), name)(folder, variant)
     opened.origin = (source, found, revision, variant)
+    opened.configs_only = not weights
     return opened

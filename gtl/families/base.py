@@ -97,9 +97,14 @@ class DiffusionFamily(Family, Protocol):
 
     codec: ClassVar[str | None]
     """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
-    classifier_free: ClassVar[bool]
-    """Whether guidance leads away from a second prediction (Ho & Salimans 2022, arXiv 2207.12598). A model that was
-    distilled needs none: it reads the scale itself, see `guidance_conditions`, or has it built in."""
+
+    @property
+    def classifier_free(self) -> bool:
+        """Whether guidance leads away from a second prediction (Ho & Salimans 2022, arXiv 2207.12598).
+
+        A model that was distilled needs none: it reads the scale itself, see `guidance_conditions`, or has it built in.
+        """
+        ...
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -142,11 +147,11 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """What `encode_tokens` reads of each prompt, without a batch dimension; all of one shape."""
+        """What `encode_tokens` reads of each prompt, without a batch dimension; `collate` batches it."""
         ...
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
-        """Conditions of stacked tokens, [B, ...]; differentiable in the encoders' weights."""
+        """Conditions of a batch of tokens, [B, ...]; differentiable in the encoders' weights."""
         ...
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
@@ -179,8 +184,12 @@ class DiffusionFamily(Family, Protocol):
         """
         ...
 
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
+        """Classifier-free guidance away from one prediction [B, C, h, w] to and beyond another; scale [B, 1, 1, 1]."""
+        ...
+
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
-        """Batch conditions of samples, [B, ...], padding what has to be."""
+        """Batch conditions or tokens of samples, [B, ...], padding what has to be."""
         ...
 
     def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:

@@ -56,7 +56,7 @@ def patterns(names: Iterable[str], variant: str | None, weights: bool = True) ->
     number = "?????-of-?????"
     result = [INDEX]
     for name in names:
-        result += [f"{name}/{kind}" for kind in ("*.json", "*.txt", "*.model")]
+        result += [f"{name}/{kind}" for kind in ("*.json", "*.txt", "*.model", "*.jinja")]
         for stem in STEMS if weights else ():
             middles = [f".{variant}", f".{variant}-{number}", f"-{number}.{variant}"] if variant else ["", f"-{number}"]
             result += [f"{name}/{stem}{middle}.safetensors" for middle in middles]

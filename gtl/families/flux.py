@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gtl.families.base import Conditions
 from gtl.families.latent import encode_tokens_of
-from gtl.families.latent_transformer import LatentTransformer
+from gtl.families.latent_transformer import PACKED, LatentTransformer, equal_steps, pack, unpack
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-PATCH = 2
-"""Latents a side of a token. The transformer's config counts its patches in tokens, which are packed outside of it."""
 
 
 class Flux(LatentTransformer):
@@ -33,18 +30,16 @@ class Flux(LatentTransformer):
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     token_limits: Mapping[str, int] = {"text_encoder_2": 512}
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
-    classifier_free: ClassVar[bool] = False
+
+    @property
+    def classifier_free(self) -> bool:
+        """No."""
+        return False
 
     @property
     def patch_size(self) -> int:
-        """Latents a side of a token."""
-        return PATCH
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the VAE was made for: the transformer's config has none."""
-        size = int(self.config("vae")["sample_size"])
-        return size, size
+        """Latents a side of a token. The transformer's config counts in tokens, which are packed outside of it."""
+        return PACKED
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
         """T5's last hidden states, [B, tokens, D], and CLIP's pooled embedding, `pooled_projections` [B, D1].
@@ -54,16 +49,9 @@ class Flux(LatentTransformer):
         clip, t5 = (encode_tokens_of(part, encoders, tokens) for part in self.encoders)
         return {"encoder_hidden_states": t5[0], "pooled_projections": clip.pooler_output}
 
-    def guidance_conditions(self, scale: float) -> Conditions:
-        """`guidance` [] for a model that embeds it, such as dev; {} for schnell."""
-        import torch
-
-        embeds = self.config("transformer").get("guidance_embeds", False)
-        return {"guidance": torch.tensor(scale, dtype=torch.float32)} if embeds else {}
-
     def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The transformer's raw output for noisy latents [B, C, h, w] at times t [B]."""
-        rows, columns = noisy.shape[-2] // PATCH, noisy.shape[-1] // PATCH
+        rows, columns = noisy.shape[-2] // PACKED, noisy.shape[-1] // PACKED
         num_tokens = conditions["encoder_hidden_states"].shape[1]
         # The transformer multiplies times by 1000 again.
         packed: Tensor = main(
@@ -73,21 +61,8 @@ class Flux(LatentTransformer):
         return unpack(packed, rows, columns)
 
     def sampler_options(self, steps: int) -> dict[str, Any]:
-        """Shares of the way to noise before the shift, from 1 in equal steps down to 1 / steps."""
-        return {"sigmas": [1 - i / steps for i in range(steps)]}
-
-
-def pack(latents: Tensor) -> Tensor:
-    """[B, C, 2 rows, 2 columns] to tokens [B, rows columns, 4 C], row by row; of a token's channels C is outermost."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `pack`."""
-    patches = tokens.unflatten(2, (-1, PATCH, PATCH)).unflatten(1, (rows, columns))
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        """The shares of the way to noise."""
+        return {"sigmas": equal_steps(steps)}
 
 
 def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:

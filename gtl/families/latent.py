@@ -23,6 +23,11 @@ TOKENIZERS = {
     "CLIPTextModel": "CLIPTokenizer",
     "CLIPTextModelWithProjection": "CLIPTokenizer",
     "T5EncoderModel": "T5TokenizerFast",
+    "Qwen3Model": "Qwen2Tokenizer",
+    "Qwen3ForCausalLM": "Qwen2Tokenizer",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2Tokenizer",
+    # Its processor, which also takes pictures, reads text with it; which class that is, is written beside it.
+    "Mistral3ForConditionalGeneration": "AutoTokenizer",
     "Gemma2Model": "GemmaTokenizerFast",
 }
 """What reads prompts for a text encoder, by its class; all in transformers."""
@@ -35,9 +40,13 @@ class LatentDiffusion(DiffusersLayout, ABC):
     """
 
     codec: ClassVar[str | None] = "vae"
-    classifier_free: ClassVar[bool] = True
     token_limits: Mapping[str, int] = {}
     """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
+
+    @property
+    def classifier_free(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def encoders(self) -> tuple[str, ...]:
@@ -61,6 +70,11 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """Pixels a side of a latent."""
         return int(2 ** (self.levels("vae") - 1))
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.config("vae").get("latent_channels", 4))
+
     def levels(self, part: str, key: str = "block_out_channels") -> int:
         """Resolutions that a part works at, each half of the one before; its config lists their channels."""
         channels = self.config(part).get(key)
@@ -70,8 +84,7 @@ class LatentDiffusion(DiffusersLayout, ABC):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape [C, h, w] of one sample's latents."""
-        channels = self.config("vae").get("latent_channels", 4)
-        return channels, height // self.latent_scale, width // self.latent_scale
+        return self.latent_channels, height // self.latent_scale, width // self.latent_scale
 
     def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels [B, 3, H, W] in [-1, 1] to the VAE's raw moments: mean and logvar, each [B, C, h, w]."""
@@ -82,22 +95,25 @@ class LatentDiffusion(DiffusersLayout, ABC):
     def sample_latents(self, moments: Mapping[str, Tensor], noise: Tensor) -> Tensor:
         """Draw from the moments with standard normal `noise` of the mean's shape; shifted and scaled for the model."""
         latents = moments["mean"] + (0.5 * moments["logvar"]).exp() * noise
-        return (latents - self._shift) * self._scaling
+        shift, scaling = self.statistics(latents)
+        return (latents - shift) * scaling
 
     def decode(self, codec: nn.Module | None, latents: Tensor) -> Tensor:
         """Latents as `sample_latents` returns them to pixels [B, 3, H, W], nominally in [-1, 1]."""
         vae = cast(Any, codec)
-        pixels: Tensor = vae.decode((latents / self._scaling + self._shift).to(vae.dtype), return_dict=False)[0]
+        pixels: Tensor = vae.decode(self.denormalize(latents).to(vae.dtype), return_dict=False)[0]
         return pixels
 
-    @property
-    def _scaling(self) -> float:
-        # Configs of 1.x and 2.0 were published before the key; it is the autoencoder's default.
-        return float(self.config("vae").get("scaling_factor", 0.18215))
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """Latents as `sample_latents` returns them, in the VAE's own range."""
+        shift, scaling = self.statistics(latents)
+        return latents / scaling + shift
 
-    @property
-    def _shift(self) -> float:
-        return float(self.config("vae").get("shift_factor") or 0.0)
+    def statistics(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """What the VAE's latents are shifted and then scaled by: numbers, or [C, 1, 1] where and as `like` is."""
+        config = self.config("vae")
+        # Configs of 1.x and 2.0 were published before the key; it is the autoencoder's default.
+        return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor", 0.18215))
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """`input_ids` [tokens] of each prompt, `input_ids_2` for the second encoder and so on; cut and padded."""
@@ -111,11 +127,13 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """Conditions of each prompt, unbatched; all have the same length."""
         return unstack(self.encode_tokens(encoders, self.collate(self.tokenize(prompts))))
 
-    def _read(self, part: str, prompts: Sequence[str]) -> Any:
+    def _read(self, part: str, prompts: Sequence[str], **options: Any) -> Any:
         """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
         tokenizer = self.tokenizers[part]
         length = self.token_limits.get(part, tokenizer.model_max_length)
-        return tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options
+        )
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -147,6 +165,10 @@ class LatentDiffusion(DiffusersLayout, ABC):
     def guidance_conditions(self, scale: float) -> Conditions:
         """None."""
         return {}
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
+        """Classifier-free guidance as it was published."""
+        return unconditional + scale * (conditional - unconditional)
 
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
         """Batch conditions of samples, [B, ...]; all have the same length."""

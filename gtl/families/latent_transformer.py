@@ -15,8 +15,8 @@ from gtl.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-HEAD = ("norm_out", "proj_out")
-"""Behind the blocks."""
+PACKED = 2
+"""Latents a side of a token, in models whose tokens are packed outside of the transformer."""
 
 
 class LatentTransformer(LatentDiffusion, ABC):
@@ -25,6 +25,8 @@ class LatentTransformer(LatentDiffusion, ABC):
     main: ClassVar[str] = "transformer"
     stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """Lists of blocks, in the order they run."""
+    head: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    """Behind the blocks."""
     endings: ClassVar[Endings] = JOINT
     """Of the layers in the target sets that are known by them."""
     reader: ClassVar[str] = "attn"
@@ -38,7 +40,7 @@ class LatentTransformer(LatentDiffusion, ABC):
         """The projections of patches and of text, and the embedding of time and pooled text."""
         return tuple(
             name for name, child in main.named_children()
-            if name not in (*self.stacks, *HEAD) and next(child.parameters(), None) is not None
+            if name not in (*self.stacks, *self.head) and next(child.parameters(), None) is not None
         )
 
     def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -59,6 +61,23 @@ class LatentTransformer(LatentDiffusion, ABC):
         """The VAE's scale times the size of a patch."""
         return self.latent_scale * self.patch_size
 
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels the transformer was made for, or else the VAE: not every transformer's config says.
+
+        That of a transformer counts in latents.
+        """
+        latents = self.config(self.main).get("sample_size")
+        size = int(self.config("vae")["sample_size"]) if latents is None else int(latents) * self.latent_scale
+        return size, size
+
+    def guidance_conditions(self, scale: float) -> Conditions:
+        """`guidance` [] for a model that embeds it, such as FLUX.1 dev; {} for most others."""
+        import torch
+
+        embeds = self.config(self.main).get("guidance_embeds", False)
+        return {"guidance": torch.tensor(scale, dtype=torch.float32)} if embeds else {}
+
     def sampler(self, steps: int, height: int, width: int) -> Any:
         """A fresh diffusers scheduler with its timesteps set, shifted for images of this size if its config asks.
 
@@ -76,9 +95,20 @@ class LatentTransformer(LatentDiffusion, ABC):
             raise UserError(f"scheduler_config.json: _class_name: {name!r}: takes no {', '.join(sorted(unknown))}")
         if is_dynamic:
             num_patches = height // self.multiple * (width // self.multiple)
-            options["mu"] = dynamic_shift(scheduler.config, num_patches)
+            options["mu"] = self.dynamic_shift(scheduler.config, num_patches, steps)
         scheduler.set_timesteps(steps, **options)
         return scheduler
+
+    def dynamic_shift(self, config: Any, num_patches: int, steps: int) -> float:
+        """The scheduler's `mu`: a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+
+        Larger images keep more of their signal at the same noise, so they are noised further (arXiv 2403.03206, section
+        5.3.2); that mu is linear in the number of patches comes from FLUX.1's own sampling code.
+        """
+        rise = config["max_shift"] - config["base_shift"]
+        run = config["max_image_seq_len"] - config["base_image_seq_len"]
+        shift: float = config["base_shift"] + rise / run * (num_patches - config["base_image_seq_len"])
+        return shift
 
     def sampler_options(self, steps: int) -> dict[str, Any]:
         """What else the family's pipeline in diffusers tells the scheduler."""
@@ -90,12 +120,6 @@ class CrossTransformer(LatentTransformer, ABC):
 
     endings: ClassVar[Endings] = CROSS
     reader: ClassVar[str] = "attn2"
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the model was made for."""
-        size = int(self.config("transformer")["sample_size"]) * self.latent_scale
-        return size, size
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """`input_ids` and `attention_mask` [tokens] of each prompt, in lower case; cut and padded."""
@@ -109,12 +133,19 @@ class CrossTransformer(LatentTransformer, ABC):
         return {"encoder_hidden_states": encoder(**given)[0], "encoder_attention_mask": given["attention_mask"]}
 
 
-def dynamic_shift(config: Any, num_patches: int) -> float:
-    """The scheduler's `mu`: a line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+def equal_steps(steps: int) -> list[float]:
+    """Shares of the way to noise before the shift, from 1 in equal steps down to 1 / steps."""
+    return [1 - i / steps for i in range(steps)]
 
-    Larger images keep more of their signal at the same noise, so they are noised further (arXiv 2403.03206, section
-    5.3.2); that mu is linear in the number of patches comes from FLUX.1's own sampling code.
-    """
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    shift: float = config["base_shift"] + slope * (num_patches - config["base_image_seq_len"])
-    return shift
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, 2 rows, 2 columns] to tokens [B, rows columns, 4 C], row by row; of a token's channels C is outermost."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // PACKED, PACKED, width // PACKED, PACKED)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack`."""
+    patches = tokens.unflatten(2, (-1, PACKED, PACKED)).unflatten(1, (rows, columns))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

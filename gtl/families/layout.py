@@ -35,6 +35,8 @@ class DiffusersLayout:
     """Of some parts: the folder beside it that belongs to it, such as a text encoder's tokenizer."""
     origin: tuple[str, str, str | None, str | None] | None = None
     """What `open_family` was asked for, if it made this."""
+    configs_only: bool = False
+    """Whether it was opened to ask for shapes, and its weight files need not be there."""
 
     def __init__(self, folder: Path, variant: str | None = None) -> None:
         """No weight is read.

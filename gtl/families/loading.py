@@ -94,6 +94,9 @@ def _spellings(key: str) -> Iterator[str]:
     yield key
     prefix = "text_model."
     yield key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
+    # Language models, stored with or without their heads, and inside of models that see.
+    bare = re.sub(r"^(language_model\.)?(model\.)?", "", key)
+    yield from (bare, f"model.{key}", f"model.language_model.{bare}")
     yield re.sub(r"\.(query|key|value|proj_attn)\.(?=\w+$)", lambda match: f".{OLD_ATTENTION[match[1]]}.", key)
 
 

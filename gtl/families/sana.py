@@ -46,7 +46,8 @@ class Sana(CrossTransformer):
 
     def sample_latents(self, moments: Mapping[str, Tensor], noise: Tensor) -> Tensor:
         """The latents, scaled for the model; the autoencoder has no distribution to draw from."""
-        return moments["mean"] * self._scaling
+        _, scaling = self.statistics(noise)
+        return moments["mean"] * scaling
 
     @functools.cached_property
     def instruction(self) -> str:

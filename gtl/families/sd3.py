@@ -39,12 +39,6 @@ class StableDiffusion3(LatentTransformer):
         """Beyond it there are no position embeddings."""
         return int(self.config("transformer")["pos_embed_max_size"]) * self.multiple
 
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the model was made for."""
-        size = int(self.config("transformer")["sample_size"]) * self.latent_scale
-        return size, size
-
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
         """CLIP's penultimate hidden states side by side, filled up with zeros, then T5's last, [B, tokens, D].
 

@@ -26,22 +26,31 @@ CROSS = _with_attention(
 )
 """In transformer blocks that attend to the image, and then to the text."""
 JOINT = _with_attention(
-    (*CROSS["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    (
+        *CROSS["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        # FLUX.2's single blocks have one projection into attention and feed-forward, and one out of both.
+        "to_qkv_mlp_proj", "attn.to_out",
+    ),
     (
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
         # FLUX's single blocks run both at once: the one projection out of them is for attention and feed-forward.
         "proj_mlp", "proj_out",
+        *(f"{ff}.linear_{way}" for ff in ("ff", "ff_context") for way in ("in", "out")),
+        *(f"feed_forward.w{i}" for i in (1, 2, 3)),
+        *(f"{side}_mlp.net.{layer}" for side in ("img", "txt") for layer in ("0.proj", "2")),
     ),
 )  # fmt: skip
 """In transformers that attend to image and text jointly."""
 ENCODER = _with_attention(
     ("q_proj", "k_proj", "v_proj", "out_proj", "o_proj", *(f"SelfAttention.{name}" for name in "qkvo")),
     (
-        "fc1", "fc2", *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo")),
-        "gate_proj", "up_proj", "down_proj",
+        "fc1", "fc2", "gate_proj", "up_proj", "down_proj",
+        *(f"DenseReluDense.{name}" for name in ("wi", "wi_0", "wi_1", "wo")),
     ),
 )  # fmt: skip
-"""In transformers' CLIP, T5 and Gemma."""
+"""In transformers' CLIP and T5, and in its language models."""
+SIGHT = frozenset({"visual", "vision_tower", "multi_modal_projector"})
+"""Parts of language models that no prompt reaches."""
 
 
 def find_targets(
@@ -83,7 +92,10 @@ def find_encoder_targets(encoder: nn.Module, targets: str | Sequence[str]) -> li
     """
     from torch import nn
 
-    layers = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
+    layers = [
+        name for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear) and SIGHT.isdisjoint(name.split("."))
+    ]  # fmt: skip
     if not isinstance(targets, str):
         return by_endings(layers, targets)
     inside = [name for name in layers if {"layers", "block"}.intersection(name.split("."))]

@@ -226,7 +226,7 @@ class Engine:
             return prediction
         scale = torch.tensor([state.request.guidance for state in batch], device=self.device).view(-1, 1, 1, 1)
         unconditional, conditional = prediction.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        return self.family.guide(unconditional, conditional, scale)
 
     def _encoded(self, prompt: str) -> Conditions:
         # One by one, so that a prompt's embedding does not depend on its neighbours.

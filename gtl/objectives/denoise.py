@@ -80,11 +80,13 @@ class Denoise:
         }
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Stack draws to a batch; the family pads the conditions."""
-        conditions = self.family.collate([conditions_of(sample) for sample in samples])
-        names = [name for name in samples[0] if not name.startswith(CONDITION)]
-        stacked = {name: torch.stack([sample[name] for sample in samples]) for name in names}
-        return stacked | {CONDITION + name: value for name, value in conditions.items()}
+        """Stack draws to a batch; the family pads conditions and tokens."""
+        names = [name for name in samples[0] if not name.startswith((CONDITION, TOKEN))]
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+        for prefix in (CONDITION, TOKEN):
+            texts = self.family.collate([under(prefix, sample) for sample in samples])
+            batch |= {prefix + name: value for name, value in texts.items()}
+        return batch
 
     def players(self, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
         """One player, `denoiser`, over the family's main part and those text encoders that are given."""
@@ -122,11 +124,16 @@ class Denoiser(nn.Module):
         return Losses((batch.weight * loss).sum(), {"mse": (batch.weight * mse).sum().detach()})
 
     def _conditions(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens = {name.removeprefix(TOKEN): value for name, value in tensors.items() if name.startswith(TOKEN)}
+        tokens = under(TOKEN, tensors)
         encoded = self.family.encode_tokens(dict(self.encoders.items()), tokens) if tokens else {}
         return {**conditions_of(tensors), **encoded}
 
 
 def conditions_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The conditions among a sample's or a batch's tensors, under the family's own names."""
-    return {name.removeprefix(CONDITION): value for name, value in tensors.items() if name.startswith(CONDITION)}
+    return under(CONDITION, tensors)
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

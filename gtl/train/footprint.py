@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gtl.train.assemble import Trainee
 
 CPU = torch.device("cpu")
+CAPTION = "photo " * 2048
+"""More than any text encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def run(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: int) -> 
 
 
 def make_batch(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: int) -> Batch:
-    """A batch of images of the recipe's resolution with empty captions, as the loader would make it."""
+    """A batch of images of the recipe's resolution with captions at their longest, as the loader would make it."""
     family, objective = trainee.family, trainee.objective
     side = max(recipe.data.resolution // family.multiple, 1) * family.multiple
     latents, conditions, pixels = {}, {}, None
@@ -150,8 +152,9 @@ def make_batch(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: i
         latents = moments(family, side, mode)
     if recipe.needs.text == "embeddings":
         conditions = embeddings(family, mode)
-    item = Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), "", pixels)
-    samples = [objective.draw(item, torch.Generator().manual_seed(0)) for _ in range(images)]
+    item = Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
+    # In a stratum, where no caption is dropped.
+    samples = [objective.draw(item, torch.Generator().manual_seed(0), stratum=0) for _ in range(images)]
     tensors: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in objective.collate(samples).items()}
     return Batch(tensors, mode.from_tensor(torch.full((images,), 1 / images)))
 
@@ -173,7 +176,7 @@ def embeddings(family: DiffusionFamily, mode: FakeTensorMode) -> dict[str, Tenso
     encoders = {name: family.load(name, device="meta") for name in family.encoders}
     for encoder in encoders.values():
         pretend(encoder, mode)
-    tokens = {name: mode.from_tensor(ids[None]) for name, ids in family.tokenize([""])[0].items()}
+    tokens = {name: mode.from_tensor(ids) for name, ids in family.collate(family.tokenize([CAPTION])).items()}
     with mode, torch.no_grad():
         found = family.encode_tokens(encoders, tokens)
     return {name: torch.zeros(value.shape[1:], dtype=value.dtype) for name, value in found.items()}

@@ -16,18 +16,33 @@ from gtl.adapters import Card, Registry, apply
 from gtl.adapters.card import base_of
 from gtl.adapters.formats import DIFFUSERS_WEIGHTS
 from gtl.config.objectives import DenoiseObjective, Timesteps
-from gtl.config.tuners import LoraTuner
+from gtl.config.tuners import FreezeTuner, LoraTuner
 from gtl.evaluate.samples import encode
 from gtl.families import open_family
-from gtl.families.flux import image_ids, pack, unpack
+from gtl.families.flux import image_ids
+from gtl.families.latent_transformer import pack, unpack
 from gtl.generate.command import run
 from gtl.generate.engine import Engine, Request, check
 from gtl.generate.images import load_parts
 from gtl.objectives import make_objective
 from gtl.objectives.denoise import conditions_of
 from gtl.tuners import make_tuner
+from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
-from tests.tiny import absent, as_asked, make_flux, make_sana, make_sd3, sana_instruction, write_json
+from tests.contract.test_families import guidance_of
+from tests.tiny import (
+    absent,
+    as_asked,
+    make_flux,
+    make_flux2,
+    make_flux2_klein,
+    make_qwen_image,
+    make_sana,
+    make_sd3,
+    make_z_image,
+    sana_instruction,
+    write_json,
+)
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": make_sd3,
@@ -36,6 +51,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     ),
     "flux-dev": make_flux,
     "flux-schnell": lambda folder: make_flux(folder, dev=False),
+    "flux2": make_flux2,
+    "flux2_klein": make_flux2_klein,
+    "flux2_klein-distilled": lambda folder: make_flux2_klein(folder, distilled=True),
+    "qwen_image": make_qwen_image,
+    "z_image": make_z_image,
     "sana": make_sana,
     "sana15": lambda folder: make_sana(
         folder, transformer_config={"qk_norm": "rms_norm_across_heads"},
@@ -73,15 +93,35 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def plain_output(model: Model, noisy: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The transformer's output, by diffusers' own calls and helpers; `sigma` is the share of noise."""
     transformer = model.parts["transformer"]
+    states = conditions["encoder_hidden_states"]
+    masks = conditions.get("encoder_hidden_states_mask", torch.ones(states.shape[:2], dtype=torch.bool))
+    if model.family.name == "z_image":
+        texts = [each[mask] for each, mask in zip(states, masks, strict=True)]
+        # Its time runs towards the picture, and so does its flow.
+        return -torch.stack(transformer(list(noisy[:, :, None]), 1 - sigma, texts).sample)[:, :, 0]
+    pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
+    if model.family.name.startswith("flux2"):
+        packed = transformer(
+            pipeline._pack_latents(noisy), timestep=sigma, encoder_hidden_states=states,
+            guidance=torch.ones(batch) if model.name == "flux2" else None,
+            img_ids=pipeline._prepare_latent_ids(noisy), txt_ids=pipeline._prepare_text_ids(states),
+        ).sample  # fmt: skip
+        return packed.mT.reshape(noisy.shape)
+    if model.family.name == "qwen_image":
+        packed = transformer(
+            pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma,
+            encoder_hidden_states=states, encoder_hidden_states_mask=masks,
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        ).sample  # fmt: skip
+        return pipeline._unpack_latents(packed, 8 * height, 8 * width, 8)[:, :, 0]
     texts = {name: value for name, value in conditions.items() if name != "guidance"}
     if model.family.name in ("sd3", "sana"):
         return transformer(noisy, timestep=1000 * sigma, **texts).sample
-    pipeline, (batch, channels, height, width) = model.pipeline, noisy.shape
     packed = transformer(
         pipeline._pack_latents(noisy, batch, channels, height, width), timestep=sigma, **texts,
         guidance=torch.ones(batch) if model.name == "flux-dev" else None,
         img_ids=pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
-        txt_ids=torch.zeros(texts["encoder_hidden_states"].shape[1], 3),
+        txt_ids=torch.zeros(states.shape[1], 3),
     ).sample  # fmt: skip
     return pipeline._unpack_latents(packed, 8 * height, 8 * width, 8)
 
@@ -90,12 +130,12 @@ def flow_batch(model: Model, config: DenoiseObjective) -> Batch:
     """Three draws of one picture."""
     family = model.family
     rng = torch.Generator().manual_seed(0)
-    shape = family.latent_shape(*family.default_size)
+    shape = family.latent_shape(64, 64)
     moments = {"mean": torch.randn(shape, generator=rng), "logvar": torch.randn(shape, generator=rng) - 4}
     encoders = {part: model.parts[part] for part in family.encoders}
     with torch.no_grad():
         dog, null = family.encode_prompts(encoders, ["a photo of a dog", ""])
-    item = Item(moments, dog, null, Geometry(family.default_size, (0, 0), family.default_size))
+    item = Item(moments, dog, null, Geometry((64, 64), (0, 0), (64, 64)))
     objective = make_objective(config, family)
     draws = [objective.draw(item, torch.Generator().manual_seed(seed)) for seed in range(3)]
     return Batch(objective.collate(draws), torch.tensor([0.5, 0.25, 0.25]))
@@ -182,10 +222,10 @@ def test_an_adapter_is_in_diffusers_files_what_diffusers_would_write(model: Mode
 
 @pytest.mark.parametrize("trained", ["transformer", "all"])
 def test_pictures_with_an_adapter_are_the_pipelines(model: Model, trained: str, tmp_path: Path) -> None:
-    """T5 and Gemma stay as they are: diffusers reads no adapter for them."""
+    """T5 and language models stay as they are: diffusers reads no adapter for them."""
     from diffusers import DiffusionPipeline
 
-    encoders = [part for part in model.family.encoders if model.family.classes[part][1].startswith("CLIP")]
+    encoders = [part for part in model.family.encoders if part in model.pipeline._lora_loadable_modules]
     publish(model, tmp_path / "adapter", ["transformer", *(encoders if trained == "all" else ())])
     registry = Registry(tmp_path / "registry")
     base = base_of(model.family, str(model.folder))
@@ -193,7 +233,8 @@ def test_pictures_with_an_adapter_are_the_pipelines(model: Model, trained: str, 
     request = request_of(model, (64, 64), 3.5)
     (file,) = run(
         out=tmp_path / "out", prompt=request.prompt, negative_prompt=request.negative_prompt, seed=request.seed,
-        steps=request.steps, guidance=request.guidance, adapters=["a"], registry=registry.store.root,
+        steps=request.steps, guidance=request.guidance, height=request.height, width=request.width, adapters=["a"],
+        registry=registry.store.root,
     )  # fmt: skip
     picture = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255
     pipeline: Any = DiffusionPipeline.from_pretrained(model.folder, **absent(model.folder))
@@ -236,11 +277,11 @@ def draw(engine: Engine, request: Request) -> Tensor:
 
 def theirs(pipeline: Any, request: Request) -> Tensor:
     """What the pipeline draws when it is told no more than gtl is."""
-    negative = {"negative_prompt": request.negative_prompt} if request.negative_prompt else {}
+    guidance = guidance_of(pipeline, request.guidance, request.negative_prompt)
     return pipeline(
-        request.prompt, **negative, num_inference_steps=request.steps, guidance_scale=request.guidance,
-        height=request.height, width=request.width, output_type="pt",
-        generator=torch.Generator().manual_seed(request.seed), **as_asked(pipeline),
+        prompt=request.prompt, **guidance, num_inference_steps=request.steps, height=request.height,
+        width=request.width, output_type="pt", generator=torch.Generator().manual_seed(request.seed),
+        **as_asked(pipeline),
     ).images[0]  # fmt: skip
 
 
@@ -287,14 +328,14 @@ def test_a_picture_that_a_model_cannot_draw_is_refused(
 
 
 def test_guidance_is_read_by_the_model_that_embeds_it(model: Model) -> None:
-    """The pipeline's `guidance_scale` of schnell does nothing, and so does gtl's."""
+    """The pipeline's `guidance_scale` of schnell does nothing, nor does distilled klein's, and so does gtl's."""
     one, other = (ours(model, request_of(model, (64, 64), guidance)) for guidance in (1.5, 6.0))
-    assert torch.equal(one, other) == (model.name == "flux-schnell")
+    assert torch.equal(one, other) == (model.name in ("flux-schnell", "flux2_klein-distilled"))
     training = make_objective(DenoiseObjective(), model.family)
     item = Item({"mean": torch.zeros(1, 1, 1), "logvar": torch.zeros(1, 1, 1)}, {}, {},
                 Geometry((8, 8), (0, 0), (8, 8)), caption="a dog")  # fmt: skip
     drawn = training.draw(item, torch.Generator().manual_seed(0))
-    assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name == "flux-dev" else None)
+    assert drawn.get("condition.guidance") == (torch.tensor(1.0) if model.name in ("flux-dev", "flux2") else None)
 
 
 def test_an_instruction_is_in_front_of_prompts_and_of_nothing_else(tmp_path: Path) -> None:
@@ -313,16 +354,30 @@ def test_an_instruction_is_in_front_of_prompts_and_of_nothing_else(tmp_path: Pat
     assert family.negative_text("") == ""
 
 
-def test_freeze_depth_begins_with_the_double_blocks(tmp_path: Path) -> None:
-    family = open_family(str(make_flux(tmp_path)))
+BLOCKS = {
+    "flux-dev": [
+        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
+    ],
+    "flux2": [
+        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
+    ],
+    "z_image": ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_freeze_depth_begins_with_the_blocks_of_the_first_stack(tmp_path: Path, name: str) -> None:
+    family = open_family(str(MODELS[name](tmp_path)))
     tuner = make_tuner(LoraTuner(rank=2, targets="all-linear", freeze_depth=0.5), family)
     transformer = family.load("transformer")
     names = list(tuner.apply({"transformer": transformer}, seed=0))
-    assert {name.split(".")[1] for name in names} == {"single_transformer_blocks"}
-    assert {name.split(".")[2] for name in names} == {"0", "1"}
-    assert [block for (block,) in family.blocks(transformer)] == [
-        "transformer_blocks.0", "transformer_blocks.1", "single_transformer_blocks.0", "single_transformer_blocks.1",
-    ]  # fmt: skip
+    assert [block for (block,) in family.blocks(transformer)] == BLOCKS[name]
+    assert {".".join(name.split(".")[1:3]) for name in names} == set(BLOCKS[name][2:])
+    freeze = make_tuner(FreezeTuner(freeze_depth=0.5), family)
+    moving = freeze.apply({"transformer": family.load("transformer")}, seed=0)
+    frozen = [f"transformer.{prefix}" for prefix in (*family.embedders(transformer), *BLOCKS[name][:2])]
+    assert not any(is_under(name, frozen) for name in moving)
+    assert len(moving) < sum(1 for _ in transformer.parameters())
 
 
 def test_tokens_are_packed_as_in_the_pipeline() -> None:
@@ -336,18 +391,25 @@ def test_tokens_are_packed_as_in_the_pipeline() -> None:
     assert torch.equal(image_ids(2, 3, torch.device("cpu")), ids)
 
 
-def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path) -> None:
-    from diffusers import StableDiffusion3Pipeline
+@pytest.mark.parametrize("name", ["sd35", "flux2", "qwen_image", "z_image"])
+def test_a_shift_that_depends_on_the_size_is_the_pipelines(tmp_path: Path, name: str) -> None:
+    from diffusers import DiffusionPipeline
 
-    folder = make_sd3(tmp_path, t5=False)
+    folder = MODELS[name](tmp_path)
     file = folder / "scheduler" / "scheduler_config.json"
     write_json(file, json.loads(file.read_text()) | {"use_dynamic_shifting": True, "base_image_seq_len": 4})
-    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, **absent(folder))
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **absent(folder))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline("a dog", num_inference_steps=3, height=96, width=64, output_type="latent")
+    pipeline(prompt="a dog", num_inference_steps=3, height=96, width=64, output_type="latent")
     family = open_family(str(folder))
-    assert torch.equal(family.sampler(3, 96, 64).timesteps, pipeline.scheduler.timesteps)
-    assert not torch.equal(family.sampler(3, 64, 64).timesteps, pipeline.scheduler.timesteps)
-    write_json(file, json.loads(file.read_text()) | {"_class_name": "FlowMatchHeunDiscreteScheduler"})
+    torch.testing.assert_close(family.sampler(3, 96, 64).timesteps, pipeline.scheduler.timesteps)
+    assert not torch.allclose(family.sampler(3, 64, 64).timesteps, pipeline.scheduler.timesteps)
+
+
+def test_a_sampler_that_cannot_be_told_the_shift_is_refused(tmp_path: Path) -> None:
+    folder = make_sd3(tmp_path, t5=False)
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = {"_class_name": "FlowMatchHeunDiscreteScheduler", "use_dynamic_shifting": True}
+    write_json(file, json.loads(file.read_text()) | config)
     with pytest.raises(UserError, match="^scheduler_config.json: _class_name: 'FlowMatchHeun.*': takes no mu$"):
         open_family(str(folder)).sampler(3, 64, 64)
