@@ -15,7 +15,7 @@ from gtl.config.tuners import FreezeTuner
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.objectives import make_objective
-from gtl.train.worker import assemble
+from gtl.train.assemble import assemble
 from gtl.tuners import make_tuner
 from gtl.tuners.base import Tuner
 from gtl.tuners.depth import is_under
