@@ -96,7 +96,7 @@ def start_demo(out: Path) -> subprocess.Popen[str]:
 def test_the_demo_goes_on_after_it_was_killed_in_any_phase(tmp_path: Path) -> None:
     """Killed where nothing can be saved any more, and left to end by itself the last time."""
     runs = tmp_path / "runs"
-    for phase in ("workers", "train", "train", "draw"):
+    for phase in ("workers", "train", "train", "draw 0/30"):  # of the pictures; scenes to learn from are drawn, too
         running = start_demo(tmp_path)
         assert running.stderr is not None
         reached = any(line.startswith(phase) for line in iter(running.stderr.readline, ""))
