@@ -102,8 +102,7 @@ class Dataset:
         sides: tuple[list[Entry], list[Entry]] = [], []
         for entry in self.entries:
             sides[entry.record.sha256 in held_out].append(entry)
-        once = {entry.record.uri: entry for entry in sides[1]}  # also of an image that an epoch repeats
-        return self._part(sides[0]), self._part(list(once.values()))
+        return self._part(sides[0]), self._part(sides[1])
 
     def _part(self, entries: list[Entry]) -> Dataset:
         part = copy.copy(self)
