@@ -152,9 +152,7 @@ def make_sdxl(
             "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
             "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, 48, "gelu", projection_dim=24)),
         }
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    return write_pipeline(folder, "StableDiffusionXLPipeline", parts, {
         "_class_name": "EulerDiscreteScheduler",
         **SD_BETAS,
         "prediction_type": "epsilon",
@@ -162,24 +160,15 @@ def make_sdxl(
         "interpolation_type": "linear",
         "steps_offset": 1,
         "use_karras_sigmas": False,
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusionXLPipeline",
-        "_diffusers_version": "0.38.0",
+    }, {
         "force_zeros_for_empty_prompt": True,
         "add_watermarker": False,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
         **index,
     })
-    return folder
 
 
 def make_sd3(
@@ -224,27 +213,16 @@ def make_sd3(
         if t5:
             parts["text_encoder_3"] = make_t5(write_t5_tokenizer(folder / "tokenizer_3"), 96)
     widen_head(parts["transformer"].proj_out)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    return write_pipeline(folder, "StableDiffusion3Pipeline", parts, {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": "StableDiffusion3Pipeline",
-        "_diffusers_version": "0.38.0",
+    }, {
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_3": ["transformers", "T5EncoderModel"] if t5 else [None, None],
+        **({} if t5 else {"text_encoder_3": [None, None]}),
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "tokenizer_3": ["transformers", "T5TokenizerFast"] if t5 else [None, None],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     })
-    return folder
 
 
 def make_flux(
@@ -285,9 +263,7 @@ def make_flux(
             "text_encoder_2": make_t5(num_tokens, 48),
         }  # fmt: skip
     widen_head(parts["transformer"].proj_out)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    return write_pipeline(folder, "FluxPipeline", parts, {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "base_image_seq_len": 256,
@@ -297,21 +273,12 @@ def make_flux(
         "shift": 3.0 if dev else 1.0,
         "use_dynamic_shifting": dev,
         **(scheduler_config or {}),
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": "FluxPipeline",
-        "_diffusers_version": "0.38.0",
+    }, {
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     })
-    return folder
 
 
 def make_flux2(folder: str | Path, *, seed: int = 0) -> Path:
@@ -370,9 +337,7 @@ def _write_flux2(
         parts["vae"].bn.running_mean.normal_()
         parts["vae"].bn.running_var.uniform_(0.5, 2.0)
     widen_head(parts["transformer"].proj_out)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    return write_pipeline(folder, pipeline, parts, {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "base_image_seq_len": 256,
@@ -381,18 +346,10 @@ def _write_flux2(
         "max_shift": 1.15,
         "shift": 3.0,
         "use_dynamic_shifting": True,
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": pipeline,
-        "_diffusers_version": "0.38.0",
+    }, {
         **index,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", type(parts["text_encoder"]).__name__],
         "tokenizer": ["transformers", tokenizer],
-        "transformer": ["diffusers", "Flux2Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKLFlux2"],
     })
-    return folder
 
 
 def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
@@ -424,9 +381,7 @@ def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
         }
     widen_head(parts["transformer"].proj_out)
     widen_head(parts["vae"].decoder.conv_out)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    return write_pipeline(folder, "QwenImagePipeline", parts, {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "base_image_seq_len": 256,
@@ -436,17 +391,9 @@ def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
         "shift": 1.0,
         "shift_terminal": 0.02,
         "use_dynamic_shifting": True,
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": "QwenImagePipeline",
-        "_diffusers_version": "0.38.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    }, {
         "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKLQwenImage"],
     })
-    return folder
 
 
 def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
@@ -482,24 +429,14 @@ def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
             "text_encoder": Qwen3Model(qwen3_config(num_tokens, 48)),
         }  # fmt: skip
     widen_head(parts["transformer"].all_final_layer["2-1"].linear)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    return write_pipeline(folder, "ZImagePipeline", parts, {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": 6.0,
         "use_dynamic_shifting": False,
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": "ZImagePipeline",
-        "_diffusers_version": "0.38.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "Qwen3Model"],
+    }, {
         "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        "transformer": ["diffusers", "ZImageTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     })
-    return folder
 
 
 def make_pixart(
@@ -532,12 +469,8 @@ def make_pixart(
             "text_encoder": make_t5(num_tokens, 48),
         }
     widen_head(parts["transformer"].proj_out)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
     kind = "PixArtTransformer2DModel" if sigma else "Transformer2DModel"
-    file = folder / "transformer" / "config.json"
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"_class_name": kind})
-    write_json(folder / "scheduler" / "scheduler_config.json", {
+    write_pipeline(folder, "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline", parts, {
         "_class_name": "DPMSolverMultistepScheduler",
         "algorithm_type": "dpmsolver++",
         "beta_start": 0.0001,
@@ -547,16 +480,12 @@ def make_pixart(
         "prediction_type": "epsilon",
         "solver_order": 2,
         "solver_type": "midpoint",
-    })
-    write_json(folder / "model_index.json", {
-        "_class_name": "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline",
-        "_diffusers_version": "0.38.0",
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        "text_encoder": ["transformers", "T5EncoderModel"],
+    }, {
         "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": ["diffusers", kind],
-        "vae": ["diffusers", "AutoencoderKL"],
     })
+    file = folder / "transformer" / "config.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"_class_name": kind})
     return folder
 
 
@@ -622,8 +551,6 @@ def make_sana(
             )),
         }
     widen_head(parts["transformer"].proj_out)
-    for name, part in parts.items():
-        part.save_pretrained(folder / name)
     scheduler = scheduler_config or {
         "_class_name": "DPMSolverMultistepScheduler",
         "algorithm_type": "dpmsolver++",
@@ -636,16 +563,22 @@ def make_sana(
         "solver_order": 2,
         "use_flow_sigmas": True,
     }
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", {
-        "_class_name": "SanaPipeline",
-        "_diffusers_version": "0.38.0",
-        "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": ["transformers", "Gemma2Model"],
+    return write_pipeline(folder, "SanaPipeline", parts, scheduler, {
         "tokenizer": ["transformers", "GemmaTokenizerFast"],
-        "transformer": ["diffusers", "SanaTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderDC"],
     })
+
+
+def write_pipeline(
+    folder: Path, name: str, parts: Mapping[str, Any], scheduler: Mapping[str, Any], index: Mapping[str, Any]
+) -> Path:
+    """Write a pipeline's parts, its scheduler's config, and its index with what the parts do not say of themselves."""
+    for part, module in parts.items():
+        module.save_pretrained(folder / part)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    kinds = {part: type(module) for part, module in parts.items()}
+    classes = {part: [kind.__module__.partition(".")[0], kind.__name__] for part, kind in kinds.items()}
+    classes["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    write_json(folder / "model_index.json", {"_class_name": name, "_diffusers_version": "0.38.0", **classes, **index})
     return folder
 
 

@@ -29,7 +29,7 @@ class Ours:
         self._recipe, self._dataset, self._device, self._tracker = recipe, dataset, device, tracker
         self.batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
         self.trainee = assemble(recipe, dtype)
-        self.plan = settle(recipe, self.trainee, device, dtype, self.batches.steps_per_epoch)
+        self.plan = settle(recipe, self.trainee.family, device, dtype, self.batches.steps_per_epoch)
         self._engines = make_engines(self.trainee, recipe, self.plan, device)
         self._done = 0
         self.rows: list[dict[str, float]] = []

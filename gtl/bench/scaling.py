@@ -10,16 +10,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gtl import __version__
 from gtl.bench.models import write_dataset, write_model
-from gtl.bench.train import IMAGES, WARM_UP, check, device_name, make_recipe, process_group
+from gtl.bench.train import IMAGES, WARM_UP, check, device_name, device_of, make_recipe, process_group
 from gtl.storage import Store
 from gtl.types import Progress, UserError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def bench_scaling(
@@ -105,13 +102,6 @@ def member(
     if rank == 0:
         rate, loss = batch_size * steps / statistics.median(seconds), statistics.fmean(losses)
         answers.put({"images_per_second": rate, "loss": loss, "device": device_name(device)})
-
-
-def device_of(rank: int) -> torch.device:
-    """A GPU of its own where there are any."""
-    import torch
-
-    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def table(result: dict[str, Any]) -> str:

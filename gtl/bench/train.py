@@ -79,7 +79,7 @@ def measure(model: str, batch_size: int, steps: int, rounds: int, progress: Prog
     from gtl.train.loop import peak_memory
     from gtl.train.track import Tracker
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of(0)
     dtype = "bf16" if device.type == "cuda" else "fp32"
     load, taken = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as folder, process_group(folder, device):
@@ -152,6 +152,13 @@ def process_group(folder: str, device: torch.device, rank: int = 0, world: int =
         yield
     finally:
         dist.destroy_process_group()
+
+
+def device_of(rank: int) -> torch.device:
+    """A GPU of its own where there are any."""
+    import torch
+
+    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def make_recipe(folder: str, batch_size: int, stage: int = 0) -> Recipe:

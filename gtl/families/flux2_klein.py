@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from gtl.families.files import INDEX, read_json
 from gtl.families.flux2 import Flux2
 
 
@@ -21,7 +20,7 @@ class Flux2Klein(Flux2):
     @property
     def classifier_free(self) -> bool:
         """Unless guidance was distilled into the model together with most of its steps, as its index says."""
-        return not read_json(self.folder / INDEX).get("is_distilled", False)
+        return not self.index.get("is_distilled", False)
 
     def phrase(self, prompt: str) -> str:
         """The prompt as a user's message that the assistant is about to answer without a thought."""

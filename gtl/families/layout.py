@@ -46,14 +46,22 @@ class DiffusersLayout:
         """
         self.folder = folder
         self.variant = variant
-        index = read_json(folder / INDEX)
-        missing = self.optional.difference(components(index))
+        self.index = read_json(folder / INDEX)
+        self.check_index()
+
+    def check_index(self) -> None:
+        """Settle which parts the model has.
+
+        Raises:
+            UserError: one is of another class than the family's.
+        """
+        missing = self.optional.difference(components(self.index))
         self.classes = {part: expected for part, expected in self.classes.items() if part not in missing}
         for part, expected in self.classes.items():
-            found = index.get(part) or [None, None]
+            found = self.index.get(part) or [None, None]
             name = found[1] if isinstance(found, list) and len(found) == 2 else found
             if self.aliases.get(str(name), name) != expected[1]:
-                raise UserError(f"{folder / INDEX}: {part}: {name}; expected {expected[1]}")
+                raise UserError(f"{self.folder / INDEX}: {part}: {name}; expected {expected[1]}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By where it came from: on another machine its folder is elsewhere, or not there yet."""
@@ -142,7 +150,7 @@ class DiffusersLayout:
 
     def export(self, parts: Mapping[str, nn.Module], folder: Path) -> None:
         """Write a full diffusers-layout model: the given parts, everything else copied from `self.folder`."""
-        index = read_json(self.folder / INDEX)
+        index = dict(self.index)
         wanted = [name for name in components(index) if name not in parts]
         for pattern in patterns(wanted, self.variant):
             for path in self.folder.glob(pattern):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from gtl.families.base import Conditions
-from gtl.families.files import INDEX, read_json
 from gtl.families.latent_transformer import CrossTransformer
 
 if TYPE_CHECKING:
@@ -33,14 +31,14 @@ class PixArt(CrossTransformer):
     aliases: ClassVar[Mapping[str, str]] = {"Transformer2DModel": "PixArtTransformer2DModel"}
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
-        """No weight is read.
+    def check_index(self) -> None:
+        """Settle which parts the model has, and how much of a prompt it reads.
 
         Raises:
             UserError: a part is of another class than the family's.
         """
-        super().__init__(folder, variant)
-        self.token_limits = {"text_encoder": TOKENS[read_json(folder / INDEX)["_class_name"]]}
+        super().check_index()
+        self.token_limits = {"text_encoder": TOKENS[self.index["_class_name"]]}
 
     def size_conditions(self, geometry: Geometry) -> Conditions:
         """`resolution` [2], the target's height and width, and `aspect_ratio` [1]; {} for most models.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from gtl.families.base import Conditions
-from gtl.families.files import INDEX, components, read_json
+from gtl.families.files import INDEX, components
 from gtl.families.latent import encode_tokens_of
 from gtl.families.latent_unet import LatentUNet
 from gtl.types import UserError
@@ -30,19 +29,18 @@ class StableDiffusionXL(LatentUNet):
     }
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
-        """No weight is read.
+    def check_index(self) -> None:
+        """Settle which parts the model has.
 
         Raises:
-            UserError: a part is of another class than the family's, or the model is a refiner.
+            UserError: one is of another class than the family's, or the model is a refiner.
         """
-        self._index = read_json(folder / INDEX)
-        if self._index.get("requires_aesthetics_score") or "text_encoder" not in components(self._index):
+        if self.index.get("requires_aesthetics_score") or "text_encoder" not in components(self.index):
             raise UserError(
-                f"{folder / INDEX}: a refiner, which only finishes what a base model began; "
+                f"{self.folder / INDEX}: a refiner, which only finishes what a base model began; "
                 "use a base model, such as stabilityai/stable-diffusion-xl-base-1.0"
             )
-        super().__init__(folder, variant)
+        super().check_index()
 
     def encode_tokens(self, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor]) -> Conditions:
         """Both encoders' penultimate hidden states side by side, [B, tokens, D1 + D2], and the second's pooled, [B, D].
@@ -60,7 +58,7 @@ class StableDiffusionXL(LatentUNet):
 
         Only for drawing: dropped captions are the encoded empty prompt in training.
         """
-        if not self._index.get("force_zeros_for_empty_prompt", True):
+        if not self.index.get("force_zeros_for_empty_prompt", True):
             return empty
         return {name: value.new_zeros(value.shape) for name, value in empty.items()}
 

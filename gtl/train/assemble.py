@@ -10,6 +10,8 @@ from gtl.config import Recipe
 from gtl.types import DTYPES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import nn
 
@@ -38,31 +40,21 @@ def assemble(recipe: Recipe, dtype: str) -> Trainee:
         UserError: the model's files or the adapter to continue from are not what they have to be, or do not fit the
             recipe.
     """
-    import torch
-
     from gtl.adapters import Registry
     from gtl.families import open_family
-    from gtl.objectives import make_objective
     from gtl.train.blocks import checkpoint_blocks, compile_blocks
     from gtl.tuners import make_tuner
 
-    arithmetic, init = getattr(torch, DTYPES[dtype]), recipe.tuner.init
-    model = recipe.model
+    model, init = recipe.model, recipe.tuner.init
     family = open_family(model.source, model.family, revision=model.revision, variant=model.variant)
-    tuner, objective = make_tuner(recipe.tuner, family), make_objective(recipe.objective, family)
-    names = live_parts(recipe, family, objective)
-    parts = {name: family.load(name, None if tuner.moves_base else arithmetic) for name in names}
     folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
-    parameters = tuner.apply(parts, recipe.train.seed, folder)
-    for part in parts.values():
-        round_frozen(part, arithmetic)
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    if (main := parts.get(family.main)) is not None:
+    trainee = join(recipe, dtype, family, make_tuner(recipe.tuner, family), "cpu", folder)
+    if (main := trainee.parts.get(family.main)) is not None:
         if recipe.train.activation_checkpointing:
             checkpoint_blocks(main, chain.from_iterable(family.blocks(main)))
         if recipe.train.compile:
             compile_blocks(main, chain.from_iterable(family.blocks(main)))
-    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
+    return trainee
 
 
 def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
@@ -71,18 +63,25 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
     Raises:
         UserError: the model's configs are not what they have to be, or do not fit the recipe.
     """
-    import torch
-
-    from gtl.objectives import make_objective
     from gtl.tuners import make_tuner
 
     # Where adapters start from changes none of their sizes.
     start = {"init": None} | ({"initialization": "default"} if recipe.tuner.type == "lora" else {})
-    tuner = make_tuner(recipe.tuner.model_copy(update=start), family)
+    return join(recipe, dtype, family, make_tuner(recipe.tuner.model_copy(update=start), family), "meta")
+
+
+def join(
+    recipe: Recipe, dtype: str, family: DiffusionFamily, tuner: Tuner, device: str, init: Path | None = None
+) -> Trainee:
+    """The live parts on a device, with what the tuner does to them, under the objective's players."""
+    import torch
+
+    from gtl.objectives import make_objective
+
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
     stored = None if tuner.moves_base else arithmetic
-    parts = {name: family.load(name, stored, "meta") for name in live_parts(recipe, family, objective)}
-    parameters = tuner.apply(parts, recipe.train.seed)
+    parts = {name: family.load(name, stored, device) for name in live_parts(recipe, family, objective)}
+    parameters = tuner.apply(parts, recipe.train.seed, init)
     for part in parts.values():
         round_frozen(part, arithmetic)
         part.train(any(parameter.requires_grad for parameter in part.parameters()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Block:
     """Adapters not counted."""
     trained: int
     """Adapters counted."""
+    nbytes: int
+    """Of all its weights."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,14 @@ class Footprint:
     """Of weights that do not move, and of buffers."""
     trained: int
     """Parameters that move."""
-    largest_bytes: int
-    """Of the largest block's weights, which a worker holds whole for a moment where they are sharded."""
     fixed: Activations
     """Whatever the number of images: such as weights in the dtype of the arithmetic."""
     per_image: Activations
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest block, which a worker holds whole for a moment where weights are sharded."""
+        return max((block.nbytes for block in self.blocks), default=0)
 
     def activations(self, images: int, checkpointing: bool) -> float:
         """Bytes that a forward pass of so many images keeps."""
@@ -80,37 +87,36 @@ def measure(recipe: Recipe, dtype: str, trainee: Trainee) -> Footprint:
         trainee: Is changed.
     """
     family, parts = trainee.family, trainee.parts
+    moving = {id(parameter) for parameter in trainee.parameters.values()}
+    adapters = set() if trainee.tuner.moves_base else moving
+    parameters = {name: dict(part.named_parameters()) for name, part in parts.items()}
+
+    def count(chosen: Iterable[nn.Parameter]) -> int:
+        return sum(parameter.numel() for parameter in chosen if id(parameter) not in adapters)
+
+    def block(prefixes: tuple[str, ...]) -> Block:
+        inside = [p for key, p in parameters[family.main].items() if is_under(key, prefixes)]
+        trained = sum(p.numel() for p in inside if id(p) in moving)
+        return Block(prefixes[0], count(inside), trained, sum(p.nbytes for p in inside))
+
     main = parts.get(family.main)
     blocks = [] if main is None else family.blocks(main)
-    moving = {id(parameter) for parameter in trainee.parameters.values()}
-    parameters = {name: list(part.named_parameters()) for name, part in parts.items()}
-    # An adapter's names say that it is one: it is PEFT's, under the layer that it adapts.
-    counts = {name: sum(p.numel() for key, p in own if "lora_" not in key) for name, own in parameters.items()}
-    listed = tuple(_block(names, parameters[family.main], moving) for names in blocks)
-    still = {id(p): p.nbytes for own in parameters.values() for _, p in own if id(p) not in moving}
-    buffers = sum(buffer.nbytes for part in parts.values() for buffer in part.buffers())
-    largest = max((_bytes_under(names, parameters[family.main]) for names in blocks), default=0)
+    modules = {} if main is None else {name: main.get_submodule(name) for names in blocks for name in names}
+    tensors = {id(t): t for part in parts.values() for t in chain(part.parameters(), part.buffers())}
+    # All that is asked of the weights themselves comes first: they are replaced below.
+    counts = {name: count(own.values()) for name, own in parameters.items()}
+    listed = tuple(block(names) for names in blocks)
+    frozen = sum(tensor.nbytes for key, tensor in tensors.items() if key not in moving)
+    trained = sum(parameter.numel() for parameter in trainee.parameters.values())
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
     for part in parts.values():
         pretend(part, mode)
+    item = make_item(recipe, family, mode)
     # Not with one image: a dimension of one saves copies.
-    two, three = (run(recipe, trainee, mode, images) for images in (2, 3))
+    two, three = (run(trainee, make_batch(trainee, item, images, mode), modules, mode) for images in (2, 3))
     each = Activations(three.whole - two.whole, three.checkpointed - two.checkpointed)
     fixed = Activations(two.whole - 2 * each.whole, two.checkpointed - 2 * each.checkpointed)
-    trained = sum(parameter.numel() for parameter in trainee.parameters.values())
-    return Footprint(counts, listed, sum(still.values()) + buffers, trained, largest, fixed, each)
-
-
-def _bytes_under(names: tuple[str, ...], parameters: list[tuple[str, nn.Parameter]]) -> int:
-    return sum(p.nbytes for key, p in parameters if key.startswith(tuple(f"{name}." for name in names)))
-
-
-def _block(names: tuple[str, ...], parameters: list[tuple[str, nn.Parameter]], moving: set[int]) -> Block:
-    inside = [(key, p) for key, p in parameters if key.startswith(tuple(f"{name}." for name in names))]
-    return Block(
-        names[0], sum(p.numel() for key, p in inside if "lora_" not in key),
-        sum(p.numel() for _, p in inside if id(p) in moving),
-    )  # fmt: skip
+    return Footprint(counts, listed, frozen, trained, fixed, each)
 
 
 def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
@@ -128,22 +134,18 @@ def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
                 child._buffers[name] = FakeTensor(mode, buffer.to("meta"), CPU)
 
 
-def run(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: int) -> Activations:
-    """What the forward pass of every player keeps of so many images; the largest counts."""
-    batch = make_batch(recipe, trainee, mode, images)
-    main = trainee.parts.get(trainee.family.main)
-    names = [name for block in trainee.family.blocks(main) for name in block] if main is not None else []
+def run(trainee: Trainee, batch: Batch, blocks: Mapping[str, nn.Module], mode: FakeTensorMode) -> Activations:
+    """What the forward pass of every player keeps of a batch; the largest counts."""
     found = []
     for player in trainee.players.values():
-        with mode, saved_by(player, {name: main.get_submodule(name) for name in names} if main else {}) as saved:
+        with mode, saved_by(player, blocks) as saved:
             player(batch)
         found.append(saved.activations())
     return Activations(max(each.whole for each in found), max(each.checkpointed for each in found))
 
 
-def make_batch(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: int) -> Batch:
-    """A batch of images of the recipe's resolution with captions at their longest, as the loader would make it."""
-    family, objective = trainee.family, trainee.objective
+def make_item(recipe: Recipe, family: DiffusionFamily, mode: FakeTensorMode) -> Item:
+    """An image of the recipe's resolution with a caption at its longest, as the data set would give it."""
     side = max(recipe.data.resolution // family.multiple, 1) * family.multiple
     latents, conditions, pixels = {}, {}, None
     if recipe.needs.images == "pixels":
@@ -152,7 +154,12 @@ def make_batch(recipe: Recipe, trainee: Trainee, mode: FakeTensorMode, images: i
         latents = moments(family, side, mode)
     if recipe.needs.text == "embeddings":
         conditions = embeddings(family, mode)
-    item = Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
+    return Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
+
+
+def make_batch(trainee: Trainee, item: Item, images: int, mode: FakeTensorMode) -> Batch:
+    """A batch of copies of an image, as the loader would make it."""
+    objective = trainee.objective
     # In a stratum, where no caption is dropped.
     samples = [objective.draw(item, torch.Generator().manual_seed(0), stratum=0) for _ in range(images)]
     tensors: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in objective.collate(samples).items()}

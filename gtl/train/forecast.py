@@ -154,7 +154,7 @@ def render(found: Forecast, recipe: Recipe) -> str:
         ["model", f"{found.source} ({found.family}, {found.dtype}): {parts} parameters"],
         ["trained", f"{count(footprint.trained)} parameters by {recipe.tuner.type}"],
         ["cluster", f"{hardware.nodes} x {hardware.devices} x {hardware.kind}, {hardware.device_bytes / GIB:.1f} GiB "
-                    f"each, {found.budget / GIB:.1f} GiB to fill; {found.workers} workers"],
+                    f"each, {found.budget / GIB:.1f} GiB to fill; {plural(found.workers, 'worker')}"],
     ]  # fmt: skip
     if plan is not None:
         rest = f"accumulation {plan.accumulation} for batches of {recipe.train.batch_size}"
@@ -163,8 +163,9 @@ def render(found: Forecast, recipe: Recipe) -> str:
         facts.append(["auto", found.problem])
     header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed"]
     table = [header, *(_cells(row, found.budget) for row in found.rows)]
-    size = f"on each {device} with {images(plan.micro_batch if plan else 1)} in a forward pass of {resolution(recipe)}"
-    text = [columns(facts), "", size + ":", columns(table, numbers=True)]
+    images = plural(plan.micro_batch if plan else 1, "image")
+    title = f"on each {device} with {images} of {recipe.data.resolution} px in a forward pass (! does not fit):"
+    text = [columns(facts), "", title, columns(table, numbers=True)]
     if footprint.blocks:
         blocks = [["depth", "block", "parameters", "trained"]]
         blocks += [
@@ -182,14 +183,9 @@ def _cells(row: Row, budget: float) -> list[str]:
     return [f"stage {row.stage}", *(f"{size / GIB:.2f}" for size in sizes), *marked]
 
 
-def images(number: int) -> str:
-    """So many, in words."""
-    return "1 image" if number == 1 else f"{number} images"
-
-
-def resolution(recipe: Recipe) -> str:
-    """Of the training images."""
-    return f"{recipe.data.resolution} px (! does not fit)"
+def plural(number: int, noun: str) -> str:
+    """So many of something."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def count(number: int) -> str:

@@ -71,7 +71,7 @@ def main(config: dict[str, Any]) -> None:
     from ray.train.v2._internal.execution.context import get_train_context
 
     board, pending = config["board"], []
-    warnings_seen: list[Any] = []
+    notices: list[Any] = []
 
     def notify(row: dict[str, float]) -> Wish | None:
         """Post a row without waiting; the answer to an earlier one is soon enough."""
@@ -80,10 +80,10 @@ def main(config: dict[str, Any]) -> None:
         if any(ray.get(answered)):
             return "stop"
         # `ray.train.get_preemption_info` asks all ranks, which takes longer than many a step; one is enough to know.
-        warning = get_train_context().preemption_context.preemption_info
-        if warning is None or warning in warnings_seen:
+        notice = get_train_context().preemption_context.preemption_info
+        if notice is None or notice in notices:
             return None
-        warnings_seen.append(warning)
+        notices.append(notice)
         return "save"
 
     if ray.get(board.mistake.remote()):
@@ -122,7 +122,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
-    plan = settle(recipe, trainee, device, job.dtype, batches.steps_per_epoch)
+    plan = settle(recipe, trainee.family, device, job.dtype, batches.steps_per_epoch)
     engines = make_engines(trainee, recipe, plan, device)
     done, spent = restore(engines, job.run)
 
@@ -177,21 +177,23 @@ def check_base(family: DiffusionFamily, job: Job) -> None:
         )
 
 
-def settle(recipe: Recipe, trainee: Trainee, device: torch.device, dtype: str, steps_per_epoch: int) -> TrainPlan:
+def settle(
+    recipe: Recipe, family: DiffusionFamily, device: torch.device, dtype: str, steps_per_epoch: int
+) -> TrainPlan:
     """The plan of this run on these workers; the same on every rank."""
     import torch
     import torch.distributed as dist
 
-    from gtl.train.assemble import outline
     from gtl.train.plan import Memory, choose
 
-    memory = None
-    if device.type == "cuda":
+    memory, asked = None, recipe.train
+    if device.type == "cuda" and "auto" in (asked.zero.stage, asked.micro_batch):
+        from gtl.train.assemble import outline
         from gtl.train.footprint import measure
 
         smallest = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        memory = Memory(measure(recipe, dtype, outline(recipe, dtype, trainee.family)), int(smallest))
+        memory = Memory(measure(recipe, dtype, outline(recipe, dtype, family)), int(smallest))
     return choose(recipe, workers=dist.get_world_size(), steps_per_epoch=steps_per_epoch, memory=memory)
 
 

@@ -1,6 +1,7 @@
 """What a plan says of memory from config files alone, against what a real forward pass keeps, on every family."""
 
 import shutil
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,10 @@ def footprint(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Footprint:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_sizes_of_a_model_without_its_weights(tmp_path: Path, model: str, tuner: str, dtype: str) -> None:
-    family = open_family(str(MODELS[model][1](tmp_path / "model")))
+def test_the_sizes_of_a_model_without_its_weights(
+    tmp_path: Path, written: Callable[[str], Path], model: str, tuner: str, dtype: str
+) -> None:
+    family = open_family(str(written(model)))
     recipe = make_recipe(family, tuner)
     planned = footprint(recipe, dtype, without_weights(family, tmp_path / "configs"))
     trainee = assemble(recipe, dtype)
@@ -84,8 +87,10 @@ def test_the_sizes_of_a_model_without_its_weights(tmp_path: Path, model: str, tu
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux2", "flux2_klein", "sana", *BY_LENGTH])
-def test_text_encoders_that_are_trained_keep_activations_too(tmp_path: Path, model: str) -> None:
-    family = open_family(str(MODELS[model][1](tmp_path / "model")))
+def test_text_encoders_that_are_trained_keep_activations_too(
+    tmp_path: Path, written: Callable[[str], Path], model: str
+) -> None:
+    family = open_family(str(written(model)))
     recipe = make_recipe(family, "lora", family.main, *family.encoders)
     planned = footprint(recipe, "fp32", without_weights(family, tmp_path / "configs"))
     (player,) = assemble(recipe, "fp32").players.values()

@@ -11,7 +11,7 @@ from gtl.cli import main
 from gtl.config import parse_recipe
 from gtl.families.source import resolve
 from gtl.storage import Store
-from gtl.train.forecast import GIB, Hardware, count, forecast, parse_cluster
+from gtl.train.forecast import GIB, Forecast, Hardware, as_json, count, forecast, parse_cluster
 from gtl.types import UserError
 from tests.tiny import make_flux, write_json
 
@@ -40,16 +40,21 @@ def recipe(flux: Path, **sections: Any) -> Any:
     return {"model": {"source": str(flux)}, "data": data, "train": {"batch_size": 64}, **sections}
 
 
-def test_a_lora_of_twelve_billion_parameters_on_eight_gpus(flux: Path) -> None:
-    found = forecast(parse_recipe(recipe(flux)), "8xH100")
-    assert round(found.footprint.parts["transformer"] / 1e9, 1) == 11.9
-    assert (len(found.footprint.blocks), found.footprint.trained) == (57, 26_148_864)
-    assert [round(row.need.weights / GIB, 2) for row in found.rows] == [22.26, 22.27, 22.27, 2.79]
-    assert found.plan is not None
+@pytest.fixture(scope="module")
+def lora(flux: Path) -> Forecast:
+    """A LoRA of it on eight GPUs."""
+    return forecast(parse_recipe(recipe(flux)), "8xH100")
+
+
+def test_a_lora_of_twelve_billion_parameters_on_eight_gpus(lora: Forecast) -> None:
+    assert round(lora.footprint.parts["transformer"] / 1e9, 1) == 11.9
+    assert (len(lora.footprint.blocks), lora.footprint.trained) == (57, 26_148_864)
+    assert [round(row.need.weights / GIB, 2) for row in lora.rows] == [22.26, 22.27, 22.27, 2.79]
+    assert lora.plan is not None
     # A LoRA run that fits is not sharded: that would only slow it.
-    assert (found.workers, found.plan.stage, found.plan.micro_batch, found.plan.accumulation) == (8, 0, 2, 4)
-    assert 20 < found.footprint.activations(1, checkpointing=False) / GIB < 24
-    assert 1 < found.footprint.activations(1, checkpointing=True) / GIB < 3
+    assert (lora.workers, lora.plan.stage, lora.plan.micro_batch, lora.plan.accumulation) == (8, 0, 2, 4)
+    assert 20 < lora.footprint.activations(1, checkpointing=False) / GIB < 24
+    assert 1 < lora.footprint.activations(1, checkpointing=True) / GIB < 3
 
 
 def test_full_tuning_is_sharded_and_says_what_would_make_it_fit(flux: Path) -> None:
@@ -77,10 +82,16 @@ def test_the_command(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lines[3] == "auto     ZeRO stage 0, micro-batch 2, accumulation 4 for batches of 64"
     assert lines[7].split()[:5] == ["stage", "0", "22.26", "0.10", "0.19"]
     assert lines[-57].split() == ["1", "transformer_blocks.0", "340", "M", "786", "k"]
+    small = {**recipe(flux), "model": {"source": "builtin:tiny"}, "data": {"source": "photos", "resolution": 64}}
+    (tmp_path / "r.yaml").write_text(json.dumps(small))
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     with pytest.raises(SystemExit):
         main()
-    values = json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["family"] == "sd"
+
+
+def test_a_forecast_for_programs(lora: Forecast) -> None:
+    values = json.loads(json.dumps(as_json(lora)))
     assert values["plan"] == {"steps": 1000, "stage": 0, "micro_batch": 2, "accumulation": 4}
     row = values["rows"][0]["need"]
     assert row["total"] == sum(value for name, value in row.items() if name != "total")

@@ -85,7 +85,7 @@ def test_what_is_there_is_what_was_planned(
     nothing = Activations(0, 0)
     for found, frozen, trained in group.run(grown, stage, {"ema": ema}):
         recipe = parse_recipe({"model": {"source": "a/b"}, "data": {"source": "c"}, "train": {"ema": ema}})
-        sizes = Footprint({}, (), frozen, trained, 0, nothing, nothing)
+        sizes = Footprint({}, (), frozen, trained, nothing, nothing)
         planned = need(sizes, recipe, stage=stage, workers=workers, micro_batch=1)
         # Stage 2 takes its buffer within the backward pass. It keeps the gradient whole where its share begins or ends
         # within a layer.

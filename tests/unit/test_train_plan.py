@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from gtl.config import Recipe, parse_recipe
-from gtl.train.footprint import Activations, Footprint
+from gtl.train.footprint import Activations, Block, Footprint
 from gtl.train.plan import Memory, Need, TrainPlan, choose, micro_batches, need
 from gtl.types import UserError
 
 GIB = 2**30
 SIZES = Footprint(
-    parts={"unet": 3 * GIB}, blocks=(), frozen_bytes=2 * GIB, trained=GIB, largest_bytes=GIB // 4,
+    parts={"unet": 3 * GIB}, blocks=(Block("a", 0, 0, GIB // 4), Block("b", 0, 0, GIB // 8)), frozen_bytes=2 * GIB,
+    trained=GIB,
     fixed=Activations(0, 0), per_image=Activations(GIB / 2, GIB / 8),
 )  # fmt: skip
 """2 GiB of frozen weights, 2**30 trained parameters, and half a GiB of activations an image."""
