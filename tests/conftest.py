@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 BUCKET = "gtl-tests"
+LONGEST = ("integration", "engine", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
 
 
 def free_port() -> int:
@@ -38,7 +41,30 @@ for variable in ("GTL_RUNS", "GTL_CACHE", "GTL_REGISTRY", "RAY_ADDRESS", "AWS_PR
     os.environ.pop(variable, None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_without_gpu(items)
+    if hasattr(config, "workerinput"):
+        # The longest first, so that no process waits for another at the end.
+        items.sort(key=lambda item: LONGEST.index(scope) if (scope := scope_of(item.nodeid)) in LONGEST else 9)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = scope_of
+    return scheduler
+
+
+def scope_of(nodeid: str) -> str:
+    """What stays together in one of several processes, since it shares what is slow to start.
+
+    That is the cluster, a group of processes or the models of a file.
+    """
+    file = Path(nodeid.partition("::")[0])
+    return file.parent.name if file.parent.name in ("integration", "engine") else file.stem
+
+
+def skip_without_gpu(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gtl.data.plan import Plan
 from gtl.train.assemble import assemble
 from gtl.train.loop import Lane, train
+from gtl.train.place import place
 from gtl.train.track import Tracker
 from gtl.train.worker import make_engines, make_loader, settle
 
@@ -63,7 +64,8 @@ class Bare:
         trainee = assemble(recipe, dtype)
         self._family, self._device, self._mixed = trainee.family, device, dtype == "bf16"
         (player,) = trainee.players.values()
-        self._unet: nn.Module = player.get_submodule("main").to(device)
+        place(player, trainee.dtype, device)
+        self._unet: nn.Module = player.get_submodule("main")
         self._parameters = list(trainee.parameters.values())
         self._max_grad_norm = recipe.train.max_grad_norm
         self._batch_size = recipe.train.batch_size

@@ -85,6 +85,16 @@ class Zero(Section):
 
     stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """0 none, 1 optimizer, 2 and gradients, 3 and weights. auto: what fits without sharding runs unsharded."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: the machine's memory instead of the GPU's holds, from stage 1 on, the optimizer's state, which is stepped
+    there, and at stage 3 the weights too (arXiv 2101.06840)."""
+    hpz: Annotated[int, Field(ge=1)] = 1
+    """So many workers, those of one machine, hold all weights among them a second time, and the backward pass gathers
+    from there (hpZ of ZeRO++, arXiv 2306.10209). 1: off. Stage 3 only."""
+    quantized_weights: bool = False
+    """Send weights in 8 bits (qwZ of ZeRO++). Stage 3 on GPUs only."""
+    quantized_gradients: bool = False
+    """Send gradients in 4 bits (qgZ of ZeRO++). Stage 3 on GPUs only."""
 
 
 class Checkpoints(Section):
@@ -220,6 +230,18 @@ class Recipe(Section):
             raise ValueError(
                 f"train.zero.stage: {stage}: {self.tuner.type} with {self.objective.type} bears at most {limit}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_zero(self) -> "Recipe":
+        zero, optimizer = self.train.zero, self.train.optimizer.type
+        if zero.offload != "none" and zero.stage == 0:
+            raise ValueError("train.zero.offload: cpu: moves what is sharded, and stage 0 shards nothing; take 1 to 3")
+        if zero.offload != "none" and optimizer != "adamw":
+            raise ValueError(f"train.zero.offload: cpu: {optimizer} steps on a GPU only; take adamw")
+        for key in ("hpz", "quantized_weights", "quantized_gradients"):
+            if getattr(zero, key) != Zero.model_fields[key].default and zero.stage != 3:
+                raise ValueError(f"train.zero.{key}: it is about weights in shares; set train.zero.stage: 3")
         return self
 
     @model_validator(mode="after")

@@ -31,10 +31,14 @@ class Trainee:
     """What is loaded of the model, by name."""
     parameters: dict[str, nn.Parameter]
     players: dict[str, nn.Module]
+    dtype: torch.dtype
+    """Of the arithmetic, and of what does not move; see `gtl.train.place`."""
 
 
 def assemble(recipe: Recipe, dtype: str) -> Trainee:
     """Load the live parts, let the tuner mark or inject what moves, and make the objective's players.
+
+    Weights are mapped from their files as they are stored there, and take no memory until the engine places them.
 
     Raises:
         UserError: the model's files or the adapter to continue from are not what they have to be, or do not fit the
@@ -63,11 +67,15 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
     Raises:
         UserError: the model's configs are not what they have to be, or do not fit the recipe.
     """
+    from gtl.train.place import place
     from gtl.tuners import make_tuner
 
     # Where adapters start from changes none of their sizes.
     start = {"init": None} | ({"initialization": "default"} if recipe.tuner.type == "lora" else {})
-    return join(recipe, dtype, family, make_tuner(recipe.tuner.model_copy(update=start), family), "meta")
+    trainee = join(recipe, dtype, family, make_tuner(recipe.tuner.model_copy(update=start), family), "meta")
+    for part in trainee.parts.values():
+        place(part, trainee.dtype, "meta")
+    return trainee
 
 
 def join(
@@ -79,13 +87,11 @@ def join(
     from gtl.objectives import make_objective
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
-    stored = None if tuner.moves_base else arithmetic
-    parts = {name: family.load(name, stored, device) for name in live_parts(recipe, family, objective)}
+    parts = {name: family.load(name, device=device) for name in live_parts(recipe, family, objective)}
     parameters = tuner.apply(parts, recipe.train.seed, init)
     for part in parts.values():
-        round_frozen(part, arithmetic)
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic))
+    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic), arithmetic)
 
 
 def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
@@ -100,10 +106,3 @@ def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) ->
     needs = recipe.needs
     encoders = family.encoders if needs.text == "tokens" else ()
     return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))
-
-
-def round_frozen(part: nn.Module, dtype: torch.dtype) -> None:
-    """Give what does not move the dtype of the arithmetic."""
-    for tensor in chain(part.parameters(), part.buffers()):
-        if not tensor.requires_grad and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)

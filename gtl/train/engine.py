@@ -19,6 +19,7 @@ from gtl.train.checkpoint import Shapes, State
 from gtl.train.flops import FlopMeter
 from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
 from gtl.train.optimizer import MOMENTS, make_optimizer, read_moments, write_moments
+from gtl.train.place import place, shard
 from gtl.train.plan import BUCKET
 from gtl.train.schedule import ema_decay, learning_rate
 from gtl.types import Batch, Losses
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 class Engine:
     """Trains what a tuner marked, under ZeRO 0, 1, 2 or 3.
 
-    DeepSpeed runs in its fp32 mode at every stage and casts nothing: trained parameters are fp32, frozen ones keep
-    the dtype they came in, and the player's own autocast decides the arithmetic. Gradients accumulate in fp32.
+    DeepSpeed runs in its fp32 mode at every stage and casts nothing: trained parameters are fp32, frozen ones of the
+    dtype asked for, and the player's own autocast decides the arithmetic. Gradients accumulate in fp32.
     """
 
     def __init__(
@@ -45,18 +46,20 @@ class Engine:
         accumulation: int,
         device: torch.device | str,
         total_steps: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Wrap a player. Collective; `torch.distributed` is initialised.
 
         Args:
             player: The module whose forward takes a `Batch` and returns `Losses` or None.
-            parameters: What is trained, by the names that checkpoints use; all fp32.
+            parameters: What is trained, by the names that checkpoints use.
             train: The recipe's section.
             stage: ZeRO stage, 0 to 3.
             micro_batch: Samples of one forward pass.
             accumulation: Forward passes of one optimizer step.
             device: Where the player runs.
             total_steps: Length of the run, for the learning rate.
+            dtype: Of the weights that do not move; what is trained becomes fp32.
 
         Raises:
             UserError: the optimizer needs a library that isn't installed.
@@ -73,11 +76,15 @@ class Engine:
         self._meter = None if train.compile else FlopMeter()
         self._micro_steps = 0
         self.shapes: Shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
-        assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
-        self._optimizer = make_optimizer(list(parameters.values()), train)
         numel = sum(math.prod(shape) for shape in self.shapes.values())
         config = make_config(train, stage, micro_batch, accumulation, numel, self._device)
-        self._engine = initialize(player, self._optimizer, config, self._device)
+        prepare_deepspeed(self._device)
+        if stage == 3:
+            shard(player, dtype, self._device, config)
+        else:
+            place(player, dtype, self._device)
+        self._optimizer = make_optimizer(list(parameters.values()), train)
+        self._engine = initialize(player, self._optimizer, config)
         if stage == 0:
             spare_walks(self._engine, self._optimizer, list(parameters.values()))
         self._fragments = find_fragments(self._parameters, self._engine.optimizer, stage)
@@ -233,12 +240,15 @@ def make_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: fp32 mode, and buffers no larger than the `numel` trained elements need."""
     bucket = min(max(numel + numel % 2, 2), BUCKET)  # DeepSpeed refuses odd ones
+    # Pinned, so that copies overlap with arithmetic.
+    host = {"device": "cpu", "pin_memory": device.type == "cuda"} if train.zero.offload == "cpu" else None
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         # Stage 0 leaves the norm to DeepSpeed unreported, so the engine clips there itself.
         "gradient_clipping": (train.max_grad_norm or 0.0) if stage else 0.0,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast on a CPU, and is compiled already
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": device.type == "cuda",
@@ -248,14 +258,17 @@ def make_config(
             "stage3_max_live_parameters": 100_000_000,
             "stage3_max_reuse_distance": 100_000_000,
             "stage3_prefetch_bucket_size": 20_000_000,
+            "offload_optimizer": host,
+            "offload_param": host if stage == 3 else None,
+            "zero_hpz_partition_size": train.zero.hpz,
+            "zero_quantized_weights": train.zero.quantized_weights,
+            "zero_quantized_gradients": train.zero.quantized_gradients,
         },
     }
 
 
-def initialize(
-    player: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
-) -> DeepSpeedEngine:
-    """`deepspeed.initialize` in a process whose group stands already. Collective."""
+def prepare_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed, for a device, into a process whose group stands already."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed takes the device by this number, whichever launcher set it before.
@@ -267,6 +280,12 @@ def initialize(
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Shared-memory collectives for CPUs are compiled on first use, for 12 s; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def initialize(player: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
+    """`deepspeed.initialize` after `prepare_deepspeed`. Collective."""
+    import deepspeed
+
     engine, *_ = deepspeed.initialize(model=player, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 

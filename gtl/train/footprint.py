@@ -78,12 +78,11 @@ class Footprint:
         return fixed.whole + images * each.whole
 
 
-def measure(recipe: Recipe, dtype: str, trainee: Trainee) -> Footprint:
+def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
     """Run an `outline` forward with two images and with three; its modules can do nothing else afterwards.
 
     Args:
         recipe: What it was assembled from.
-        dtype: Of the arithmetic, fp32 or bf16.
         trainee: Is changed.
     """
     family, parts = trainee.family, trainee.parts

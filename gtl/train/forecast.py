@@ -44,6 +44,8 @@ class Row:
     """A ZeRO stage, at the micro-batch of the plan."""
 
     stage: int
+    offload: bool
+    """With train.zero.offload: cpu."""
     need: Need
     checkpointed: float
     """Bytes in all with train.activation_checkpointing."""
@@ -92,7 +94,7 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     progress("model", 0, 0, model.source)
     family = open_family(model.source, model.family, model.revision, model.variant, weights=False)
-    footprint = measure(recipe, dtype, outline(recipe, dtype, family))
+    footprint = measure(recipe, outline(recipe, dtype, family))
     memory = Memory(footprint, hardware.device_bytes)
     plan, problem = None, ""
     try:
@@ -101,14 +103,17 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
         problem = str(error)
     size = plan.micro_batch if plan else 1
 
-    def row(stage: int) -> Row:
-        found = need(footprint, recipe, stage=stage, workers=workers, micro_batch=size)
+    def row(stage: int, offload: bool) -> Row:
+        found = need(footprint, recipe, stage=stage, workers=workers, micro_batch=size, offload=offload)
         less = found.activations - footprint.activations(size, checkpointing=True)
-        return Row(stage, found, found.total - less)
+        return Row(stage, offload, found, found.total - less)
 
-    rows = tuple(row(stage) for stage in STAGES[: recipe.pair.max_zero_stage + 1])
+    stages = STAGES[: recipe.pair.max_zero_stage + 1]
+    rows = [row(stage, False) for stage in stages]
+    if on_gpu and recipe.train.optimizer.type == "adamw":
+        rows += [row(stage, True) for stage in stages[1:]]
     return Forecast(
-        model.source, family.name, dtype, hardware, workers, footprint, rows, memory.budget, plan, problem
+        model.source, family.name, dtype, hardware, workers, footprint, tuple(rows), memory.budget, plan, problem
     )
 
 
@@ -161,7 +166,7 @@ def render(found: Forecast, recipe: Recipe) -> str:
         facts.append(["auto", f"ZeRO stage {plan.stage}, micro-batch {plan.micro_batch}, {rest}"])
     else:
         facts.append(["auto", found.problem])
-    header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed"]
+    header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed", "host"]
     table = [header, *(_cells(row, found.budget) for row in found.rows)]
     images = plural(plan.micro_batch if plan else 1, "image")
     title = f"on each {device} with {images} of {recipe.data.resolution} px in a forward pass (! does not fit):"
@@ -180,7 +185,8 @@ def _cells(row: Row, budget: float) -> list[str]:
     sizes = (row.need.weights, row.need.gradients, row.need.optimizer, row.need.buffers, row.need.activations)
     totals = (row.need.total, row.checkpointed)
     marked = [f"{total / GIB:.2f}{' ' if total <= budget else '!'}" for total in totals]
-    return [f"stage {row.stage}", *(f"{size / GIB:.2f}" for size in sizes), *marked]
+    name = f"stage {row.stage}{', offload cpu' if row.offload else ''}"
+    return [name, *(f"{size / GIB:.2f}" for size in sizes), *marked, f"{row.need.host / GIB:.2f}"]
 
 
 def plural(number: int, noun: str) -> str:

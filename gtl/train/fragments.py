@@ -108,5 +108,7 @@ def refresh(parameter: nn.Parameter, value: Tensor) -> None:
     start = local.numel() * dist.get_rank()
     part = value.reshape(-1)[start : start + local.numel()]
     local.data[: part.numel()].copy_(part)
+    # A copy under train.zero.hpz, which the next forward pass makes again.
+    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
     if parameter.data.numel() == value.numel():  # small parameters stay gathered between steps
         parameter.data.copy_(value.view(parameter.data.shape))

@@ -20,6 +20,7 @@ from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
 from gtl.config import Recipe
 from gtl.config.load import dump_recipe
 from gtl.config.names import Reference, new_version
+from gtl.config.recipe import Zero
 from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
@@ -146,7 +147,7 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     """Resolve `auto` against the cluster.
 
     Raises:
-        UserError: the cluster can never hold the workers.
+        UserError: the cluster can never hold the workers, or train.zero does not suit them.
     """
     asked = recipe.train
     gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
@@ -162,9 +163,24 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
             f"train.workers: {fewest} workers with {asked.cpus_per_worker:g} CPUs each need "
             f"{fewest * asked.cpus_per_worker:g} CPUs; the cluster has {cluster.cpus:g}"
         )
+    check_zero(asked.zero, workers, gpus)
     dtype = recipe.model.dtype
     resolved = ("bf16" if gpus else "fp32") if dtype == "auto" else dtype
     return Resources(workers, gpus, asked.cpus_per_worker, resolved)
+
+
+def check_zero(zero: Zero, workers: int | tuple[int, int], gpus: int) -> None:
+    """Refuse options of ZeRO that these workers cannot follow.
+
+    Raises:
+        UserError: there is one.
+    """
+    counts = range(workers[0], workers[1] + 1) if isinstance(workers, tuple) else [workers]
+    if odd := [count for count in counts if count % zero.hpz]:
+        raise UserError(f"train.zero.hpz: {zero.hpz}: has to divide the number of workers, which can be {odd[0]}")
+    for key in ("quantized_weights", "quantized_gradients"):
+        if getattr(zero, key) and not gpus:
+            raise UserError(f"train.zero.{key}: true: DeepSpeed has it for GPUs only; leave it at false on CPUs")
 
 
 def run_workers(job: Job, resources: Resources, progress: Progress) -> None:

@@ -25,7 +25,7 @@ libraries take, and for gaps."""
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one device."""
+    """Bytes of one worker, on its device if nothing else is said."""
 
     weights: float
     """Frozen and trained ones, with the fp32 masters of the trained ones where ZeRO keeps them apart, and the EMA."""
@@ -36,10 +36,12 @@ class Need:
     buffers: float
     """Through which gradients are reduced, and the largest block's weights where they are gathered for its turn."""
     activations: float
+    host: float = 0.0
+    """In the machine's memory, with train.zero.offload."""
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """The sum of what is on the device."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
@@ -69,25 +71,37 @@ class TrainPlan:
     """Forward passes of one worker per step."""
 
 
-def need(footprint: Footprint, recipe: Recipe, *, stage: int, workers: int, micro_batch: int) -> Need:
+def need(
+    footprint: Footprint, recipe: Recipe, *, stage: int, workers: int, micro_batch: int, offload: bool = False
+) -> Need:
     """What one of the workers holds under a ZeRO stage.
 
     Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights (arXiv 1910.02054, figure 1). From stage 1
-    on every worker has fp32 masters of its share beside the weights that the forward pass reads.
+    on every worker has fp32 masters of its share beside the weights that the forward pass reads. With `offload` the
+    masters, the optimizer and two copies of the share's gradient are in the machine's memory, and at stage 3 all that
+    is sharded (arXiv 2101.06840).
     """
     train, trained = recipe.train, footprint.trained
     weights_share, gradients_share, share = (1 / workers if stage >= first else 1.0 for first in (3, 2, 1))
     averaged = 4 if train.ema else 0
     masters = 4 if stage else 0
     moments = 2 if train.optimizer.type == "adamw_8bit" else 8
-    weights = (footprint.frozen_bytes + 4 * trained) * weights_share + trained * (masters + averaged) * share
+    weights = (footprint.frozen_bytes + 4 * trained) * weights_share
+    stepped, moved = trained * (masters + averaged) * share, moments * trained * share
+    gradients = 4 * trained * gradients_share
     buffer = 4 * min(trained, BUCKET) if stage else 0
+    host = 0.0
+    if offload:
+        host = stepped + moved + 2 * 4 * trained * share + (weights if stage == 3 else 0)
+        weights, gradients = (0.0, 0.0) if stage == 3 else (weights, gradients)
+        stepped, moved = 0.0, 0.0
     return Need(
-        weights=weights,
-        gradients=4 * trained * gradients_share,
-        optimizer=moments * trained * share,
+        weights=weights + stepped,
+        gradients=gradients,
+        optimizer=moved,
         buffers=buffer + (footprint.largest_bytes if stage == 3 else 0),
         activations=footprint.activations(micro_batch, train.activation_checkpointing),
+        host=host,
     )
 
 
@@ -116,20 +130,28 @@ def settle_sizes(recipe: Recipe, workers: int, share: int, memory: Memory | None
         UserError: nothing fits.
     """
     asked_stage, asked = recipe.train.zero.stage, recipe.train.micro_batch
+    offload = recipe.train.zero.offload == "cpu"
     sizes = micro_batches(share, CPU_MICRO_BATCH if memory is None else GPU_MICRO_BATCH) if asked == "auto" else [
         min(asked, share)
     ]  # fmt: skip
-    stages = STAGES[: recipe.pair.max_zero_stage + 1] if asked_stage == "auto" else [asked_stage]
+    bearable = STAGES[1 if offload else 0 : recipe.pair.max_zero_stage + 1]
+    stages = bearable if asked_stage == "auto" else [asked_stage]
     if memory is None:
         return stages[0], sizes[0]
     for stage in stages:
         for size in sizes:
-            if need(memory.footprint, recipe, stage=stage, workers=workers, micro_batch=size).total <= memory.budget:
+            found = need(
+                memory.footprint, recipe, stage=stage, workers=workers, micro_batch=size, offload=offload
+            )  # fmt: skip
+            if found.total <= memory.budget:
                 return stage, size
     if asked_stage != "auto":  # the user's own word, and an estimate is no reason to refuse it
         return asked_stage, sizes[-1]
-    least = need(memory.footprint, recipe, stage=stages[-1], workers=workers, micro_batch=sizes[-1])
+    least = need(
+        memory.footprint, recipe, stage=stages[-1], workers=workers, micro_batch=sizes[-1], offload=offload
+    )  # fmt: skip
     more = "" if recipe.train.activation_checkpointing else "train.activation_checkpointing: true, "
+    more += "" if offload else "train.zero.offload: cpu, "
     raise UserError(
         f"train.zero.stage: auto: at stage {stages[-1]} and micro-batch {sizes[-1]} each of {workers} workers needs "
         f"{least.total / 2**30:.1f} GiB, of which activations are {least.activations / 2**30:.1f} GiB; "

@@ -193,7 +193,7 @@ def settle(
 
         smallest = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        memory = Memory(measure(recipe, dtype, outline(recipe, dtype, family)), int(smallest))
+        memory = Memory(measure(recipe, outline(recipe, dtype, family)), int(smallest))
     return choose(recipe, workers=dist.get_world_size(), steps_per_epoch=steps_per_epoch, memory=memory)
 
 
@@ -207,7 +207,7 @@ def make_engines(trainee: Trainee, recipe: Recipe, plan: TrainPlan, device: torc
         own = {key: parameter for key, parameter in trainee.parameters.items() if id(parameter) in inside}
         engines[name] = Engine(
             player, own, recipe.train, stage=plan.stage, micro_batch=plan.micro_batch,
-            accumulation=plan.accumulation, device=device, total_steps=plan.steps,
+            accumulation=plan.accumulation, device=device, total_steps=plan.steps, dtype=trainee.dtype,
         )  # fmt: skip
     return engines
 

@@ -16,13 +16,14 @@ class Tuner(Protocol):
     """Which weights move. Made from its config and the family: `make_tuner(config, family)`."""
 
     moves_base: ClassVar[bool]
-    """Whether the model's own weights move. If so, `apply` wants them as they are stored, not rounded to bf16."""
+    """Whether the model's own weights move."""
 
     def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
-        """Freeze everything, mark or inject what moves (fp32), return it as `part.parameter.name` -> parameter.
+        """Freeze everything, mark or inject what moves, return it as `part.parameter.name` -> parameter.
 
-        Modules change in place. The same seed gives the same initial weights in every process. `init` is the folder of
-        the published adapter to continue from. The first of the parts is the one that the objective is about.
+        Modules change in place; weights stay as they are stored, where nothing has to be computed from them. The same
+        seed gives the same initial weights in every process. `init` is the folder of the published adapter to continue
+        from. The first of the parts is the one that the objective is about.
 
         Raises:
             UserError: a target matches nothing, the freeze depth is beyond the block count, or `init` does not fit.

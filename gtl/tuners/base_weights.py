@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gtl.adapters.apply import moved
 from gtl.adapters.merge import merge
 from gtl.types import UserError
 
@@ -23,7 +24,7 @@ class BaseWeights:
         """What the earlier adapter moved and this tuner does not."""
 
     def mark(self, parts: Mapping[str, nn.Module], names: Sequence[str], init: Path | None) -> dict[str, nn.Parameter]:
-        """Freeze everything but the `part.parameter.name`s, which become fp32; `init` is the earlier adapter's folder.
+        """Freeze everything but the `part.parameter.name`s; `init` is the earlier adapter's folder.
 
         Raises:
             UserError: the earlier adapter does not fit the parts.
@@ -35,7 +36,6 @@ class BaseWeights:
         for name in names:
             part, _, own = name.partition(".")
             parameter = parts[part].get_parameter(own)
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             chosen[name] = parameter
         for name in sorted(changed - chosen.keys()):
@@ -49,8 +49,10 @@ class BaseWeights:
 
     def _continue_from(self, parts: Mapping[str, nn.Module], init: Path) -> set[str]:
         try:
-            for part in parts.values():
-                part.float()  # merged in full precision; what stays frozen gets its dtype back afterwards
+            for name in moved(parts, init):  # merged in full precision
+                part, _, own = name.partition(".")
+                parameter = parts[part].get_parameter(own)
+                parameter.data = parameter.data.float()
             return merge(parts, init)
         except UserError as error:
             raise UserError(f"tuner.init: {self._name}: {error}") from None

@@ -30,7 +30,7 @@ class Freeze:
         self._weights = BaseWeights(config.init)
 
     def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
-        """Freeze everything but what the recipe chooses, which becomes fp32."""
+        """Freeze everything but what the recipe chooses."""
         part = self.family.main
         return self._weights.mark(parts, [f"{part}.{name}" for name in self.chosen(parts[part])], init)
 

@@ -28,7 +28,7 @@ class Full:
         self._weights = BaseWeights(config.init)
 
     def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
-        """Freeze everything but the named parts, whose parameters become fp32."""
+        """Freeze everything but the named parts."""
         trained = trained_parts(self.config.train, list(parts))
         names = [f"{part}.{name}" for part in trained for name, _ in parts[part].named_parameters()]
         return self._weights.mark(parts, names, init)

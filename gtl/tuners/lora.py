@@ -175,21 +175,25 @@ def targets_of(targets: str | list[str], module: nn.Module, others: Sequence[nn.
 
 
 def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Module:
-    """The layer inside PEFT's adapter layer, with fp32 adapter weights whatever the layer's own dtype."""
+    """The layer inside PEFT's adapter layer, with fp32 adapter weights whatever the layer's own dtype.
+
+    The layer's weight stays what it is, perhaps mapped from a file, unless the initialisation takes a part out of it.
+    """
     import torch
     from peft import inject_adapter_in_model
 
     # PEFT starts an adapter in the dtype of its layer and would round DoRA's norms and PiSSA's factors to bf16.
-    stored = layer.weight.dtype
-    layer.weight.data = layer.weight.data.float()
+    stored = layer.weight.data
+    layer.weight.data = stored.float()
     holder = torch.nn.ModuleDict({"layer": layer})
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the layer is
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
-    layer.weight.data = layer.weight.data.to(stored)
+    changed = str(config.init_lora_weights).startswith(PRINCIPAL)
+    layer.weight.data = layer.weight.data.to(stored.dtype) if changed else stored
     # Over a bf16 layer autocast picks the dtypes. PEFT's own cast of the input to fp32 would only make it keep a copy
     # for each adapter; DoRA needs the cast, since it takes the dtype of its weight norm from the input.
-    cast("LoraLayer", holder["layer"]).cast_input_dtype_enabled = stored == torch.float32 or config.use_dora
+    cast("LoraLayer", holder["layer"]).cast_input_dtype_enabled = config.use_dora
     return holder["layer"]
 
 

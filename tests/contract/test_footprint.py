@@ -15,6 +15,7 @@ from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.train.assemble import assemble, outline
 from gtl.train.footprint import CAPTION, Footprint, measure
+from gtl.train.place import place
 from gtl.types import Batch
 from tests.contract.test_families import MODELS, SIZE
 from tests.contract.test_pairs import fixed_batch
@@ -62,7 +63,7 @@ def without_weights(family: DiffusionFamily, folder: Path) -> DiffusionFamily:
 
 
 def footprint(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Footprint:
-    return measure(recipe, dtype, outline(recipe, dtype, family))
+    return measure(recipe, outline(recipe, dtype, family))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -75,6 +76,7 @@ def test_the_sizes_of_a_model_without_its_weights(
     recipe = make_recipe(family, tuner)
     planned = footprint(recipe, dtype, without_weights(family, tmp_path / "configs"))
     trainee = assemble(recipe, dtype)
+    place(trainee.parts[family.main], trainee.dtype, "cpu")
     moving = {id(parameter) for parameter in trainee.parameters.values()}
     main = trainee.parts[family.main]
     tensors = list(chain(main.parameters(), main.buffers()))

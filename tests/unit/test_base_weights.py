@@ -16,6 +16,7 @@ from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.objectives import make_objective
 from gtl.train.assemble import assemble
+from gtl.train.place import place
 from gtl.tuners import make_tuner
 from gtl.tuners.base import Tuner
 from gtl.tuners.depth import is_under
@@ -341,9 +342,10 @@ def test_in_bf16_what_moves_is_fp32_and_unrounded(
 ) -> None:
     recipe = parse_recipe({"model": {"source": str(family.folder)}, "data": {"source": "s3://b"}, "tuner": tuner})
     trainee = assemble(recipe, "bf16")
+    (player,) = trainee.players.values()
+    place(player, trainee.dtype, "cpu")
     assert {name.partition(".")[0] for name in trainee.parameters} == trained
     assert {parameter.dtype for parameter in trainee.parameters.values()} == {torch.float32}
-    (player,) = trainee.players.values()
     frozen = [p for p in player.parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == ({torch.bfloat16} if frozen else set())
     if tuner["type"] != "lora":

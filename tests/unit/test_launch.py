@@ -121,6 +121,23 @@ def test_the_fewest_workers_have_to_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("workers", "zero", "message"),
+    [
+        (3, {"hpz": 2}, r"^train\.zero\.hpz: 2: has to divide the number of workers, which can be 3$"),
+        ([2, 4], {"hpz": 2}, r"^train\.zero\.hpz: 2: has to divide the number of workers, which can be 3$"),
+        (2, {"quantized_weights": True}, r"^train\.zero\.quantized_weights: true: DeepSpeed has it for GPUs only; "),
+        (2, {"quantized_gradients": True}, r"^train\.zero\.quantized_gradients: true: DeepSpeed has it for GPUs only; "),
+    ],
+)
+def test_options_of_zero_that_these_workers_cannot_follow(
+    tmp_path: Path, workers: Any, zero: dict[str, Any], message: str
+) -> None:
+    recipe = make_recipe(tmp_path, workers=workers, zero={"stage": 3, **zero})
+    with pytest.raises(UserError, match=message):
+        choose_resources(recipe, Cluster(cpus=8, gpus=0))
+
+
+@pytest.mark.parametrize(
     ("workers", "message"), [([4, 1], "[fewest, most], the smaller one first"), ([0, 2], "greater than or equal to 1")]
 )
 def test_a_wrong_range_of_workers_is_one_line(tmp_path: Path, workers: list[int], message: str) -> None:

@@ -106,9 +106,19 @@ def test_no_stage_fits() -> None:
         choose(recipe(), workers=4, steps_per_epoch=1, memory=Memory(SIZES, 5 * GIB))
     assert str(caught.value) == (
         "train.zero.stage: auto: at stage 3 and micro-batch 1 each of 4 workers needs 6.4 GiB, of which activations "
-        "are 0.5 GiB; 4.5 GiB of a device are for them; take train.activation_checkpointing: true, more workers or a "
-        "smaller model"
+        "are 0.5 GiB; 4.5 GiB of a device are for them; take train.activation_checkpointing: true, train.zero.offload: "
+        "cpu, more workers or a smaller model"
     )
+
+
+def test_offloading_begins_at_stage_1_and_takes_less_of_a_device() -> None:
+    asked = recipe(zero={"offload": "cpu"})
+    assert choose(asked, workers=4, steps_per_epoch=1).stage == 1
+    assert choose(asked, workers=4, steps_per_epoch=1, memory=Memory(SIZES, 80 * GIB)).stage == 1
+    kept, moved = (need(SIZES, asked, stage=2, workers=4, micro_batch=1, offload=offload) for offload in (False, True))
+    assert (moved.optimizer, moved.gradients) == (0, kept.gradients)
+    assert moved.host == 3 * SIZES.trained + 2 * SIZES.trained  # masters and moments; the gradient, twice
+    assert choose(asked, workers=4, steps_per_epoch=1, memory=Memory(SIZES, 5 * GIB)).stage == 3
 
 
 def test_a_smaller_footprint_needs_no_sharding() -> None:

@@ -1,0 +1,74 @@
+"""A player's weights where and in the dtype that the arithmetic reads them; read from their files only now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def place(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Move all weights, in place and one by one: what moves in training as fp32, the rest in `dtype`."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        tensor.data = tensor.data.to(device, stored_as(tensor, dtype))
+
+
+def shard(player: nn.Module, dtype: torch.dtype, device: torch.device, config: dict[str, Any]) -> None:
+    """Cut every parameter into the ranks' shares (ZeRO-3, arXiv 1910.02054), in place; for dtypes see `place`.
+
+    Collective. Each is read from its file, cast, sent by rank 0 to the others and cut before the next one is looked
+    at: a process holds its own share and one parameter, however large the model is. What other ranks have loaded is
+    not read at all.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(dist_init_required=False)  # in DeepSpeed's own words; the group stands already
+    arrival = Arrival(player, dtype, device)
+    # One for all engines of a process, where train.zero.hpz asks for one.
+    group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
+    deepspeed.zero.Init(module=arrival, config_dict_or_path=config, zero_param_parallel_group=group)
+    arrival.leave()
+    for buffer in player.buffers():
+        buffer.data = buffer.data.to(device, stored_as(buffer, dtype))
+
+
+def stored_as(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight in training, in arithmetic of `dtype`."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if tensor.requires_grad else dtype
+
+
+class Arrival(nn.Module):
+    """The parameters of a module, each brought onto the device in the moment it is asked for.
+
+    All of them use the same memory, one after the other: what an allocator keeps of freed copies adds up.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        """Nothing is touched yet."""
+        super().__init__()
+        self.module = module
+        self._dtype = dtype
+        self._room = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All of them, as the module's own iterator gives them. The one before has to be cut by then."""
+        for parameter in self.module.parameters(recurse):
+            dtype = stored_as(parameter, self._dtype)
+            size = parameter.numel() * dtype.itemsize
+            if self._room.numel() < size:
+                self._room = self._room.new_empty(size)
+            arrived = self._room[:size].view(dtype).view(parameter.shape)
+            if dist.get_rank() == 0:
+                arrived.copy_(parameter.data)
+            parameter.data = arrived
+            yield parameter
+
+    def leave(self) -> None:
+        """Free the memory, since DeepSpeed holds on to the module that it cut."""
+        self._room = self._room.new_empty(0)
