@@ -44,13 +44,14 @@ ABOVE_TORCH = tuple(room for room, floor in ROOMS.items() if 2 <= floor <= 9 and
 
 DOORS: dict[str, tuple[str, ...]] = {
     "torch": ABOVE_TORCH,
-    "deepspeed": ("gtl/train/engine.py",),
+    "deepspeed": ("gtl/train/engine.py", "gtl/train/place.py"),
     "safetensors": (
         "gtl/adapters", "gtl/families/loading.py", "gtl/data/cache.py", "gtl/train/checkpoint.py",
         "gtl/bench/models.py",
     ),
     "filelock": ("gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
+    "accelerate": ("gtl/data/spread.py",),
     "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py"),
     "diffusers.schedulers": ("gtl/families", "gtl/diffusion"),
     "transformers": ("gtl/families", "gtl/backbones"),

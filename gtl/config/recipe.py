@@ -57,6 +57,9 @@ class Data(Section):
     """Share of the images that is held out, by their bytes, to measure val_loss on; above 0 it is at least one."""
     max_broken: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fail when more than this share of the files can't be read."""
+    gpus_per_encoder: Annotated[int, Field(ge=1)] = 1
+    """GPUs of one machine for each process that encodes into the cache, where there are GPUs. A text encoder that is
+    larger than one is spread over them; what is left over stays in the machine's memory."""
     seed: int = 0
     """Order of the images, crops, and the noise drawn for them."""
 

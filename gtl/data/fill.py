@@ -14,6 +14,7 @@ from gtl.data.cache import SHARD_BYTES, Space
 from gtl.data.containers import Place, fetch
 from gtl.data.dataset import PIXEL_SPACE, PIXELS
 from gtl.data.index import CHANGED, GONE
+from gtl.data.spread import spread
 from gtl.data.stream import MISTAKE, pack, run_actors, unpack
 from gtl.images import BrokenImage, decode
 from gtl.storage import Store
@@ -76,14 +77,15 @@ class Pending:
 
 def fill(
     family: DiffusionFamily, images: Space, prompts: Space | None, cache: Store, dtype: str,
-    work: Sequence[ImageWork], captions: Mapping[str, str], progress: Callable[[int, int], None],
+    work: Sequence[ImageWork], captions: Mapping[str, str], progress: Callable[[int, int], None], gpus: int = 1,
 ) -> dict[str, str]:  # fmt: skip
     """Encode images and captions (by cache key) into the spaces; broken images by URI with the reason.
 
-    What is on disk when this ends early, for whatever reason, is not encoded again.
+    What is on disk when this ends early, for whatever reason, is not encoded again. Each actor has so many `gpus`,
+    where there are any.
 
     Raises:
-        UserError: the cache is full or out of reach, or the model's files are wrong.
+        UserError: the cache is full or out of reach, the model's files are wrong, or there are fewer GPUs.
     """
     rows = [{"caption": text, "key": key} for key, text in captions.items()]
     rows += [vars(item) for item in work]
@@ -93,11 +95,13 @@ def fill(
 
     failed: dict[str, str] = {}
     with session() as cluster:
-        slots = max(1, int(cluster.gpus or cluster.cpus))
+        if cluster.gpus and cluster.gpus < gpus:
+            raise UserError(f"data.gpus_per_encoder: {gpus}: the cluster has {cluster.gpus:g}")
+        slots = max(1, int(cluster.gpus // gpus or cluster.cpus))
         calls = max(-(-len(rows) // ROWS_PER_CALL), min(slots, -(-len(rows) // 16)))
         results = run_actors(
             rows, Encoder, (family, cache, images.name, None if prompts is None else prompts.name, dtype),
-            calls=calls, actors=min(slots, calls), gpus=1 if cluster.gpus else 0,
+            calls=calls, actors=min(slots, calls), gpus=gpus if cluster.gpus else 0,
         )  # fmt: skip
         for done, result in enumerate(results, 1):
             if result["error"]:
@@ -149,7 +153,9 @@ class Encoder:
 
     def _part(self, name: str) -> nn.Module:
         if name not in self._parts:
-            self._parts[name] = self._family.load(name, self._dtype, self._device)
+            part = self._family.load(name, self._dtype)
+            is_spread = self._device == "cuda" and name in self._family.encoders
+            self._parts[name] = spread(part) if is_spread else part.to(self._device)
         return self._parts[name]
 
     def _prompt_batches(self, rows: list[dict[str, str]]) -> Iterator[Encoded]:

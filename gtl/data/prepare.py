@@ -68,7 +68,7 @@ def prepare(
         # Once is enough for all copies of an image, unless the one that was to stand for them failed.
         work = list(missing_images(dataset, found.images, every_copy=bool(failed)))
         failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
-                      lambda done, total: tell("encode", done, total))  # fmt: skip
+                      lambda done, total: tell("encode", done, total), data.gpus_per_encoder)  # fmt: skip
         if not failed:
             break
         remember_broken(failed, found, cache)

@@ -15,9 +15,11 @@ from gtl.train.checkpoint import latest, read_manifest
 from gtl.train.worker import CHECKPOINTS, Job
 from gtl.types import Progress, UserError, quiet
 
-HARMLESS = {"storage", "evaluate", "train.workers", "train.gpus_per_worker", "train.cpus_per_worker",
-            "train.micro_batch", "train.zero", "train.checkpoints", "train.activation_checkpointing",
-            "train.compile", "train.max_failures"}  # fmt: skip
+HARMLESS = {
+    "storage", "evaluate", "data.gpus_per_encoder", "train.workers", "train.gpus_per_worker", "train.cpus_per_worker",
+    "train.micro_batch", "train.zero", "train.checkpoints", "train.activation_checkpointing", "train.compile",
+    "train.max_failures",
+}  # fmt: skip
 """Keys that may change between a run and its resumption without changing what is learned."""
 PUBLISHED = "adapter.json"
 """In a run's folder: the card under which the registry has its adapter."""
