@@ -194,7 +194,7 @@ class Saved:
     def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
         """Nothing is kept yet; parameters are there anyway."""
         self._seen = {storage_of(parameter) for parameter in parameters}
-        self._inside: dict[str, float] = {}
+        self._inside: dict[str, dict[int, int]] = {}
         self._outside = 0.0
         self._inputs: dict[int, int] = {}
         self._block: str | None = None
@@ -211,7 +211,7 @@ class Saved:
         if self._block is None:
             self._outside += size
         else:
-            self._inside[self._block] = self._inside.get(self._block, 0.0) + size
+            self._inside.setdefault(self._block, {})[storage] = size
         return tensor
 
     def enter(self, block: str) -> None:
@@ -228,9 +228,10 @@ class Saved:
 
     def activations(self) -> Activations:
         """The sums."""
-        inside = list(self._inside.values()) or [0.0]
-        outside = self._outside + sum(self._inputs.values())
-        return Activations(self._outside + sum(inside), outside + max(inside))
+        whole = self._outside + sum(sum(kept.values()) for kept in self._inside.values())
+        # What goes into a block is there anyway while it is recomputed.
+        again = (sum(kept[each] for each in kept.keys() - self._inputs) for kept in self._inside.values())
+        return Activations(whole, self._outside + sum(self._inputs.values()) + max(again, default=0.0))
 
 
 def storage_of(tensor: Tensor) -> int:

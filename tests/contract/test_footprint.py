@@ -1,7 +1,7 @@
 """What a plan says of memory from config files alone, against what a real forward pass keeps, on every family."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gtl.config import Recipe, parse_recipe
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.train.assemble import assemble, outline
+from gtl.train.blocks import checkpoint_blocks
 from gtl.train.footprint import CAPTION, Footprint, measure
 from gtl.train.place import place
 from gtl.types import Batch
@@ -41,8 +43,11 @@ def make_recipe(family: DiffusionFamily, tuner: str, *parts: str) -> Recipe:
     })
 
 
-def kept(player: nn.Module, batch: Batch) -> int:
-    """Bytes of the storages that autograd keeps of a forward pass, without the weights themselves."""
+def kept(player: nn.Module, batch: Batch, recomputed: Iterable[nn.Module] = ()) -> int:
+    """Bytes of the storages that autograd keeps of a forward pass, without the weights themselves.
+
+    Of modules that are recomputed these are the arguments, of which torch's hooks see the positional ones only.
+    """
     weights = {parameter.untyped_storage().data_ptr() for parameter in player.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -50,8 +55,16 @@ def kept(player: nn.Module, batch: Batch) -> int:
         found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
+    def entering(module: nn.Module, args: object, kwargs: object) -> None:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                pack(leaf)
+
+    hooks = [module.register_forward_pre_hook(entering, with_kwargs=True) for module in recomputed]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         losses = player(batch)
+    for hook in hooks:
+        hook.remove()
     assert losses.total.requires_grad
     return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in weights)
 
@@ -112,3 +125,31 @@ def check_activations(
         assert activations > kept(player, batch)
         batch = fixed_batch(family, recipe, (CAPTION, other))
     assert activations == pytest.approx(kept(player, batch), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux-dev", "pixart-sigma", "sana"])
+def test_recomputing_keeps_what_goes_into_blocks_and_one_of_them(
+    tmp_path: Path, written: Callable[[str], Path], model: str
+) -> None:
+    family = open_family(str(written(model)))
+    recipe = make_recipe(family, "lora")
+    planned = footprint(recipe, "fp32", without_weights(family, tmp_path / "configs"))
+    trainee = assemble(recipe, "fp32")
+    main, (player,) = trainee.parts[family.main], trainee.players.values()
+    batch, blocks = fixed_batch(family, recipe), family.blocks(main)
+
+    def kept_without(*chosen: tuple[str, ...]) -> int:
+        """What is kept when these blocks are recomputed."""
+        names = list(chain.from_iterable(chosen))
+        checkpoint_blocks(main, names)
+        try:
+            return kept(player, batch, [main.get_submodule(name) for name in names])
+        finally:
+            for name in names:
+                del main.get_submodule(name).forward
+
+    whole = kept(player, batch)
+    one = max(whole - kept_without(block) for block in blocks)  # as it is while its own backward pass lasts
+    found = kept_without(*blocks) + one
+    assert planned.activations(4, checkpointing=True) == pytest.approx(found, rel=2 * TOLERANCE)
+    assert found < 0.8 * whole
