@@ -128,3 +128,23 @@ def test_freeze_depth_leaves_the_last_blocks(model: Model) -> None:
     names = list(tuner.apply({"transformer": model.family.load("transformer")}, seed=0))
     assert {name.split(".")[2] for name in names} == {"1", "2"}
     assert {name.split(".")[3] for name in names} == {"attn1", "attn2"}
+
+
+def test_the_published_tokenizer_is_a_sentencepiece_model(tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    family, prompts = open_family(str(make_pixart(tmp_path / "json"))), ["a dog", "Sks & red, 7!", ""]
+    folder = make_pixart(tmp_path / "spiece") / "tokenizer"
+    pieces = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    kinds = {"<pad>": 3, "</s>": 3, "<unk>": 2}
+    model = sentencepiece_model_pb2.ModelProto()
+    for piece, score in pieces:
+        model.pieces.add(piece=piece, score=score, type=kinds.get(piece, 1))
+    model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 2
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = True
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    found = open_family(str(tmp_path / "spiece")).tokenize(prompts)
+    for one, other in zip(family.tokenize(prompts), found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
