@@ -69,7 +69,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "matplotlib": ("gtl/report",),
     "jinja2": ("gtl/report",),
     "tensorboardX": ("gtl/train/track.py",),
-    "bitsandbytes": ("gtl/train/optimizer.py",),
+    "bitsandbytes": ("gtl/train/optimizer.py", "gtl/train/quantize.py"),
     "wandb": ("gtl/train/services.py",),
     "mlflow": ("gtl/train/services.py",),
     "typer": ("gtl/cli",),

@@ -24,10 +24,13 @@ class Pair:
 
     needs: Needs
     max_zero_stage: int
+    """With a quantised base, too."""
+    frozen_base: bool = False
+    """Whether the model's own weights stay as they are, so that `model.quantization` may round them."""
 
 
 PAIRS: dict[tuple[str, str], Pair] = {
-    ("lora", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
+    ("lora", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3),
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),

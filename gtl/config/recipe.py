@@ -24,6 +24,9 @@ class Model(Section):
     """Weight-file variant, for example fp16."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of frozen weights and of the arithmetic; what is trained stays fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    """Of the frozen linear layers in the denoiser's blocks while adapters train over them: 4 bits a weight (QLoRA,
+    Dettmers et al. 2023, arXiv 2305.14314) or 8. Less memory, slower steps. Needs bitsandbytes: gtl[quantized]."""
 
 
 class Source(Section):
@@ -245,6 +248,12 @@ class Recipe(Section):
         for key in ("hpz", "quantized_weights", "quantized_gradients"):
             if getattr(zero, key) != Zero.model_fields[key].default and zero.stage != 3:
                 raise ValueError(f"train.zero.{key}: it is about weights in shares; set train.zero.stage: 3")
+    def _check_quantization(self) -> "Recipe":
+        if self.model.quantization is not None and not self.pair.frozen_base:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization!r}: {self.tuner.type} moves the model's own weights, "
+                "which have to be whole for that; take tuner.type: lora, or null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -81,14 +81,22 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
 def join(
     recipe: Recipe, dtype: str, family: DiffusionFamily, tuner: Tuner, device: str, init: Path | None = None
 ) -> Trainee:
-    """The live parts on a device, with what the tuner does to them, under the objective's players."""
+    """The live parts on a device, with what the tuner does to them, under the objective's players.
+
+    On meta nothing is quantised: shapes, and what autograd keeps, are the same without.
+    """
     import torch
 
     from gtl.objectives import make_objective
+    from gtl.train.quantize import quantize
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
     parts = {name: family.load(name, device=device) for name in live_parts(recipe, family, objective)}
     parameters = tuner.apply(parts, recipe.train.seed, init)
+    kind, main = recipe.model.quantization, parts.get(family.main)
+    if kind is not None and main is not None and device != "meta":
+        # After the tuner: what it takes of the base, such as DoRA's norms and PiSSA's factors, is of the whole weights.
+        quantize(main, chain.from_iterable(family.blocks(main)), kind, arithmetic)
     for part in parts.values():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
     return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic), arithmetic)

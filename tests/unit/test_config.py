@@ -51,7 +51,7 @@ def test_defaults_run_on_a_laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "auto",
         "auto",
     )
-    assert made.pair == Pair(Needs(images="latents", text="embeddings", live=()), max_zero_stage=3)
+    assert made.pair == Pair(Needs(images="latents", text="embeddings", live=()), max_zero_stage=3, frozen_base=True)
 
 
 def test_what_is_written_reads_back_the_same(tmp_path: Path) -> None:
