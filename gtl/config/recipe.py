@@ -248,6 +248,9 @@ class Recipe(Section):
         for key in ("hpz", "quantized_weights", "quantized_gradients"):
             if getattr(zero, key) != Zero.model_fields[key].default and zero.stage != 3:
                 raise ValueError(f"train.zero.{key}: it is about weights in shares; set train.zero.stage: 3")
+        return self
+
+    @model_validator(mode="after")
     def _check_quantization(self) -> "Recipe":
         if self.model.quantization is not None and not self.pair.frozen_base:
             raise ValueError(

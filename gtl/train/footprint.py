@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from gtl.train.quantize import FORMATS, frozen_linears
 from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item
 
@@ -64,6 +65,8 @@ class Footprint:
     fixed: Activations
     """Whatever the number of images: such as weights in the dtype of the arithmetic."""
     per_image: Activations
+    decoded_bytes: int = 0
+    """Of the largest quantised weight, which is there in the dtype of the arithmetic while its layer runs."""
 
     @property
     def largest_bytes(self) -> int:
@@ -93,19 +96,23 @@ def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
     def count(chosen: Iterable[nn.Parameter]) -> int:
         return sum(parameter.numel() for parameter in chosen if id(parameter) not in adapters)
 
+    def nbytes(tensor: Tensor) -> int:
+        return quantized.get(id(tensor), tensor.nbytes)
+
     def block(prefixes: tuple[str, ...]) -> Block:
         inside = [p for key, p in parameters[family.main].items() if is_under(key, prefixes)]
         trained = sum(p.numel() for p in inside if id(p) in moving)
-        return Block(prefixes[0], count(inside), trained, sum(p.nbytes for p in inside))
+        return Block(prefixes[0], count(inside), trained, sum(map(nbytes, inside)))
 
     main = parts.get(family.main)
     blocks = [] if main is None else family.blocks(main)
+    quantized, decoded = sizes_quantized(main, chain.from_iterable(blocks), recipe.model.quantization)
     modules = {} if main is None else {name: main.get_submodule(name) for names in blocks for name in names}
     tensors = {id(t): t for part in parts.values() for t in chain(part.parameters(), part.buffers())}
     # All that is asked of the weights themselves comes first: they are replaced below.
     counts = {name: count(own.values()) for name, own in parameters.items()}
     listed = tuple(block(names) for names in blocks)
-    frozen = sum(tensor.nbytes for key, tensor in tensors.items() if key not in moving)
+    frozen = sum(nbytes(tensor) for key, tensor in tensors.items() if key not in moving)
     trained = sum(parameter.numel() for parameter in trainee.parameters.values())
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
     for part in parts.values():
@@ -115,7 +122,19 @@ def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
     two, three = (run(trainee, make_batch(trainee, item, images, mode), modules, mode) for images in (2, 3))
     each = Activations(three.whole - two.whole, three.checkpointed - two.checkpointed)
     fixed = Activations(two.whole - 2 * each.whole, two.checkpointed - 2 * each.checkpointed)
-    return Footprint(counts, listed, frozen, trained, fixed, each)
+    return Footprint(counts, listed, frozen, trained, fixed, each, decoded)
+
+
+def sizes_quantized(main: nn.Module | None, blocks: Iterable[str], kind: str | None) -> tuple[dict[int, int], int]:
+    """Bytes of the weights that `quantize` would replace, by their ids, and of the largest one whole.
+
+    An outline has them whole: they run in the same shapes and keep the same activations, and a plan needs no library.
+    """
+    if main is None or kind is None:
+        return {}, 0
+    weights = [layer.weight for _, layer in frozen_linears(main, blocks)]
+    sizes = {id(weight): FORMATS[kind].nbytes(weight.numel()) for weight in weights}
+    return sizes, max((weight.nbytes for weight in weights), default=0)
 
 
 def pretend(module: nn.Module, mode: FakeTensorMode) -> None:

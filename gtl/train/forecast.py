@@ -154,9 +154,10 @@ def render(found: Forecast, recipe: Recipe) -> str:
     """For people to read."""
     hardware, footprint, plan = found.hardware, found.footprint, found.plan
     parts = ", ".join(f"{part} {count(number)}" for part, number in footprint.parts.items())
+    dtype = f"{found.dtype} over {kind}" if (kind := recipe.model.quantization) else found.dtype
     device = "GPU" if hardware.is_gpu else "machine"
     facts = [
-        ["model", f"{found.source} ({found.family}, {found.dtype}): {parts} parameters"],
+        ["model", f"{found.source} ({found.family}, {dtype}): {parts} parameters"],
         ["trained", f"{count(footprint.trained)} parameters by {recipe.tuner.type}"],
         ["cluster", f"{hardware.nodes} x {hardware.devices} x {hardware.kind}, {hardware.device_bytes / GIB:.1f} GiB "
                     f"each, {found.budget / GIB:.1f} GiB to fill; {plural(found.workers, 'worker')}"],

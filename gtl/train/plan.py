@@ -34,7 +34,8 @@ class Need:
     optimizer: float
     """AdamW's two moments."""
     buffers: float
-    """Through which gradients are reduced, and the largest block's weights where they are gathered for its turn."""
+    """Through which gradients are reduced, the largest block's weights where they are gathered for its turn, and the
+    largest quantised weight as it is multiplied with."""
     activations: float
     host: float = 0.0
     """In the machine's memory, with train.zero.offload."""
@@ -99,7 +100,7 @@ def need(
         weights=weights + stepped,
         gradients=gradients,
         optimizer=moved,
-        buffers=buffer + (footprint.largest_bytes if stage == 3 else 0),
+        buffers=buffer + footprint.decoded_bytes + (footprint.largest_bytes if stage == 3 else 0),
         activations=footprint.activations(micro_batch, train.activation_checkpointing),
         host=host,
     )

@@ -1,7 +1,9 @@
 """What a plan says of memory from config files alone, against what a real forward pass keeps, on every family."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from gtl.train.assemble import assemble, outline
 from gtl.train.blocks import checkpoint_blocks
 from gtl.train.footprint import CAPTION, Footprint, measure
 from gtl.train.place import place
+from gtl.train.quantize import FORMATS, QuantizedLinear
+from gtl.tuners.depth import is_under
 from gtl.types import Batch
 from tests.contract.test_families import MODELS, SIZE
 from tests.contract.test_pairs import fixed_batch
@@ -97,6 +101,32 @@ def test_the_sizes_of_a_model_without_its_weights(
     assert planned.frozen_bytes == sum(tensor.nbytes for tensor in tensors if id(tensor) not in moving)
     assert planned.parts == {family.main: sum(p.numel() for p in family.load(family.main).parameters())}
     assert [block.name for block in planned.blocks] == [names[0] for names in family.blocks(main)]
+    (player,) = trainee.players.values()
+    check_activations(model, family, recipe, planned, player)
+
+
+@pytest.mark.parametrize(("model", "kind"), [*(("sd", kind) for kind in FORMATS), ("flux2", "nf4")])
+def test_the_sizes_of_a_quantised_base(
+    tmp_path: Path, written: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, model: str, kind: str
+) -> None:
+    family = open_family(str(written(model)))
+    plain = make_recipe(family, "lora-deep")
+    recipe = plain.model_copy(update={"model": plain.model.model_copy(update={"quantization": kind})})
+    configs = without_weights(family, tmp_path / "configs")
+    whole = footprint(plain, "bf16", configs)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "bitsandbytes", None)  # a plan needs none
+        planned = footprint(recipe, "bf16", configs)
+    trainee = assemble(recipe, "bf16")
+    main = trainee.parts[family.main]
+    frozen = [tensor for tensor in chain(main.parameters(), main.buffers()) if not tensor.requires_grad]
+    assert planned.frozen_bytes == sum(tensor.nbytes for tensor in frozen) < whole.frozen_bytes
+    for block, names in zip(planned.blocks, family.blocks(main), strict=True):
+        assert block.nbytes == sum(p.nbytes for key, p in main.named_parameters() if is_under(key, names))
+    decoded = [layer.weight for layer in main.modules() if isinstance(layer, QuantizedLinear)]
+    assert planned.decoded_bytes == max(weight.nbytes for weight in decoded)
+    assert replace(planned, frozen_bytes=0, blocks=(), decoded_bytes=0) == replace(whole, frozen_bytes=0, blocks=())
+    assert [(b.parameters, b.trained) for b in planned.blocks] == [(b.parameters, b.trained) for b in whole.blocks]
     (player,) = trainee.players.values()
     check_activations(model, family, recipe, planned, player)
 
