@@ -119,6 +119,7 @@ def test_the_sizes_of_a_quantised_base(
         planned = footprint(recipe, "bf16", configs)
     trainee = assemble(recipe, "bf16")
     main = trainee.parts[family.main]
+    place(main, trainee.dtype, "cpu")
     frozen = [tensor for tensor in chain(main.parameters(), main.buffers()) if not tensor.requires_grad]
     assert planned.frozen_bytes == sum(tensor.nbytes for tensor in frozen) < whole.frozen_bytes
     for block, names in zip(planned.blocks, family.blocks(main), strict=True):

@@ -13,6 +13,7 @@ from gtl.config.load import dump_recipe, read_yaml
 from gtl.config.pairs import PAIRS
 from gtl.families import open_family
 from gtl.train.assemble import assemble
+from gtl.train.place import place
 from gtl.train.quantize import FORMATS, QuantizedLinear, quantize
 from gtl.tuners.depth import is_under
 from gtl.types import UserError
@@ -116,7 +117,10 @@ def test_only_frozen_linear_layers_in_blocks_are_quantised() -> None:
     assert any(not name.endswith(".base_layer") for name in quantized)  # in front of the freeze depth
     others = {n: p for n, p in main.named_parameters() if not n.endswith((".codes", ".scales"))}
     assert all(torch.equal(p, whole.get_parameter(n)) for n, p in others.items())
+    before = {name: layer.scales.clone() for name, layer in main.named_modules() if isinstance(layer, QuantizedLinear)}
+    place(main, trainee.dtype, "cpu")
     assert {p.dtype for p in others.values() if not p.requires_grad} == {torch.bfloat16}
+    assert all(torch.equal(main.get_parameter(f"{name}.scales"), value) for name, value in before.items())
 
 
 def test_layers_are_replaced_one_after_the_other() -> None:
