@@ -29,6 +29,7 @@ S3_PORT = free_port()
 os.environ.update(
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # as nice as the tests beside them, or these would take all there is
     TOKENIZERS_PARALLELISM="false",
     AWS_ENDPOINT_URL=f"http://127.0.0.1:{S3_PORT}",
     AWS_ACCESS_KEY_ID="testing",
