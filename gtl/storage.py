@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 CHUNK = 4 * 2**20
 """Bytes held at a time while copying."""
+CONNECT_S = 5
+SILENCE_S = 15
+"""So long a bucket may send and take nothing before a request has failed. The clock starts late: curl's rate of an
+upload is a mean over seconds."""
+ATTEMPTS = 3
+"""Of a request to a bucket: one that never answers is given up within two minutes or so."""
 
 
 class Store:
@@ -85,20 +91,25 @@ class Store:
                 with replacing(self.path(key)) as temporary:
                     temporary.write_bytes(data)
             else:
-                with self.fs.open_output_stream(self.path(key)) as stream:
-                    stream.write(data)
+                self._put(key, data)
 
     def upload(self, source: str | os.PathLike[str], key: str) -> None:
         """Copy a local file to a key."""
-        from pyarrow.fs import LocalFileSystem, copy_files
-
         with self._explained(key):
             if self.is_local:
                 with replacing(self.path(key)) as temporary:
                     shutil.copyfile(source, temporary)
             else:
-                # Not a stream of ours: leaving its `with` by an error would complete the upload with half the bytes.
-                copy_files(os.fspath(source), self.path(key), LocalFileSystem(), self.fs, chunk_size=CHUNK)
+                from pyarrow import memory_map
+
+                with memory_map(os.fspath(source)) as file:
+                    self._put(key, file.read_buffer())
+
+    def _put(self, key: str, data: Any) -> None:
+        """Write an object of a bucket in one call: a stream that is left by an error before its end completes the
+        upload with half the bytes, and pyarrow's own `copy_files` does not say when its last parts were lost."""
+        with self.fs.open_output_stream(self.path(key)) as stream:
+            stream.write(data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object only if there is none; whether this call made it.
@@ -206,9 +217,11 @@ def open_filesystem(url: str) -> tuple[FileSystem, str]:
     if scheme in ("s3", "gs") and "?" in rest:
         raise UserError(f"{url}: a bucket URL has no '?'; endpoint, region and credentials come from the environment")
     if scheme == "s3":
-        retries = fs.AwsStandardS3RetryStrategy(max_attempts=3)
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
         options = {"endpoint_override": endpoint} if (endpoint := s3_endpoint()) else {}
-        return fs.S3FileSystem(connect_timeout=5, request_timeout=30, retry_strategy=retries, **options), rest
+        return fs.S3FileSystem(
+            connect_timeout=CONNECT_S, request_timeout=SILENCE_S, retry_strategy=retries, **options
+        ), rest  # fmt: skip
     try:
         filesystem, base = fs.FileSystem.from_uri(url)
     except (ValueError, NotImplementedError):
@@ -234,7 +247,7 @@ def create_s3_object(path: str, data: bytes) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, key = path.partition("/")
-    config = Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 3})
+    config = Config(connect_timeout=CONNECT_S, read_timeout=SILENCE_S, retries={"total_max_attempts": ATTEMPTS})
     try:
         boto3.client("s3", endpoint_url=s3_endpoint(), config=config).put_object(
             Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"

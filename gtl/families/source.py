@@ -98,9 +98,11 @@ def fetch(url: str, variant: str | None, weights: bool = True) -> Path:
     from filelock import FileLock
     store = Store(url)
     try:
-        index = json.loads(store.read(INDEX))
+        data = store.read(INDEX)
     except FileNotFoundError:
         raise UserError(f"model.source: {store.url(INDEX)}: missing; a folder in diffusers layout has it") from None
+    try:
+        index = json.loads(data)
     except ValueError as error:
         raise UserError(f"model.source: {store.url(INDEX)}: not readable as JSON: {error}") from error
     if not isinstance(index, dict):

@@ -139,15 +139,23 @@ def read_manifest(store: Store, key: str) -> dict[str, Any]:
     """
     place = store.url(f"{key}/{MANIFEST}")
     try:
-        manifest: dict[str, Any] = json.loads(store.read(f"{key}/{MANIFEST}"))
-        schema = manifest["schema"]
+        manifest = parse_manifest(store.read(f"{key}/{MANIFEST}")) or parse_manifest(store.read(f"{key}/{MANIFEST}"))
     except FileNotFoundError:
         raise UserError(f"{place}: not found; a checkpoint without its manifest was never finished") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{place}: damaged; remove this checkpoint to go on from the one before") from None
-    if schema != SCHEMA:
-        raise UserError(f"{place}: schema {schema}; this version of gtl reads schema {SCHEMA}")
+    if manifest is None:
+        raise UserError(f"{place}: damaged; remove this checkpoint to go on from the one before")
+    if manifest["schema"] != SCHEMA:
+        raise UserError(f"{place}: schema {manifest['schema']}; this version of gtl reads schema {SCHEMA}")
     return manifest
+
+
+def parse_manifest(data: bytes) -> dict[str, Any] | None:
+    """What is in it; None if it is damaged."""
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        return manifest if "schema" in manifest else None
+    except (ValueError, TypeError):
+        return None
 
 
 def read_tensors(store: Store, key: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -158,19 +166,23 @@ def read_tensors(store: Store, key: str, entry: Mapping[str, Any]) -> dict[str, 
     """
     from safetensors.torch import load as deserialize
 
-    place = store.url(key)
-    try:
-        data = store.read(key)
-    except FileNotFoundError:
-        raise UserError(f"{place}: not found; remove this checkpoint to go on from the one before") from None
+    problem = ""
+    for _ in range(2):  # a bucket that returned half of it may do better; a damaged file stays damaged
+        try:
+            data = store.read(key)
+        except FileNotFoundError:
+            problem = "not found"
+            break
+        if not (problem := damage(data, entry)):
+            return deserialize(data)
+    raise UserError(f"{store.url(key)}: {problem}; remove this checkpoint to go on from the one before")
+
+
+def damage(data: bytes, entry: Mapping[str, Any]) -> str:
+    """How a file differs from what the manifest says of it; nothing if it does not."""
     if len(data) != entry["bytes"]:
-        raise UserError(
-            f"{place}: {len(data)} bytes, its manifest says {entry['bytes']}; remove this checkpoint to go on from the "
-            "one before"
-        )
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise UserError(f"{place}: changed since it was written; remove this checkpoint to go on from the one before")
-    return deserialize(data)
+        return f"{len(data)} bytes, its manifest says {entry['bytes']}"
+    return "" if hashlib.sha256(data).hexdigest() == entry["sha256"] else "changed since it was written"
 
 
 def check_shapes(manifest: Mapping[str, Any], shapes: Mapping[str, Shapes], place: str) -> None:
