@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gtl import families
 from gtl.adapters.card import LIBRARIES
+from gtl.config import parse_recipe
 from gtl.storage import Store
-from gtl.train import checkpoint
+from gtl.train import checkpoint, worker
+from gtl.train.assemble import assemble
 from gtl.train.checkpoint import Shapes, State, complete, latest, load, prune, save, step_key
+from gtl.train.plan import TrainPlan
+from gtl.train.saver import Saver
+from gtl.train.worker import CHECKPOINTS, Job, make_engines
 from gtl.types import UserError
 from tests.engine.group import Group
+from tests.engine.runs import make_job
 from tests.engine.toy import Toy, make_engine, make_train
 
 SHAPES: dict[str, Shapes] = {"denoiser": {"a.weight": (4, 3), "b": (5,)}}
+ATTENTION = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)\.weight$")
+RANK = 4
 
 
 def make_state(steps: int = 2) -> State:
@@ -176,3 +187,39 @@ def test_only_what_is_trained_is_saved(duo: Group, tmp_path: Path, stage: int) -
     assert {value.dtype for value in stored.values()} == {torch.float32}
     total = sum(path.stat().st_size for path in (tmp_path / "checkpoint").iterdir())
     assert total < 10_000  # the backbone alone has 4 MB
+
+
+def save_a_lora(job: Job, stage: int) -> None:
+    """What a run of that job saves, before its first step."""
+    recipe = parse_recipe(job.recipe)
+    trainee = assemble(recipe, job.dtype)
+    plan = TrainPlan(steps=9, stage=stage, micro_batch=1, accumulation=1)
+    engines = make_engines(trainee, recipe, plan, torch.device("cpu"))
+    with Saver() as saver:
+        worker.save(engines, job, plan, 0, 0.0, CHECKPOINTS, 1, saver)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_lora_checkpoint_has_the_size_of_its_adapter(
+    duo: Group, tmp_path: Path, ema: float | None, stage: int
+) -> None:
+    """Weights, two moments and the average, four bytes each; of the 2.3 million frozen weights none."""
+    job = make_job(tmp_path, ema=ema)
+    duo.run(save_a_lora, job, stage)
+    unet = Path(families.__file__).parent / "builtin" / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
+    with safe_open(unet, framework="pt") as stored:
+        shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118 - not a mapping
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if ATTENTION.search(name)}
+    numel = sum(RANK * (rows + columns) for rows, columns in layers.values())  # B, then A
+    kinds = ["weight", "exp_avg", "exp_avg_sq"] + (["ema"] if ema else [])
+
+    (folder,) = (Path(job.run.url()) / CHECKPOINTS).iterdir()
+    assert {file.name for file in folder.iterdir()} == {"denoiser.safetensors", "manifest.json"}
+    tensors = load_file(folder / "denoiser.safetensors")
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 4 * numel * len(kinds)
+    assert len(tensors) == 2 * len(layers) * len(kinds)
+    names = {label.partition("/")[2] for label in tensors}
+    assert {name.rpartition(".lora_")[0].removeprefix("unet.") for name in names} == set(layers)
+    beside = sum(file.stat().st_size for file in folder.iterdir()) - 4 * numel * len(kinds)
+    assert beside < 1024 + 256 * len(tensors)  # a name and a place for each tensor
