@@ -108,15 +108,26 @@ def places(num_items: int, rank: int, world: int, micro_batch: int) -> list[list
 
     Shares are contiguous and differ by at most one item before they are filled up.
     """
-    share = -(-num_items // world)
-    count = -(-share // micro_batch)
-    size = -(-share // count)
+    count, size = passes(num_items, world, micro_batch)
     whole, more = divmod(num_items, world)
     start = rank * whole + min(rank, more)
     mine = [Place(start + i, True) for i in range(whole + (rank < more))]
     fill = Place(mine[-1].position if mine else 0, False)
     mine += [fill] * (count * size - len(mine))
     return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
+def passes(num_items: int, world: int, micro_batch: int) -> tuple[int, int]:
+    """How many micro-batches each rank makes of a global batch, and how many places each of them has."""
+    share = -(-num_items // world)
+    count = -(-share // micro_batch)
+    return count, -(-share // count)
+
+
+def num_fills(num_items: int, world: int, micro_batch: int) -> int:
+    """Places of all ranks beyond a global batch's items, each of which costs as much as an item."""
+    count, size = passes(num_items, world, micro_batch)
+    return world * count * size - num_items
 
 
 def slice_for(items: Sequence[PlanItem], rank: int, world: int, micro_batch: int) -> list[list[PlanItem]]:

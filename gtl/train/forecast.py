@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gtl.config import Recipe
+from gtl.data.plan import num_fills
 from gtl.families import open_family
 from gtl.report.text import columns
 from gtl.train.assemble import outline
 from gtl.train.footprint import Footprint, measure
 from gtl.train.gpus import GPUS, find_gpu
-from gtl.train.plan import STAGES, Memory, Need, TrainPlan, choose, need
+from gtl.train.plan import STAGES, Memory, Need, TrainPlan, choose, need, repeats_of
 from gtl.types import Progress, UserError, quiet
 
 GIB = 2**30
@@ -164,7 +165,9 @@ def render(found: Forecast, recipe: Recipe) -> str:
     ]  # fmt: skip
     if plan is not None:
         rest = f"accumulation {plan.accumulation} for batches of {recipe.train.batch_size}"
-        facts.append(["auto", f"ZeRO stage {plan.stage}, micro-batch {plan.micro_batch}, {rest}"])
+        spare = num_fills(recipe.train.batch_size, found.workers, plan.micro_batch)
+        filled = f", filled up with {repeats_of(spare)}" if spare else ""
+        facts.append(["auto", f"ZeRO stage {plan.stage}, micro-batch {plan.micro_batch}, {rest}{filled}"])
     else:
         facts.append(["auto", found.problem])
     header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed", "host"]

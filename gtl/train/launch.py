@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.board import Row, make_board
+from gtl.train.plan import repeats_of
 from gtl.train.prepare import prepare
 from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
 from gtl.train.services import Services
@@ -222,11 +224,11 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
 
 def describe(workers: int | tuple[int, int], batch_size: int) -> str:
     """How many, and what becomes of a batch that they cannot share out evenly."""
-    if isinstance(workers, tuple):
-        return f"{workers[0]} to {workers[1]}"
-    spare = -batch_size % workers
-    filled = f", whose batches of {batch_size} are filled up with {spare} repeats that do not count" if spare else ""
-    return f"{workers}{filled}"
+    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
+    spare = max(-batch_size % number for number in range(fewest, most + 1))
+    repeats = f"{'up to ' if fewest < most else ''}{repeats_of(spare)}"
+    filled = f", whose batches of {batch_size} are filled up with {repeats}" if spare else ""
+    return f"{fewest} to {most}{filled}" if fewest < most else f"{fewest}{filled}"
 
 
 def follow(thread: threading.Thread, take: Callable[[], list[Row]]) -> Iterator[list[Row]]:
@@ -243,6 +245,11 @@ def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    if isinstance(resources.workers, tuple):
+        # So long Ray Train waits for the places of as many workers as it believes there is room for. What it believes
+        # is up to 20 s old, so that it waits for a machine that was just lost, and counts again only then. That places
+        # are there is known at once; what workers take to start is not part of it. Ray's own default is 60.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     folder = Store(job.run.url().rsplit("/", 1)[0])
     return TorchTrainer(
         main,

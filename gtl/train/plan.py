@@ -167,3 +167,8 @@ def micro_batches(share: int, largest: int) -> list[int]:
     """
     fewest = math.ceil(share / largest)
     return list(dict.fromkeys(math.ceil(share / passes) for passes in range(fewest, share + 1)))
+
+
+def repeats_of(number: int) -> str:
+    """So many places of a batch that no image of it takes, for people to read."""
+    return "1 repeat that does not count" if number == 1 else f"{number} repeats that do not count"

@@ -11,7 +11,7 @@ from gtl.cli import main
 from gtl.config import parse_recipe
 from gtl.families.source import resolve
 from gtl.storage import Store
-from gtl.train.forecast import GIB, Forecast, Hardware, as_json, count, forecast, parse_cluster
+from gtl.train.forecast import GIB, Forecast, Hardware, as_json, count, forecast, parse_cluster, render
 from gtl.types import UserError
 from tests.tiny import make_flux, write_json
 
@@ -100,6 +100,21 @@ def test_the_command(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main()
     assert json.loads(capsys.readouterr().out)["family"] == "sd"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "batch_size", "said"),
+    [
+        ("8xH100", 60, "micro-batch 2, accumulation 4 for batches of 60, filled up with 4 repeats that do not count"),
+        ("3xH100", 5, "micro-batch 2, accumulation 1 for batches of 5, filled up with 1 repeat that does not count"),
+        ("1xH100", 4, "micro-batch 2, accumulation 2 for batches of 4"),
+    ],
+)
+def test_batches_that_workers_cannot_share_evenly_are_filled_up(
+    flux: Path, cluster: str, batch_size: int, said: str
+) -> None:
+    made = parse_recipe(recipe(flux, train={"batch_size": batch_size}))
+    assert render(forecast(made, cluster), made).splitlines()[3] == f"auto     ZeRO stage 0, {said}"
 
 
 def test_a_forecast_for_programs(lora: Forecast) -> None:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from gtl.adapters import Card, Registry
 from gtl.adapters.card import Base
 from gtl.cli import main
 from gtl.config import Recipe, load_recipe
+from gtl.config.load import dump_recipe
+from gtl.config.pairs import PAIRS
 from tests.tiny import make_sd
 
 RECIPE = "{model: {source: %s}, data: {source: %s, resolution: 64}}"
@@ -51,6 +54,8 @@ def stop(*_: object, **__: object) -> None:
         ("train nowhere.yaml", "recipe nowhere.yaml: No such file or directory; expected a YAML file"),
         ("train dog.yaml --set tuner.rank=0", "tuner.rank: 0: should be greater than or equal to 1"),
         ("train dog.yaml --set tuner.rang=1", "tuner.rang: unknown key; did you mean tuner.rank?"),
+        ("train dog.yaml --set train.zero.stage=4", "train.zero.stage: 4: "),
+        ("train dog.yaml --set objective.type=autoencode", "objective.type: 'autoencode' does not go with tuner.type"),
         ("train dog.yaml --name Dog", "--name: 'Dog': a name starts with a-z or 0-9"),
         ("train dog.yaml --resume", "--resume: no unfinished run under {here}/runs/dog"),
         ("train dog.yaml", "model.source: {here}/model: no such folder"),
@@ -74,6 +79,27 @@ def test_a_mistake_is_one_line_and_status_2(
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: {message.format(here=here)}")
     assert err.splitlines()[-1] == line
+
+
+def test_a_zero_stage_above_what_the_pair_bears_is_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PAIRS, ("lora", "denoise"), replace(PAIRS["lora", "denoise"], max_zero_stage=1))
+    for command in ("train", "plan", "cache"):
+        assert run(monkeypatch, command, "dog.yaml", "--set", "train.zero.stage=2") == 2
+        assert capsys.readouterr() == ("", "error: train.zero.stage: 2: lora with denoise bears at most 1\n")
+
+
+def test_a_run_of_another_recipe_is_not_gone_on_with(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs/dog/v1").mkdir(parents=True)
+    Path("runs/dog/v1/recipe.yaml").write_text(dump_recipe(load_recipe("dog.yaml", ["tuner.rank=3"])))
+    assert run(monkeypatch, "train", "dog.yaml", "--resume") == 2
+    assert capsys.readouterr() == (
+        "", f"error: --resume: {here}/runs/dog/v1 was started with other values of tuner.rank; put them back, or start "
+            "a new run without --resume\n",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["nonsense", "train", "train dog.yaml --nonsense", "generate --count many"])

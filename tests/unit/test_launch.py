@@ -149,5 +149,7 @@ def test_a_wrong_range_of_workers_is_one_line(tmp_path: Path, workers: list[int]
 
 def test_what_becomes_of_a_batch_is_said() -> None:
     assert describe(2, 8) == "2"
-    assert describe((1, 4), 7) == "1 to 4"
+    assert describe((1, 2), 8) == "1 to 2"
+    assert describe((1, 4), 7) == "1 to 4, whose batches of 7 are filled up with up to 2 repeats that do not count"
     assert describe(3, 4) == "3, whose batches of 4 are filled up with 2 repeats that do not count"
+    assert describe(3, 8) == "3, whose batches of 8 are filled up with 1 repeat that does not count"

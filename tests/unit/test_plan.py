@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtl.data.plan import Plan, places, slice_for
+from gtl.data.plan import Plan, num_fills, places, slice_for
 from gtl.types import Entry, PlanItem, Record
 
 BUCKETS = [(64, 64), (48, 80), (80, 48), (56, 72)]
@@ -168,6 +168,16 @@ def test_variants_and_captions_are_drawn_anew_every_epoch() -> None:
 def test_a_slice_of_fewer_items_than_ranks_is_filled() -> None:
     item = PlanItem(7, 0, 0, 0.5)
     assert slice_for([item, item._replace(entry=8)], rank=2, world=3, micro_batch=4) == [[item._replace(weight=0.0)]]
+
+
+@pytest.mark.parametrize(
+    ("num_items", "world", "micro_batch", "number"),
+    [(4, 1, 4, 0), (4, 2, 1, 0), (4, 3, 2, 2), (5, 1, 3, 1), (32, 3, 4, 4), (1, 3, 1, 2)],
+)
+def test_what_is_filled_up_is_counted(num_items: int, world: int, micro_batch: int, number: int) -> None:
+    assert num_fills(num_items, world, micro_batch) == number
+    rows = [row for rank in range(world) for row in places(num_items, rank, world, micro_batch)]
+    assert sum(not place.is_real for row in rows for place in row) == number
 
 
 def test_a_million_entries() -> None:
