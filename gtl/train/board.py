@@ -39,7 +39,8 @@ class Board:
 
 
 def make_board() -> Any:
-    """A handle of a new board."""
+    """A handle of a new board, on this machine: any other may be lost, and the run would be lost with it."""
     import ray
 
-    return ray.remote(num_cpus=0)(Board).remote()
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(Board).remote()

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
     from gtl.families.base import DiffusionFamily
 
+GROW_S = 60.0
+"""Between two looks for machines that came. To take them in costs a new start and the steps since the last checkpoint,
+so that several which come one by one are better taken in together."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,7 @@ def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
             num_workers=resources.workers,  # type: ignore[arg-type]  # a range, too
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+            elastic_resize_monitor_interval_s=GROW_S,
         ),
         run_config=RunConfig(
             name=job.version, storage_path=folder.path(), storage_filesystem=folder.fs,
