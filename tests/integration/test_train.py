@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from gtl.adapters import Registry
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
 from gtl.types import UserError
-from tests.tiny import make_sd
+from tests.tiny import make_flux, make_sd
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 6
@@ -106,7 +107,7 @@ def test_plain_diffusers_draws_what_gtl_learned_from_photographs(place: Path, ph
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from gtl.generate.command import run
+    from gtl.generate.command import run as draw
     from gtl.train.launch import train
 
     values = make_recipe(place, zero={"stage": 3}).model_dump(mode="json")
@@ -115,8 +116,8 @@ def test_plain_diffusers_draws_what_gtl_learned_from_photographs(place: Path, ph
     train(parse_recipe(values), "photos", progress=silent)
     prompt = "a photo of a dog"
     options = {"prompt": prompt, "seed": 3, "steps": 8, "guidance": 4.0, "registry": str(place / "registry")}
-    ours = run(out=tmp_path / "ours", adapters=["photos"], **options)[0]
-    base = run(out=tmp_path / "base", model=str(place / "model"), **options)[0]
+    ours = draw(out=tmp_path / "ours", adapters=["photos"], **options)[0]
+    base = draw(out=tmp_path / "base", model=str(place / "model"), **options)[0]
     pipe = StableDiffusionPipeline.from_pretrained(place / "model", safety_checker=None)
     pipe.load_lora_weights(str(Registry(place / "registry").fetch("photos")))
     pipe.set_progress_bar_config(disable=True)
@@ -326,6 +327,100 @@ def test_resume_refuses_other_images_or_another_model(tmp_path: Path, kind: str,
     check_unchanged(job)
     with pytest.raises(UserError, match=message + r" changed since .*00000002 was saved \(.*, now 0{12}\); put"):
         check_unchanged(replace(job, **{kind: "0" * 64}))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit status of a command, in this process."""
+    from gtl.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["gtl", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def mistake(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a command that met one."""
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert out == "" and err.splitlines()[-1] == line
+    return line.removeprefix("error: ")
+
+
+def test_a_run_of_another_model_is_not_gone_on_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gtl.storage import Store
+    from gtl.train import checkpoint
+
+    recipe = make_recipe(place, workers=1)
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    run_folder = Store(place / "runs" / "other" / "v1")
+    run_folder.write("recipe.yaml", dump_recipe(recipe).encode())
+    checkpoint.save(run_folder, "checkpoints/00000002", {}, {"step": 2, "dataset": "d" * 64, "base": "b" * 64})
+    assert run(monkeypatch, "train", str(tmp_path / "r.yaml"), "--name", "other", "--resume") == 2
+    assert mistake(capsys).startswith(
+        f"model.source: its files changed since {run_folder.url('checkpoints/00000002')} was saved (base bbbbbbbbbbbb, "
+    )
+
+
+@pytest.mark.parametrize("part", ["vae", pytest.param("unet", marks=pytest.mark.soak)])
+def test_a_truncated_file_of_the_model_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """The codec is read when images are encoded, the denoiser by the workers."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    file = tmp_path / "model" / part / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    recipe = make_recipe(place)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": str(tmp_path / "model")})})
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert run(monkeypatch, "train", str(tmp_path / "r.yaml"), "--name", "truncated") == 2
+    assert mistake(capsys).startswith(f"{file}: damaged (")
+
+
+@pytest.mark.soak
+def test_a_damaged_checkpoint_is_one_line(
+    place: Path, straight: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (done,) = (place / "runs" / "zero2").iterdir()
+    mine = place / "runs" / "damaged" / done.name
+    shutil.copytree(done, mine, ignore=shutil.ignore_patterns("result.json", "adapter.json"))
+    (tmp_path / "r.yaml").write_text(dump_recipe(straight))
+    file = mine / "checkpoints" / f"{LONG:08d}" / "denoiser.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert run(monkeypatch, "train", str(tmp_path / "r.yaml"), "--name", "damaged", "--resume") == 2
+    said = mistake(capsys)
+    assert said.startswith(f"{file}: ")
+    assert said.endswith("remove this checkpoint to go on from the one before")
+
+
+def test_a_flow_matching_transformer_learns_at_stage_3_and_is_drawn(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from diffusers import FluxPipeline
+
+    values = make_recipe(place, zero={"stage": 3}, steps=3).model_dump(mode="json")
+    values["model"]["source"] = str(make_flux(tmp_path / "flux"))
+    (tmp_path / "r.yaml").write_text(dump_recipe(parse_recipe(values)))
+    assert run(monkeypatch, "train", str(tmp_path / "r.yaml"), "--name", "flux") == 0
+    adapter = capsys.readouterr().out.splitlines()[-1].removeprefix("adapter ")
+    prompt, registry = "a photo of a dog", str(place / "registry")
+    options = "--seed 3 --steps 4 --guidance 3.5 --width 64 --height 64 --registry".split()
+    for out, which in (("ours", ["--adapter", adapter]), ("base", ["--model", str(tmp_path / "flux")])):
+        command = ["generate", *which, "--prompt", prompt, *options, registry, "--out", str(tmp_path / out)]
+        assert run(monkeypatch, *command) == 0
+    ours, base = (Image.open(next((tmp_path / out).glob("*.png"))) for out in ("ours", "base"))
+    pipe = FluxPipeline.from_pretrained(tmp_path / "flux")
+    pipe.load_lora_weights(str(Registry(registry).fetch(adapter)))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompt, num_inference_steps=4, guidance_scale=3.5, width=64, height=64,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    assert distance(ours, theirs) < 1
+    assert distance(ours, base) > 3
 
 
 @pytest.mark.parametrize(
