@@ -261,7 +261,7 @@ def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
             num_workers=resources.workers,  # type: ignore[arg-type]  # a range, too
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
-            elastic_resize_monitor_interval_s=GROW_S,
+            elastic_resize_monitor_interval_s=GROW_S,  # type: ignore[call-arg]  # known to Ray Train v2, which this is
         ),
         run_config=RunConfig(
             name=job.version, storage_path=folder.path(), storage_filesystem=folder.fs,
