@@ -43,6 +43,11 @@ def stored_as(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if tensor.requires_grad else dtype
 
 
+def size_of(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Bytes of a weight in training."""
+    return tensor.numel() * stored_as(tensor, dtype).itemsize
+
+
 class Arrival(nn.Module):
     """The parameters of a module, each brought onto the device in the moment it is asked for.
 
@@ -54,16 +59,14 @@ class Arrival(nn.Module):
         super().__init__()
         self.module = module
         self._dtype = dtype
-        self._room = torch.empty(0, dtype=torch.uint8, device=device)
+        largest = max(size_of(parameter, dtype) for parameter in module.parameters())
+        self._room = torch.empty(largest, dtype=torch.uint8, device=device)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """All of them, as the module's own iterator gives them. The one before has to be cut by then."""
         for parameter in self.module.parameters(recurse):
-            dtype = stored_as(parameter, self._dtype)
-            size = parameter.numel() * dtype.itemsize
-            if self._room.numel() < size:
-                self._room = self._room.new_empty(size)
-            arrived = self._room[:size].view(dtype).view(parameter.shape)
+            room = self._room[: size_of(parameter, self._dtype)]
+            arrived = room.view(stored_as(parameter, self._dtype)).view(parameter.shape)
             if dist.get_rank() == 0:
                 arrived.copy_(parameter.data)
             parameter.data = arrived
