@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from gtl.data.plan import Plan
-from gtl.train.assemble import assemble
+from gtl.train.assemble import Trainee, assemble
+from gtl.train.flops import FlopMeter
 from gtl.train.loop import Lane, train
 from gtl.train.place import place
 from gtl.train.track import Tracker
 from gtl.train.worker import make_engines, make_loader, settle
+from gtl.types import Batch
 
 if TYPE_CHECKING:
     from gtl.config import Recipe
     from gtl.data.dataset import Dataset
+    from gtl.families.base import Conditions
 
 
 class Ours:
@@ -59,16 +61,20 @@ class Ours:
 class Bare:
     """What one would write by hand: all data in the device's memory, noise drawn there, no metric but the loss."""
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: str) -> None:
-        """Load the model and the data."""
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, device: torch.device, dtype: str, lender: Trainee | None = None
+    ) -> None:
+        """Load the model and the data; what does not move is shared with the lender, which is placed already."""
         trainee = assemble(recipe, dtype)
+        if lender is not None:
+            borrow(trainee, lender)
         self._family, self._device, self._mixed = trainee.family, device, dtype == "bf16"
         (player,) = trainee.players.values()
         place(player, trainee.dtype, device)
-        self._unet: nn.Module = player.get_submodule("main")
+        self._main: nn.Module = player.get_submodule("main")
         self._parameters = list(trainee.parameters.values())
         self._max_grad_norm = recipe.train.max_grad_norm
-        self._batch_size = recipe.train.batch_size
+        self.batch_size = recipe.train.batch_size
         self._rng = torch.Generator().manual_seed(recipe.data.seed)
         asked = recipe.train.optimizer
         self._optimizer = torch.optim.AdamW(
@@ -77,32 +83,64 @@ class Bare:
         )  # fmt: skip
         items = [dataset.item(entry, 0, 0) for entry in range(len(dataset.entries))]
         self._moments = {
-            name: torch.stack([item.latents[name] for item in items]).to(device) for name in ("mean", "logvar")
+            name: torch.stack([item.latents[name] for item in items]).to(device).float() for name in items[0].latents
         }
-        self._states = torch.stack([item.conditions["encoder_hidden_states"] for item in items]).to(device)
+        always = trainee.family.guidance_conditions(1.0)
+        conditions = [item.conditions | trainee.family.size_conditions(item.geometry) | always for item in items]
+        self._conditions = {name: value.to(device) for name, value in trainee.family.collate(conditions).items()}
 
     def __call__(self, steps: int) -> list[float]:
         """Make steps; their losses."""
         losses = [self.step(*self._draw()) for _ in range(steps)]
         return torch.stack(losses).tolist()
 
-    def step(self, clean: Tensor, noise: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """One optimizer step on latents and noise [B, C, h, w], times [B] and embeddings [B, tokens, D]; its loss."""
+    def step(self, clean: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """One optimizer step on latents and noise [B, C, h, w], times [B] and conditions [B, ...]; its loss."""
+        loss = self._loss(clean, noise, t, conditions)
+        loss.backward()
+        self._update()
+        return loss.detach()
+
+    def count(self) -> float:
+        """Operations that an image needs, forward and backward, without what checkpointing does twice; makes a step."""
+        clean, noise, t, conditions = self._draw()
+        meter = FlopMeter()
+        with meter.forward(Batch({"clean": clean}, t)):
+            loss = self._loss(clean, noise, t, conditions)
+        with meter.backward():
+            loss.backward()
+        self._update()
+        return meter.take() / self.batch_size
+
+    def _loss(self, clean: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         path = self._family.path
         noisy = path.add_noise(clean, noise, t)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._mixed):
-            prediction = self._unet(noisy, t, encoder_hidden_states=states, return_dict=False)[0]
-        loss = nn.functional.mse_loss(prediction.float(), path.target(clean, noise, t))
-        loss.backward()
+            prediction = self._family.predict(self._main, noisy, t, conditions)
+        return nn.functional.mse_loss(prediction.float(), path.target(clean, noise, t))
+
+    def _update(self) -> None:
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss.detach()
 
-    def _draw(self) -> Sequence[Tensor]:
-        chosen = torch.randint(len(self._states), (self._batch_size,), generator=self._rng).to(self._device)
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+        chosen = torch.randint(self._num_images, (self.batch_size,), generator=self._rng).to(self._device)
         moments = {name: values[chosen] for name, values in self._moments.items()}
         clean = self._family.sample_latents(moments, torch.randn_like(moments["mean"]))
-        t = self._family.path.time(torch.rand(self._batch_size, device=self._device))
-        return clean, torch.randn_like(clean), t, self._states[chosen]
+        t = self._family.path.time(torch.rand(self.batch_size, device=self._device))
+        return clean, torch.randn_like(clean), t, {name: value[chosen] for name, value in self._conditions.items()}
+
+    @property
+    def _num_images(self) -> int:
+        return len(self._moments["mean"])
+
+
+def borrow(trainee: Trainee, lender: Trainee) -> None:
+    """Let weights that do not move be those of another trainee of the same model: two of FLUX.1 fill a GPU."""
+    for name, part in trainee.parts.items():
+        theirs = dict(lender.parts[name].named_parameters())
+        for key, parameter in part.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data = theirs[key].data

@@ -4,75 +4,167 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from gtl.bench.configs import MODELS, Config
 from gtl.storage import Store
+from gtl.types import DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
     from gtl.data.dataset import Dataset
     from gtl.families.base import DiffusionFamily
 
-CLASSES = {
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-}  # fmt: skip
-SCHEDULER = {"_class_name": "DDPMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
-UNETS: dict[str, dict[str, Any]] = {
-    "small": {"block_out_channels": [64, 128], "layers_per_block": 1, "cross_attention_dim": 128,
-              "attention_head_dim": 8, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-              "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "sample_size": 16},
-    "sd15": {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768,
-             "attention_head_dim": 8, "sample_size": 64},
-}  # fmt: skip
-"""UNets by name: one for a laptop, and that of Stable Diffusion 1.5."""
+SHARD_BYTES = 2**31
+"""Of a file of weights; what is drawn is in memory for one of them."""
+STD = 0.02
+"""Of weights that are matrices or kernels."""
+WEIGHTS = "diffusion_pytorch_model"
+CAPTION = "a picture"
 
 
-def write_model(folder: Path, name: str) -> DiffusionFamily:
-    """A model in diffusers layout whose UNet has random weights; its other parts are configs only."""
+def write_model(
+    folder: Path, name: str, dtype: str = "fp32", overrides: Mapping[str, Config] | None = None
+) -> DiffusionFamily:
+    """A model in diffusers layout whose main part has random weights; its other parts are configs and tokenizers.
+
+    Matrices are normal with a standard deviation of 0.02, biases 0, scales of norms 1. They are drawn on the GPU where
+    there is one: a CPU takes minutes for twelve billion. The disk holds two bytes a parameter in bf16, four in fp32.
+
+    Args:
+        folder: Is made.
+        name: In `gtl.bench.configs.MODELS`.
+        dtype: Of the weights in the files, fp32 or bf16.
+        overrides: Other values in the configs of some parts.
+    """
     import torch
-    from safetensors.torch import save_file
 
     from gtl.families import open_family
 
-    configs = {"unet": {"_class_name": "UNet2DConditionModel", **UNETS[name]}, "vae": VAE, "text_encoder": {}}
-    for part, config in configs.items():
-        (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config))
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **CLASSES}))
+    write_configs(folder, name, overrides)
     family = open_family(str(folder))
-    torch.manual_seed(0)
-    save_file(family.build("unet").state_dict(), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    write_weights(family, getattr(torch, DTYPES[dtype]))
     return family
 
 
-def write_dataset(cache: Store, family: DiffusionFamily, images: int) -> Dataset:
-    """As many random images of the family's own size, encoded, with one caption."""
+def write_configs(folder: Path, name: str, overrides: Mapping[str, Config] | None = None) -> None:
+    """All of a model but its weights; see `write_model`."""
+    model = MODELS[name]
+    for part, config in model.parts.items():
+        write_json(folder / part / "config.json", {**config, **(overrides or {}).get(part, {})})
+    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
+    for part, (_, kind) in model.classes.items():
+        if part not in model.parts:
+            TOKENIZERS[kind](folder / part)
+    classes = {part: list(kind) for part, kind in model.classes.items()}
+    sampler = ["diffusers", model.scheduler["_class_name"]]
+    write_json(folder / "model_index.json", {"_class_name": model.pipeline, **classes, "scheduler": sampler})
+
+
+def write_clip_tokenizer(folder: Path) -> None:
+    """A tokenizer in CLIP's files that knows no word, and reads 77 tokens as CLIP does."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    write_json(folder / "vocab.json", {start: 0, end: 1})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": start, "eos_token": end,
+        "unk_token": end, "pad_token": end,
+    })  # fmt: skip
+
+
+def write_t5_tokenizer(folder: Path) -> None:
+    """A tokenizer in T5's files that knows no word."""
+    vocabulary = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0]]
+    write_json(folder / "tokenizer.json", {
+        "version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+        "decoder": None, "truncation": None, "padding": None,
+        "model": {"type": "Unigram", "unk_id": 2, "byte_fallback": False, "vocab": vocabulary},
+    })  # fmt: skip
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+
+
+TOKENIZERS = {"CLIPTokenizer": write_clip_tokenizer, "T5TokenizerFast": write_t5_tokenizer}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_weights(family: DiffusionFamily, dtype: torch.dtype) -> None:
+    """Random weights of the main part, a file at a time; several files have an index as diffusers writes it."""
     import torch
+    from safetensors.torch import save_file
+
+    tensors = family.load(family.main, device="meta").state_dict()
+    shards: list[list[str]] = [[]]
+    folder, size = family.folder / family.main, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = torch.Generator(device).manual_seed(0)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        of = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        drawn = {name: draw(name, tensors[name].shape, dtype, rng).cpu() for name in names}
+        save_file(drawn, folder / f"{WEIGHTS}{of}.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(names, f"{WEIGHTS}{of}.safetensors")
+    if len(shards) > 1:
+        write_json(folder / f"{WEIGHTS}.safetensors.index.json", {"weight_map": weight_map})
+
+
+def draw(name: str, shape: torch.Size, dtype: torch.dtype, rng: torch.Generator) -> torch.Tensor:
+    """A parameter's values, where the generator is."""
+    import torch
+
+    if len(shape) > 1:
+        return torch.empty(shape, dtype=dtype, device=rng.device).normal_(0.0, STD, generator=rng)
+    return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=dtype, device=rng.device)
+
+
+def write_dataset(cache: Store, family: DiffusionFamily, images: int, dtype: str = "fp32") -> Dataset:
+    """As many random images of the family's own size with one caption, as its encoders would leave them in a cache.
+
+    What a caption's conditions are called and how large they are is asked of the encoders, which run on shapes alone.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from gtl.data.buckets import variant_key, variants
     from gtl.data.cache import Space, prompt_key
     from gtl.data.dataset import Cuts, Dataset
+    from gtl.train.footprint import embeddings
     from gtl.types import Entry, Record
 
-    rng = torch.Generator().manual_seed(0)
+    rng, stored = torch.Generator().manual_seed(0), getattr(torch, DTYPES[dtype])
     size = family.default_size
     shape = family.latent_shape(*size)
-    width = cast(Any, family).config(family.main)["cross_attention_dim"]
     entries, latents = [], {}
     for i in range(images):
         sha256 = hashlib.sha256(str(i).encode()).hexdigest()
         key = variant_key(sha256, size, variants(sha256, size, size)[0])
-        latents[key] = {"mean": torch.randn(shape, generator=rng), "logvar": torch.full(shape, -10.0)}
-        entries.append(Entry(Record(f"{i}", sha256, size, ("a picture",)), size, (key,)))
+        mean, logvar = torch.randn(shape, generator=rng), torch.full(shape, -10.0)
+        latents[key] = {"mean": mean.to(stored), "logvar": logvar.to(stored)}
+        entries.append(Entry(Record(f"{i}", sha256, size, (CAPTION,)), size, (key,)))
+    conditions = embeddings(family, FakeTensorMode(allow_non_fake_inputs=True))
     prompts = {
-        prompt_key(caption): {"encoder_hidden_states": torch.randn(77, width, generator=rng)}
-        for caption in ("", "a picture")
-    }
+        prompt_key(caption): {
+            # What are no numbers are masks; nothing is masked.
+            name: (torch.randn(like.shape, generator=rng).to(stored) if like.is_floating_point()
+                   else torch.ones(like.shape, dtype=like.dtype))
+            for name, like in conditions.items()
+        }
+        for caption in ("", CAPTION)
+    }  # fmt: skip
     dataset = Dataset(cache, entries, "images-bench", "prompts-bench", Cuts(crops=1, flip=False, seed=0))
     Space(cache, "images-bench").write(latents)
     Space(cache, "prompts-bench").write(prompts)

@@ -9,27 +9,25 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gtl import __version__
 from gtl.bench.models import write_dataset, write_model
-from gtl.bench.train import IMAGES, WARM_UP, check, device_name, device_of, make_recipe, process_group
+from gtl.bench.setting import Setting, settle
+from gtl.bench.train import IMAGES, WARM_UP, device_name, device_of, dtype_on, process_group
 from gtl.storage import Store
 from gtl.types import Progress, UserError
 
 
 def bench_scaling(
-    model: str, batch_size: int, steps: int, rounds: int, workers: Sequence[int], stage: int, file: Path | None,
-    progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
-    """Time gtl's loop on several numbers of workers, whose batches together are the same; LoRA rank 16.
+    setting: Setting, workers: Sequence[int], stage: int, file: Path | None, progress: Progress
+) -> dict[str, Any]:
+    """Time gtl's loop on several numbers of workers, whose batches together are the same.
 
     Args:
-        model: A name in `gtl.bench.models.UNETS`.
-        batch_size: Images per step of all workers together.
-        steps: Optimizer steps in a round.
-        rounds: Of each number of workers; the median counts.
+        setting: What is trained and how; it says nothing of a bare loop.
         workers: How many processes, one measurement after the other.
         stage: Of ZeRO, 0 to 3.
         file: Where the result is written too, as JSON.
@@ -41,21 +39,23 @@ def bench_scaling(
     Raises:
         UserError: an argument is out of range.
     """
-    check(model, file, {"--batch-size": batch_size, "--steps": steps, "--rounds": rounds})
+    if setting.bare_batch_size is not None or setting.bare_checkpointing:
+        raise UserError("--bare-batch-size, --bare-checkpointing: with --workers there is no bare loop; leave them out")
+    setting = settle(setting, file)
     if not workers or min(workers) < 1:
         raise UserError(f"--workers: {list(workers)}: each must be 1 or more")
     if stage not in range(4):
         raise UserError(f"--stage: {stage}: must be from 0 to 3")
     context = multiprocessing.get_context("spawn")
-    load, rows = os.getloadavg()[0], []
+    load, rows, dtype = os.getloadavg()[0], [], dtype_on(device_of(0))
     with tempfile.TemporaryDirectory() as folder:
-        family = write_model(Path(folder, "model"), model)
-        dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES)
+        family = write_model(Path(folder, "model"), setting.model, dtype)
+        dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES, dtype)
         dataset.save()
         for done, world in enumerate(workers, 1):
             ours, theirs = context.SimpleQueue(), []
             for rank in range(world):
-                arguments = (rank, world, folder, dataset.fingerprint, batch_size, steps, rounds, stage, ours)
+                arguments = (rank, world, folder, dataset.fingerprint, setting, stage, ours)
                 theirs.append(context.Process(target=member, args=arguments, daemon=True))
                 theirs[-1].start()
             for process in theirs:
@@ -64,20 +64,17 @@ def bench_scaling(
                 raise RuntimeError(f"{world} workers: one of them failed")
             rows.append({"workers": world, **ours.get()})
             progress("workers", done, len(workers), f"{world}: {rows[-1]['images_per_second']:.2f} images/s")
+    about = {name: value for name, value in asdict(setting).items() if not name.startswith("bare_")}
     result = {
-        "model": model, "resolution": list(family.default_size), "batch_size": batch_size, "steps": steps,
-        "rounds": rounds, "stage": stage, "rows": rows, "cores": os.cpu_count(), "load_average": load,
-        "gtl": __version__,
+        **about, "resolution": list(family.default_size), "stage": stage, "rows": rows, "cores": os.cpu_count(),
+        "load_average": load, "gtl": __version__,
     }  # fmt: skip
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def member(
-    rank: int, world: int, folder: str, fingerprint: str, batch_size: int, steps: int, rounds: int, stage: int,
-    answers: Any,
-) -> None:  # fmt: skip
+def member(rank: int, world: int, folder: str, fingerprint: str, setting: Setting, stage: int, answers: Any) -> None:
     """One worker; that of rank 0 answers for all."""
     import torch
 
@@ -86,21 +83,22 @@ def member(
     from gtl.train.track import Tracker
 
     device = device_of(rank)
-    dtype = "bf16" if device.type == "cuda" else "fp32"
+    dtype = dtype_on(device)
     torch.set_num_threads(1)
     dataset = Dataset.load(Store(f"{folder}/cache"), fingerprint)
     group = f"{folder}/{world}"
     Path(group).mkdir(exist_ok=True)
     with process_group(group, device, rank, world), Tracker(Store(Path(folder, f"run-{world}-{rank}"))) as tracker:
-        ours = Ours(make_recipe(folder, batch_size, stage), dataset, device, dtype, tracker)
+        ours = Ours(setting.recipe(folder, stage), dataset, device, dtype, tracker)
         ours(WARM_UP)
         seconds = []
-        for _ in range(rounds):
+        for _ in range(setting.rounds):
             begun = time.perf_counter()
-            losses = ours(steps)  # on rank 0, which has waited for the others in every step
+            losses = ours(setting.steps)  # on rank 0, which has waited for the others in every step
             seconds.append(time.perf_counter() - begun)
     if rank == 0:
-        rate, loss = batch_size * steps / statistics.median(seconds), statistics.fmean(losses)
+        images = setting.batch_size * setting.steps
+        rate, loss = images / statistics.median(seconds), statistics.fmean(losses)
         answers.put({"images_per_second": rate, "loss": loss, "device": device_name(device)})
 
 

@@ -8,19 +8,23 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl import __version__
-from gtl.bench.models import UNETS, write_dataset, write_model
-from gtl.config import Recipe, parse_recipe
+from gtl.bench.matrices import matmul_flops, utilisation
+from gtl.bench.models import write_dataset, write_model
+from gtl.bench.setting import Setting, settle
 from gtl.storage import Store
-from gtl.types import Progress, UserError
+from gtl.types import DTYPES, Progress
 
 if TYPE_CHECKING:
     import torch
+
+    from gtl.bench.configs import Config
 
 IMAGES = 64
 """In the data set."""
@@ -28,51 +32,40 @@ WARM_UP = 3
 """Steps of each loop before the clock runs."""
 
 
-def bench_train(
-    model: str, batch_size: int, steps: int, rounds: int, file: Path | None, progress: Progress
-) -> dict[str, Any]:
-    """Time rounds of `steps` optimizer steps, in turn with gtl's loop and a bare one; LoRA rank 16, ZeRO-0.
+def bench_train(setting: Setting, file: Path | None, progress: Progress) -> dict[str, Any]:
+    """Time rounds of optimizer steps, in turn with gtl's loop under ZeRO-0 and with a bare one.
 
     Args:
-        model: A name in `gtl.bench.models.UNETS`.
-        batch_size: Images per step.
-        steps: Optimizer steps of each loop in a round.
-        rounds: How often the loops take turns.
+        setting: What is trained and how.
         file: Where the result is written too, as JSON.
         progress: Is called after every round.
 
     Returns:
-        Images per second of both (medians over rounds), the ratio of their times round by round, the share of gtl's
-        time that waited for data, the mean losses of the last round, and what it ran on.
+        The setting, see `summary` for what was measured, and what it ran on.
 
     Raises:
         UserError: an argument is out of range.
     """
-    check(model, file, {"--batch-size": batch_size, "--steps": steps, "--rounds": rounds})
-    progress("model", 0, 0, model)
-    result = measure(model, batch_size, steps, rounds, progress)
+    setting = settle(setting, file)
+    progress("model", 0, 0, setting.model)
+    with tempfile.TemporaryDirectory() as folder, process_group(folder, device_of(0)):
+        result = measure(setting, folder, progress)
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def check(model: str, file: Path | None, counts: dict[str, int]) -> None:
-    """Refuse arguments that can't work.
+def measure(
+    setting: Setting, folder: str, progress: Progress, overrides: Mapping[str, Config] | None = None
+) -> dict[str, Any]:
+    """The benchmark itself, on a setting that can work, in an empty folder. The process group stands already.
 
-    Raises:
-        UserError: naming the option.
+    Args:
+        setting: See `gtl.bench.setting.settle`.
+        folder: For the model, its data and the run.
+        progress: See `bench_train`.
+        overrides: Of the model's configs, see `gtl.bench.models.write_model`.
     """
-    if model not in UNETS:
-        raise UserError(f"--model: {model!r}: choose from {', '.join(UNETS)}")
-    for option, count in counts.items():
-        if count < 1:
-            raise UserError(f"{option}: {count}: must be 1 or more")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json: {file}: its folder does not exist")
-
-
-def measure(model: str, batch_size: int, steps: int, rounds: int, progress: Progress) -> dict[str, Any]:
-    """The benchmark itself, on arguments that are right."""
     import torch
 
     from gtl.bench.loops import Bare, Ours
@@ -80,65 +73,82 @@ def measure(model: str, batch_size: int, steps: int, rounds: int, progress: Prog
     from gtl.train.track import Tracker
 
     device = device_of(0)
-    dtype = "bf16" if device.type == "cuda" else "fp32"
+    dtype = dtype_on(device)
     load, taken = os.getloadavg()[0], []
-    with tempfile.TemporaryDirectory() as folder, process_group(folder, device):
-        family = write_model(Path(folder, "model"), model)
-        dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES)
-        recipe = make_recipe(folder, batch_size)
-        with Tracker(Store(Path(folder, "run"))) as tracker:
-            ours, bare = Ours(recipe, dataset, device, dtype, tracker), Bare(recipe, dataset, device, dtype)
-            ours(WARM_UP), bare(WARM_UP)
-            for done in range(1, rounds + 1):
-                first, second = timed(ours, steps, device), timed(bare, steps, device)
-                taken.append(Round(*first, *second, ours.data_wait))
-                progress("rounds", done, rounds, f"gtl / bare {taken[-1].ratio:.3f}")
-        memory = peak_memory(device)
+    rate = matmul_flops(device, getattr(torch, DTYPES[dtype]))
+    family = write_model(Path(folder, "model"), setting.model, dtype, overrides)
+    dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES, dtype)
+    with Tracker(Store(Path(folder, "run"))) as tracker:
+        ours = Ours(setting.recipe(folder), dataset, device, dtype, tracker)
+        bare = Bare(setting.bare_recipe(folder), dataset, device, dtype, ours.trainee)
+        flops = bare.count()  # not of gtl's loop: compiled blocks can't be counted
+        ours(WARM_UP), bare(WARM_UP)
+        for done in range(1, setting.rounds + 1):
+            first = timed(ours, setting.steps, ours.batches.batch_size, device)
+            second = timed(bare, setting.steps, bare.batch_size, device)
+            taken.append(Round(*first, *second, ours.data_wait))
+            progress("rounds", done, setting.rounds, f"gtl / bare {taken[-1].ratio:.3f}")
     return {
-        "model": model, "resolution": list(family.default_size), "batch_size": batch_size, "steps": steps,
-        "rounds": rounds, **summary(taken, batch_size * steps), "peak_memory_bytes": memory, "dtype": dtype,
-        "device": device_name(device), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-        "load_average": load, "torch": torch.__version__, "gtl": __version__,
+        **asdict(setting), "resolution": list(family.default_size), **summary(taken, flops, rate),
+        "peak_memory_bytes": peak_memory(device), "dtype": dtype, "device": device_name(device),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load_average": load, "torch": torch.__version__,
+        "gtl": __version__,
     }  # fmt: skip
 
 
 class Round(NamedTuple):
     """What one round of both loops came to."""
 
-    gtl_seconds: float
+    gtl_rate: float
+    """Images a second."""
     gtl_loss: float
-    bare_seconds: float
+    bare_rate: float
     bare_loss: float
     data_wait: float
+    """Share of gtl's time."""
 
     @property
     def ratio(self) -> float:
-        """Of the times; above 1 the bare loop is faster."""
-        return self.gtl_seconds / self.bare_seconds
+        """Of the times an image takes; above 1 the bare loop is faster."""
+        return self.bare_rate / self.gtl_rate
 
 
-def summary(rounds: Sequence[Round], images: int) -> dict[str, Any]:
-    """The figures of rounds of so many images each."""
+def summary(rounds: Sequence[Round], flops_per_image: float, rate: float) -> dict[str, Any]:
+    """Medians over rounds, and the losses of the last one.
+
+    Args:
+        rounds: At least one.
+        flops_per_image: Operations that an image needs in training.
+        rate: Operations a second that the device makes in matrix products; utilisation is the share of it.
+    """
+    ours, bare = (statistics.median(rates) for rates in ([r.gtl_rate for r in rounds], [r.bare_rate for r in rounds]))
     return {
-        "gtl_images_per_second": images / statistics.median(r.gtl_seconds for r in rounds),
-        "bare_images_per_second": images / statistics.median(r.bare_seconds for r in rounds),
+        "gtl_images_per_second": ours,
+        "bare_images_per_second": bare,
+        "speedup": ours / bare,
         "ratios": [r.ratio for r in rounds],
         "median_ratio": statistics.median(r.ratio for r in rounds),
+        "matmul_flops": rate,
+        "flops_per_image": flops_per_image,
+        "gtl_utilisation": utilisation(flops_per_image, ours, rate),
+        "bare_utilisation": utilisation(flops_per_image, bare, rate),
         "data_wait": statistics.median(r.data_wait for r in rounds),
         "gtl_loss": rounds[-1].gtl_loss,
         "bare_loss": rounds[-1].bare_loss,
     }
 
 
-def timed(loop: Callable[[int], list[float]], steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds that a loop takes for its steps, and their mean loss."""
+def timed(
+    loop: Callable[[int], list[float]], steps: int, batch_size: int, device: torch.device
+) -> tuple[float, float]:
+    """Images a second of a loop that makes steps of so many, and their mean loss."""
     import torch
 
     begun = time.perf_counter()
     losses = loop(steps)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begun, statistics.fmean(losses)
+    return steps * batch_size / (time.perf_counter() - begun), statistics.fmean(losses)
 
 
 @contextmanager
@@ -161,17 +171,9 @@ def device_of(rank: int) -> torch.device:
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def make_recipe(folder: str, batch_size: int, stage: int = 0) -> Recipe:
-    """LoRA of rank 16 in the attention, one micro-batch a step; everything else as it is by default."""
-    return parse_recipe(
-        {
-            "model": {"source": f"{folder}/model"},
-            "tuner": {"type": "lora", "rank": 16, "targets": "attention"},
-            "data": {"source": f"{folder}/images"},
-            "train": {"batch_size": batch_size, "micro_batch": batch_size, "zero": {"stage": stage}},
-            "storage": {place: f"{folder}/{place}" for place in ("runs", "cache", "registry")},
-        }
-    )
+def dtype_on(device: torch.device) -> str:
+    """That of the arithmetic: bf16 on a GPU, else fp32."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def device_name(device: torch.device) -> str:
@@ -190,13 +192,21 @@ def table(result: dict[str, Any]) -> str:
     """A result for reading."""
     height, width = result["resolution"]
     ratios = " ".join(f"{ratio:.3f}" for ratio in result["ratios"])
+    switched = "".join(f", {name}" for name in ("compile", "checkpointing") if result[name])
     rows = {
-        "model": f"{result['model']}, {width}x{height}, {result['dtype']}, batch {result['batch_size']}",
+        "model": f"{result['model']}, {width}x{height}, {result['dtype']}, {result['tuner']}",
         "hardware": f"{result['device']}, {result['cores']} cores, {result['threads']} threads, "
                     f"load {result['load_average']:.2f} before",
-        "gtl": f"{result['gtl_images_per_second']:.2f} images/s, {result['data_wait']:.1%} waiting for data",
-        "bare": f"{result['bare_images_per_second']:.2f} images/s",
-        "gtl / bare": f"{result['median_ratio']:.3f} of the time, median of {ratios} ({result['steps']} steps each)",
+        "matrices": f"{result['matmul_flops'] / 1e12:.2f} TFLOP/s; an image takes "
+                    f"{result['flops_per_image'] / 1e12:.4g} TFLOP",
+        "gtl": f"{result['gtl_images_per_second']:.2f} images/s, {result['gtl_utilisation']:.1%} of that rate, "
+               f"{result['data_wait']:.1%} waiting for data; batch {result['batch_size']}, "
+               f"{result['micro_batch']} at a time{switched}",
+        "bare": f"{result['bare_images_per_second']:.2f} images/s, {result['bare_utilisation']:.1%} of that rate; "
+                f"batch {result['bare_batch_size']}{', checkpointing' if result['bare_checkpointing'] else ''}",
+        "speedup": f"{result['speedup']:.2f}",
+        "gtl / bare": f"{result['median_ratio']:.3f} of the time an image, median of {ratios} "
+                      f"({result['steps']} steps each)",
         "memory": f"{result['peak_memory_bytes'] / 2**20:.0f} MiB at most, both loops together",
         "software": f"gtl {result['gtl']}, torch {result['torch']}",
     }  # fmt: skip

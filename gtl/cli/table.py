@@ -162,27 +162,47 @@ def data_check(
 
 @bench_app.command("train")
 def bench_train(
-    model: Annotated[str, typer.Option(help="small or sd15; random weights.")] = "small",
+    model: Annotated[str, typer.Option(
+        help="small, sd15, sd2, sdxl or flux (FLUX.1 dev, for a GPU of 80 GB; takes 24 GB of the folder for temporary "
+             "files, TMPDIR, and 32 GB of memory); random weights.",
+    )] = "small",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 4,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each loop in a round.")] = 20,
     rounds: Annotated[int, typer.Option(help="How often the two loops take turns.")] = 9,
+    tuner: Annotated[str, typer.Option(help="lora (rank 16 in the attention) or full.")] = "lora",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks in gtl's loop.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in gtl's.")] = False,
+    micro_batch: Annotated[int | None, typer.Option(help="Images per forward pass of gtl's loop; the batch.")] = None,
+    bare_batch_size: Annotated[int | None, typer.Option(
+        help="Images per step of the bare loop; as many as gtl's. 1 is the usual loop over single images.",
+    )] = None,
+    bare_checkpointing: Annotated[bool, typer.Option(
+        "--bare-checkpointing", help="Recompute activations in the bare loop too.",
+    )] = False,
     workers: Annotated[list[int] | None, typer.Option(help="Compare numbers of workers instead; repeat it.")] = None,
     stage: Annotated[int, typer.Option(help="ZeRO stage, with --workers.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
-) -> None:
-    """This training loop beside a bare PyTorch loop, or on several numbers of workers: images/s, with LoRA."""
+) -> None:  # fmt: skip
+    """This training loop beside a bare PyTorch loop, or on several numbers of workers.
+
+    In images/s, and as a share of the rate at which the device multiplies matrices in the same run.
+    """
+    from gtl.bench.setting import Setting
+
+    setting = Setting(model, batch_size, steps, rounds, tuner, compile_, checkpointing, micro_batch, bare_batch_size,
+                      bare_checkpointing)  # fmt: skip
     if workers:
         from gtl.bench import scaling
 
         with Bar() as bar:
-            result = scaling.bench_scaling(model, batch_size, steps, rounds, workers, stage, json_, bar)
+            result = scaling.bench_scaling(setting, workers, stage, json_, bar)
         print(scaling.table(result))
         return
     from gtl.bench.train import bench_train as bench
     from gtl.bench.train import table
 
     with Bar() as bar:
-        result = bench(model, batch_size, steps, rounds, json_, bar)
+        result = bench(setting, json_, bar)
     print(table(result))
 
 
