@@ -118,6 +118,11 @@ class Batch:
     weight: Tensor
     keys: tuple[str, ...] = field(default=())
 
+    def pin(self) -> Batch:
+        """The same batch in memory that a GPU reads by itself: from any other `to` waits for all that it still does."""
+        pinned = {name: value.pin_memory() for name, value in self.tensors.items()}
+        return Batch(pinned, self.weight.pin_memory(), self.keys)
+
     def to(self, device: object) -> Batch:
         """The same batch on another device."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors.items()}  # type: ignore[call-overload]

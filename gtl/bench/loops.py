@@ -44,7 +44,8 @@ class Ours:
         plan = replace(self.plan, steps=self._done + steps)
         seed, every = self._recipe.train.seed, self._recipe.train.checkpoints.every
         lane = Lane(seed, every, save=lambda step: None, report=self._report, device=self._device, done=self._done)
-        loader = make_loader(self._dataset, self.batches, self.trainee, plan, self._recipe.data.seed, self._done)
+        data = self._dataset, self.batches, self.trainee, plan, self._recipe.data.seed
+        loader = make_loader(*data, self._done, self._device)
         self._done = train(self._engines, loader, lane)
         return [row["loss"] for row in self.rows]
 

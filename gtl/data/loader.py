@@ -32,14 +32,15 @@ class Loader:
 
     def __init__(
         self, dataset: Dataset, plan: Plan, objective_draw: Draw, objective_collate: Collate, *,
-        rank: int, world: int, micro_batch: int, first_step: int, last_step: int, seed: int,
+        rank: int, world: int, micro_batch: int, first_step: int, last_step: int, seed: int, pin: bool = False,
     ) -> None:  # fmt: skip
-        """The last two steps and the seed are the run's; the rest is this rank's view of it."""
+        """The last two steps and the seed are the run's; the rest is this rank's view of it. `pin` is for GPUs."""
         self._dataset, self._plan = dataset, plan
         self._draw, self._collate = objective_draw, objective_collate
         self._places = places(plan.batch_size, rank, world, micro_batch)
         self._steps = range(first_step, last_step)
         self._seed = seed
+        self._pin = pin
         self.waited = 0.0
         """Seconds in all that the consumer has waited for data."""
 
@@ -88,7 +89,8 @@ class Loader:
 
         weights = [items[place.position].weight if place.is_real else 0.0 for place in row]
         keys = tuple(self._dataset.entries[items[p.position].entry].variants[items[p.position].variant] for p in row)
-        return Batch(self._collate([samples[p.position] for p in row]), torch.tensor(weights), keys)
+        batch = Batch(self._collate([samples[p.position] for p in row]), torch.tensor(weights), keys)
+        return batch.pin() if self._pin else batch
 
     def _sample(self, step: int, position: int, item: PlanItem) -> dict[str, Tensor]:
         import torch

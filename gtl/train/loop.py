@@ -188,8 +188,10 @@ class Lane:
             DivergedError: the loss is not finite on some rank; on all ranks alike, before the optimizer steps.
         """
         asks_save, self._asked_save = self._asked_save, False
-        values = [*tally.shares.values(), tally.images, float(self._asked_stop), float(asks_save)]
-        vector = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        own = torch.stack([share.to(self.device, torch.float64) for share in tally.shares.values()])
+        counts = torch.tensor([float(tally.images), self._asked_stop, asks_save], dtype=torch.float64)
+        # One copy that nobody waits for: the sum is queued behind the backward pass, and only its result is waited for.
+        vector = torch.cat([own, counts.to(self.device, non_blocking=True)])
         dist.all_reduce(vector)
         *shares, images, stop, save = vector.tolist()
         self._agreed_stop |= stop > 0

@@ -151,7 +151,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
 
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
-        loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done)
+        loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done, device)
         with stop_on_signals(lane):
             done = train(engines, loader, lane)
     dist.barrier()  # rank 0 has written everything
@@ -213,8 +213,9 @@ def make_engines(trainee: Trainee, recipe: Recipe, plan: TrainPlan, device: torc
 
 
 def make_loader(
-    dataset: Dataset, batches: Plan, trainee: Trainee, plan: TrainPlan, seed: int, first_step: int
-) -> Loader:
+    dataset: Dataset, batches: Plan, trainee: Trainee, plan: TrainPlan, seed: int, first_step: int,
+    device: torch.device,
+) -> Loader:  # fmt: skip
     """This rank's micro-batches from `first_step` to the end of the run."""
     import torch.distributed as dist
 
@@ -223,7 +224,7 @@ def make_loader(
     return Loader(
         dataset, batches, trainee.objective.draw, trainee.objective.collate, rank=dist.get_rank(),
         world=dist.get_world_size(), micro_batch=plan.micro_batch, first_step=first_step, last_step=plan.steps,
-        seed=seed,
+        seed=seed, pin=device.type == "cuda",
     )  # fmt: skip
 
 

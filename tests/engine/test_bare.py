@@ -36,7 +36,7 @@ def run_both(folder: Path, setting: Setting, more: int) -> tuple[list[float], li
         bare = Bare(setting.bare_recipe(str(folder)), dataset, cpu, "fp32", ours.trainee)
         whole = replace(ours.plan, steps=2 + more, micro_batch=setting.batch_size)
         by_hand = []
-        for _, (batch,) in make_loader(dataset, ours.batches, ours.trainee, whole, recipe.data.seed, 0):
+        for _, (batch,) in make_loader(dataset, ours.batches, ours.trainee, whole, recipe.data.seed, 0, cpu):
             clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
             by_hand.append(float(bare.step(clean, noise, t, conditions_of(batch.tensors))))
         losses = ours(2) + ours(more)

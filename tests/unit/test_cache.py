@@ -277,12 +277,14 @@ def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def load(dataset: Dataset, world: int, micro_batch: int, steps: tuple[int, int] = (0, 6)) -> dict[int, list[Batch]]:
+def load(
+    dataset: Dataset, world: int, micro_batch: int, steps: tuple[int, int] = (0, 6), pin: bool = False
+) -> dict[int, list[Batch]]:
     plan = Plan(dataset.entries, 5, seed=1)
     found: dict[int, list[Batch]] = {}
     for rank in range(world):
         loader = Loader(dataset, plan, draw, collate, rank=rank, world=world, micro_batch=micro_batch,
-                        first_step=steps[0], last_step=steps[1], seed=1)  # fmt: skip
+                        first_step=steps[0], last_step=steps[1], seed=1, pin=pin)  # fmt: skip
         for step, batches in loader:
             found.setdefault(step, []).extend(batches)
     return found
@@ -313,6 +315,15 @@ def test_a_loader_starts_anywhere(tmp_path: Path) -> None:
     dataset = make_dataset(Store(tmp_path), [(16, 16)] * 12)
     whole, rest = load(dataset, 2, 2), load(dataset, 2, 2, (4, 6))
     assert {s: real_rows(b) for s, b in rest.items()} == {s: real_rows(whole[s]) for s in (4, 5)}
+
+
+@pytest.mark.gpu
+def test_what_is_pinned_for_a_gpu_is_the_same(tmp_path: Path) -> None:
+    dataset = make_dataset(Store(tmp_path), [(16, 16)] * 12)
+    plain, pinned = load(dataset, 1, 2), load(dataset, 1, 2, pin=True)
+    assert {s: real_rows(b) for s, b in pinned.items()} == {s: real_rows(b) for s, b in plain.items()}
+    for batch in (batch for batches in pinned.values() for batch in batches):
+        assert all(tensor.is_pinned() for tensor in (*batch.tensors.values(), batch.weight))
 
 
 def test_a_batch_names_its_images(tmp_path: Path) -> None:
