@@ -60,7 +60,7 @@ class Setting:
         return parse_recipe({
             "model": {"source": f"{folder}/model"},
             "tuner": TUNERS[self.tuner],
-            "data": {"source": f"{folder}/images"},
+            "data": {"source": f"{folder}/images", "buckets": False},
             "train": train,
             "storage": {place: f"{folder}/{place}" for place in ("runs", "cache", "registry")},
         })  # fmt: skip

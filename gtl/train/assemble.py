@@ -46,7 +46,7 @@ def assemble(recipe: Recipe, dtype: str) -> Trainee:
     """
     from gtl.adapters import Registry
     from gtl.families import open_family
-    from gtl.train.blocks import checkpoint_blocks, compile_blocks
+    from gtl.train.blocks import checkpoint_blocks, compile_blocks, without_text
     from gtl.tuners import make_tuner
 
     model, init = recipe.model, recipe.tuner.init
@@ -54,10 +54,12 @@ def assemble(recipe: Recipe, dtype: str) -> Trainee:
     folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
     trainee = join(recipe, dtype, family, make_tuner(recipe.tuner, family), "cpu", folder)
     if (main := trainee.parts.get(family.main)) is not None:
+        blocks = list(chain.from_iterable(family.blocks(main)))
         if recipe.train.activation_checkpointing:
-            checkpoint_blocks(main, chain.from_iterable(family.blocks(main)))
+            checkpoint_blocks(main, blocks)
         if recipe.train.compile:
-            compile_blocks(main, chain.from_iterable(family.blocks(main)))
+            square = [] if recipe.data.buckets else without_text(blocks, family.cross_attentions(main))
+            compile_blocks(main, blocks, square)
     return trainee
 
 

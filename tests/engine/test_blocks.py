@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gtl.train.blocks import checkpoint_blocks, compile_blocks
+from gtl.bench.models import write_configs
+from gtl.families import open_family
+from gtl.train.blocks import checkpoint_blocks, compile_blocks, without_text
 from gtl.types import Batch, Losses, UserError
 from tests.engine.group import Group
 from tests.engine.toy import Toy, batches, make_engine, make_train
+from tests.twins import TWINS
 
 
 class Stack(nn.Module):
@@ -94,12 +100,61 @@ def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     # Graph capture is what can go wrong here; code generation would cost a C++ compiler's time.
     compiled: list[nn.Module] = []
     compile_ = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: (compiled.append(self), compile_(self, backend="eager")))
+
+    def compile_eagerly(module: nn.Module, **more: bool | None) -> None:
+        compiled.append(module)
+        compile_(module, backend="eager", **more)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     compile_blocks(player, ["conv", "head"])
     assert compiled == [player.conv, player.head]
     assert list(player.trained()) == list(reference.trained())
     batch = Batch({"images": torch.randn(2, 3, 6, 6), "target": torch.randn(2, 3)}, torch.tensor([0.5, 0.5]))
     assert torch.equal(player(batch).total, reference(batch).total)
+
+
+class Level(nn.Module):
+    """A block of one class of many kinds."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).tanh()
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_every_kind_of_block_is_compiled_and_for_one_size_where_there_is_one(
+    fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()  # it remembers what sizes the class has seen
+    levels = nn.ModuleList(Level(channels) for channels in range(1, 13))
+    inputs = [torch.randn(2, level.conv.in_channels, 2 * i + 4, 2 * i + 4) for i, level in enumerate(levels)]
+    expected = [level(images) for level, images in zip(levels, inputs, strict=True)]
+    any_size: list[bool] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        any_size.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph
+
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **more: compile_(self, backend=note, **more))
+    names = [name for name, _ in levels.named_children()]
+    compile_blocks(levels, names, names if fixed else ())
+    found = [level(images) for level, images in zip(levels, inputs, strict=True)]
+    assert all(map(torch.equal, found, expected))
+    assert any_size == ([False] * 12 if fixed else [False] + [True] * 11)
+
+
+def test_blocks_that_read_no_text_see_one_size(tmp_path: Path) -> None:
+    write_configs(tmp_path / "model", "sdxl", TWINS["sdxl"])
+    family = open_family(str(tmp_path / "model"))
+    unet = family.load("unet", device="meta")
+    names = list(chain.from_iterable(family.blocks(unet)))
+    fixed = without_text(names, family.cross_attentions(unet))
+    assert [name for name in names if name not in fixed] == [name for name in names if ".transformer_blocks." in name]
+    assert "down_blocks.1.resnets.0" in fixed
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
