@@ -48,21 +48,24 @@ def bench_train(setting: Setting, file: Path | None, progress: Progress) -> dict
     """
     setting = settle(setting, file)
     progress("model", 0, 0, setting.model)
-    with tempfile.TemporaryDirectory() as folder, process_group(folder, device_of(0)):
-        result = measure(setting, folder, progress)
+    device = device_of(0)
+    with tempfile.TemporaryDirectory() as folder, process_group(folder, device):
+        result = measure(setting, folder, device, progress)
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
 def measure(
-    setting: Setting, folder: str, progress: Progress, overrides: Mapping[str, Config] | None = None
-) -> dict[str, Any]:
+    setting: Setting, folder: str, device: torch.device, progress: Progress,
+    overrides: Mapping[str, Config] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The benchmark itself, on a setting that can work, in an empty folder. The process group stands already.
 
     Args:
         setting: See `gtl.bench.setting.settle`.
         folder: For the model, its data and the run.
+        device: Where both loops run.
         progress: See `bench_train`.
         overrides: Of the model's configs, see `gtl.bench.models.write_model`.
     """
@@ -72,7 +75,6 @@ def measure(
     from gtl.train.loop import peak_memory
     from gtl.train.track import Tracker
 
-    device = device_of(0)
     dtype = dtype_on(device)
     load, taken = os.getloadavg()[0], []
     rate = matmul_flops(device, getattr(torch, DTYPES[dtype]))
@@ -138,9 +140,7 @@ def summary(rounds: Sequence[Round], flops_per_image: float, rate: float) -> dic
     }
 
 
-def timed(
-    loop: Callable[[int], list[float]], steps: int, batch_size: int, device: torch.device
-) -> tuple[float, float]:
+def timed(loop: Callable[[int], list[float]], steps: int, batch_size: int, device: torch.device) -> tuple[float, float]:
     """Images a second of a loop that makes steps of so many, and their mean loss."""
     import torch
 

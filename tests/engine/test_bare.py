@@ -68,7 +68,7 @@ def test_both_loops_learn_the_same_from_the_same_draws(
 def run_bench(folder: Path) -> tuple[dict[str, Any], str]:
     """A result of the benchmark, and its table."""
     asked = Setting("flux", batch_size=2, steps=1, rounds=1, checkpointing=True, micro_batch=1, bare_batch_size=1)
-    result = measure(settle(asked, None), str(folder), quiet, TWINS["flux"])
+    result = measure(settle(asked, None), str(folder), torch.device("cpu"), quiet, TWINS["flux"])
     return json.loads(json.dumps(result)), table(result)
 
 
