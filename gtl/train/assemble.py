@@ -58,8 +58,10 @@ def assemble(recipe: Recipe, dtype: str) -> Trainee:
         if recipe.train.activation_checkpointing:
             checkpoint_blocks(main, blocks)
         if recipe.train.compile:
-            square = [] if recipe.data.buckets else without_text(blocks, family.cross_attentions(main))
-            compile_blocks(main, blocks, square)
+            readers = family.cross_attentions(main)
+            # Where text enters in other ways, any block may see it.
+            fixed = without_text(blocks, readers) if readers and not recipe.data.buckets else []
+            compile_blocks(main, blocks, fixed)
     return trainee
 
 
