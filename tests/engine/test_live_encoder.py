@@ -95,7 +95,8 @@ def test_stages_agree_and_a_state_goes_on(solo: Group, duo: Group, model: Path, 
 def run_changed(folder: Path, stage: int, change: str | None) -> tuple[list[float], int, int]:
     """Losses of three steps of a LoRA; how often the last ResNet ran, and how many graphs were compiled."""
     recipe = parse_recipe({
-        "model": {"source": str(folder)}, "data": {"source": "s3://b"}, "tuner": {"rank": 2, "train": PARTS},
+        "model": {"source": str(folder)}, "data": {"source": "s3://b", "buckets": False},
+        "tuner": {"rank": 2, "train": PARTS},
         "train": {"learning_rate": 1e-2, **({change: True} if change else {})},
     })  # fmt: skip
     graphs, runs = 0, 0
@@ -111,7 +112,7 @@ def run_changed(folder: Path, stage: int, change: str | None) -> tuple[list[floa
 
     compile_ = nn.Module.compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Module, "compile", lambda self: compile_(self, backend=keep))
+        patch.setattr(nn.Module, "compile", lambda self, **more: compile_(self, backend=keep, **more))
         patch.setenv("CXX", sys.executable)  # no compiler is needed, and one is looked for
         torch._dynamo.reset()
         trainee = assemble(recipe, "fp32")
