@@ -18,6 +18,8 @@ class Cluster:
 
     cpus: float
     gpus: float
+    gpus_of_a_node: float = 0.0
+    """Of the one that has most."""
 
 
 def get(reference: Any) -> Any:
@@ -53,7 +55,8 @@ def session() -> Iterator[Cluster]:
         _initialize()
     try:
         resources = ray.cluster_resources()
-        yield Cluster(resources.get("CPU", 0), resources.get("GPU", 0))
+        largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        yield Cluster(resources.get("CPU", 0), resources.get("GPU", 0), largest)
     finally:
         if mine:
             ray.shutdown()

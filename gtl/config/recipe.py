@@ -26,7 +26,8 @@ class Model(Section):
     """Of frozen weights and of the arithmetic; what is trained stays fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     quantization: Literal["nf4", "int8", "fp8"] | None = None
     """Of the frozen linear layers in the denoiser's blocks while adapters train over them: 4 bits a weight (QLoRA,
-    Dettmers et al. 2023, arXiv 2305.14314) or 8. Less memory, slower steps. Needs bitsandbytes: gtl[quantized]."""
+    Dettmers et al. 2023, arXiv 2305.14314) or 8. Less memory, slower steps. Every worker makes all of the codes in the
+    machine's memory before they are moved or sharded. Needs bitsandbytes: gtl[quantized]."""
 
 
 class Source(Section):
@@ -95,12 +96,9 @@ class Zero(Section):
     """cpu: the machine's memory instead of the GPU's holds, from stage 1 on, the optimizer's state, which is stepped
     there, and at stage 3 the weights too (arXiv 2101.06840)."""
     hpz: Annotated[int, Field(ge=1)] = 1
-    """So many workers, those of one machine, hold all weights among them a second time, and the backward pass gathers
-    from there (hpZ of ZeRO++, arXiv 2306.10209). 1: off. Stage 3 only."""
-    quantized_weights: bool = False
-    """Send weights in 8 bits (qwZ of ZeRO++). Stage 3 on GPUs only."""
-    quantized_gradients: bool = False
-    """Send gradients in 4 bits (qgZ of ZeRO++). Stage 3 on GPUs only."""
+    """So many workers in a row hold all weights among them a second time, and the backward pass gathers from there (hpZ
+    of ZeRO++, arXiv 2306.10209): faster between machines, for so many as each has, and more memory. 1: off. Stage 3
+    only."""
 
 
 class Checkpoints(Section):
@@ -245,9 +243,8 @@ class Recipe(Section):
             raise ValueError("train.zero.offload: cpu: moves what is sharded, and stage 0 shards nothing; take 1 to 3")
         if zero.offload != "none" and optimizer != "adamw":
             raise ValueError(f"train.zero.offload: cpu: {optimizer} steps on a GPU only; take adamw")
-        for key in ("hpz", "quantized_weights", "quantized_gradients"):
-            if getattr(zero, key) != Zero.model_fields[key].default and zero.stage != 3:
-                raise ValueError(f"train.zero.{key}: it is about weights in shares; set train.zero.stage: 3")
+        if zero.hpz > 1 and zero.stage != 3:
+            raise ValueError(f"train.zero.hpz: {zero.hpz}: it is about weights in shares; set train.zero.stage: 3")
         return self
 
     @model_validator(mode="after")

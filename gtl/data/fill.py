@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,8 +96,8 @@ def fill(
 
     failed: dict[str, str] = {}
     with session() as cluster:
-        if cluster.gpus and cluster.gpus < gpus:
-            raise UserError(f"data.gpus_per_encoder: {gpus}: the cluster has {cluster.gpus:g}")
+        if cluster.gpus and cluster.gpus_of_a_node < gpus:
+            raise UserError(f"data.gpus_per_encoder: {gpus}: no machine has more than {cluster.gpus_of_a_node:g} GPUs")
         slots = max(1, int(cluster.gpus // gpus or cluster.cpus))
         calls = max(-(-len(rows) // ROWS_PER_CALL), min(slots, -(-len(rows) // 16)))
         results = run_actors(
@@ -174,6 +175,7 @@ class Encoder:
             # Prompts come first in every run's work, so the encoders have done theirs.
             for name in self._family.encoders:
                 self._parts.pop(name, None)
+            gc.collect()  # the hooks of one that is spread refer to it in circles
         works = sorted(works, key=lambda work: (work.bucket, work.place))
         with ThreadPoolExecutor(DECODERS) as pool:
             for chunk in _chunks(works):

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+RESERVE = 0.15
+"""Share of a GPU's free memory for a batch's own tensors."""
+
+
 def spread(encoder: nn.Module, room: Mapping[int | str, int] | None = None, **options: Any) -> nn.Module:
     """Put an encoder whole onto this process's first GPU, or, where it is too large, layer by layer onto all of them.
 
@@ -16,14 +20,17 @@ def spread(encoder: nn.Module, room: Mapping[int | str, int] | None = None, **op
 
     Args:
         encoder: One of transformers'; is changed.
-        room: Bytes to fill by GPU's number, "cpu" or "disk"; None: what is free.
+        room: Bytes to fill by GPU's number, "cpu" or "disk"; None: what is free, less what a batch takes on GPUs.
         options: Others of accelerate's `dispatch_model`.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_max_memory
 
+    room = room or {
+        place: int(free * (1 - RESERVE)) if isinstance(place, int) else free for place, free in get_max_memory().items()
+    }
     places = infer_auto_device_map(
-        encoder, get_max_memory(None if room is None else dict(room)),
+        encoder, dict(room),
         no_split_module_classes=sorted(encoder._no_split_modules or ()),  # type: ignore[arg-type]  # of its whole layers
     )  # fmt: skip
     return dispatch_model(encoder, places, **options)

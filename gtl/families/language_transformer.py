@@ -53,7 +53,8 @@ class LanguageTransformer(LatentTransformer, ABC):
         given = {name: value.to(encoder.device) for name, value in tokens.items()}
         # Without the head that makes words of the last states: nobody reads those.
         output = encoder.base_model(**given, output_hidden_states=True, use_cache=False)
-        states = self.select(output.hidden_states)[:, self.num_dropped :]
+        # Of an encoder that is spread over several devices each layer's are on its own.
+        states = self.select([each.to(encoder.device) for each in output.hidden_states])[:, self.num_dropped :]
         if self.reads_padding or ATTENTION_MASK not in given:
             return {STATES: states}
         mask = given[ATTENTION_MASK][:, self.num_dropped :].bool()

@@ -152,10 +152,10 @@ def read_manifest(store: Store, key: str) -> dict[str, Any]:
 def parse_manifest(data: bytes) -> dict[str, Any] | None:
     """What is in it; None if it is damaged."""
     try:
-        manifest: dict[str, Any] = json.loads(data)
-        return manifest if "schema" in manifest else None
-    except (ValueError, TypeError):
+        manifest = json.loads(data)
+    except ValueError:
         return None
+    return manifest if isinstance(manifest, dict) and "schema" in manifest else None
 
 
 def read_tensors(store: Store, key: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -261,8 +261,6 @@ def make_config(
             "offload_optimizer": host,
             "offload_param": host if stage == 3 else None,
             "zero_hpz_partition_size": train.zero.hpz,
-            "zero_quantized_weights": train.zero.quantized_weights,
-            "zero_quantized_gradients": train.zero.quantized_gradients,
         },
     }
 

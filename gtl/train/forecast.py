@@ -15,7 +15,7 @@ from gtl.report.text import columns
 from gtl.train.assemble import outline
 from gtl.train.footprint import Footprint, measure
 from gtl.train.gpus import GPUS, find_gpu
-from gtl.train.plan import STAGES, Memory, Need, TrainPlan, choose, need, repeats_of
+from gtl.train.plan import STAGES, Memory, Need, TrainPlan, check_groups, choose, need, repeats_of
 from gtl.types import Progress, UserError, quiet
 
 GIB = 2**30
@@ -90,6 +90,7 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
     workers = workers[0] if isinstance(workers, tuple) else workers  # with fewer of them each holds more
     if on_gpu and workers > hardware.workers:
         raise UserError(f"train.workers: {workers}: --cluster {cluster or 'here'} has {hardware.workers} GPUs")
+    check_groups(asked.zero.hpz, workers)
     dtype = ("bf16" if on_gpu else "fp32") if model.dtype == "auto" else model.dtype
     # PEFT imports accelerate, and that imports DeepSpeed, which would warn of a machine without a GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

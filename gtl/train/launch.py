@@ -21,12 +21,11 @@ from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
 from gtl.config import Recipe
 from gtl.config.load import dump_recipe
 from gtl.config.names import Reference, new_version
-from gtl.config.recipe import Zero
 from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.board import Row, make_board
-from gtl.train.plan import repeats_of
+from gtl.train.plan import check_groups, repeats_of
 from gtl.train.prepare import prepare
 from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
 from gtl.train.services import Services
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
     from gtl.families.base import DiffusionFamily
 
+WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 GROW_S = 60.0
 """Between two looks for machines that came. To take them in costs a new start and the steps since the last checkpoint,
 so that several which come one by one are better taken in together."""
@@ -152,7 +152,7 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     """Resolve `auto` against the cluster.
 
     Raises:
-        UserError: the cluster can never hold the workers, or train.zero does not suit them.
+        UserError: the cluster can never hold the workers, train.zero does not suit them, or a library is missing.
     """
     asked = recipe.train
     gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
@@ -168,24 +168,14 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
             f"train.workers: {fewest} workers with {asked.cpus_per_worker:g} CPUs each need "
             f"{fewest * asked.cpus_per_worker:g} CPUs; the cluster has {cluster.cpus:g}"
         )
-    check_zero(asked.zero, workers, gpus)
+    check_groups(asked.zero.hpz, workers)
+    if recipe.model.quantization is not None:  # before hours of encoding
+        from gtl.train.quantize import check_library
+
+        check_library(recipe.model.quantization)
     dtype = recipe.model.dtype
     resolved = ("bf16" if gpus else "fp32") if dtype == "auto" else dtype
     return Resources(workers, gpus, asked.cpus_per_worker, resolved)
-
-
-def check_zero(zero: Zero, workers: int | tuple[int, int], gpus: int) -> None:
-    """Refuse options of ZeRO that these workers cannot follow.
-
-    Raises:
-        UserError: there is one.
-    """
-    counts = range(workers[0], workers[1] + 1) if isinstance(workers, tuple) else [workers]
-    if odd := [count for count in counts if count % zero.hpz]:
-        raise UserError(f"train.zero.hpz: {zero.hpz}: has to divide the number of workers, which can be {odd[0]}")
-    for key in ("quantized_weights", "quantized_gradients"):
-        if getattr(zero, key) and not gpus:
-            raise UserError(f"train.zero.{key}: true: DeepSpeed has it for GPUs only; leave it at false on CPUs")
 
 
 def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
@@ -203,7 +193,8 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
 
     def fit() -> None:
         try:
-            make_trainer(job, resources, board).fit()
+            with short_wait(resources.workers):
+                make_trainer(job, resources, board).fit()
         except Exception as error:  # handed to the main thread below
             failures.append(error)
 
@@ -248,11 +239,6 @@ def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    if isinstance(resources.workers, tuple):
-        # So long Ray Train waits for the places of as many workers as it believes there is room for. What it believes
-        # is up to 20 s old, so that it waits for a machine that was just lost, and counts again only then. That places
-        # are there is known at once; what workers take to start is not part of it. Ray's own default is 60.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     folder = Store(job.run.url().rsplit("/", 1)[0])
     return TorchTrainer(
         main,
@@ -268,6 +254,24 @@ def make_trainer(job: Job, resources: Resources, board: Any) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=job.recipe["train"]["max_failures"]),
         ),
     )  # fmt: skip
+
+
+@contextmanager
+def short_wait(workers: int | tuple[int, int]) -> Iterator[None]:
+    """Within it Ray Train waits no more than 20 s for the places of as many workers as it believes there is room for.
+
+    What it believes is up to 20 s old, so that it waits for a machine that was just lost, and counts again only then.
+    That places are there is known at once; what workers take to start is not part of it. Ray's own default, 60, stays
+    where the number of workers is fixed and machines may still be on their way.
+    """
+    if not isinstance(workers, tuple) or WAIT in os.environ:
+        yield
+        return
+    os.environ[WAIT] = "20"
+    try:
+        yield
+    finally:
+        del os.environ[WAIT]
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def need(
     Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights (arXiv 1910.02054, figure 1). From stage 1
     on every worker has fp32 masters of its share beside the weights that the forward pass reads. With `offload` the
     masters, the optimizer and two copies of the share's gradient are in the machine's memory, and at stage 3 all that
-    is sharded (arXiv 2101.06840).
+    is sharded (arXiv 2101.06840). train.zero.hpz keeps the weights a second time, in larger shares.
     """
     train, trained = recipe.train, footprint.trained
     weights_share, gradients_share, share = (1 / workers if stage >= first else 1.0 for first in (3, 2, 1))
@@ -91,6 +91,8 @@ def need(
     stepped, moved = trained * (masters + averaged) * share, moments * trained * share
     gradients = 4 * trained * gradients_share
     buffer = 4 * min(trained, BUCKET) if stage else 0
+    if stage == 3 and train.zero.hpz > 1:
+        weights += (footprint.frozen_bytes + 4 * trained) / train.zero.hpz
     host = 0.0
     if offload:
         host = stepped + moved + 2 * 4 * trained * share + (weights if stage == 3 else 0)
@@ -167,6 +169,17 @@ def micro_batches(share: int, largest: int) -> list[int]:
     """
     fewest = math.ceil(share / largest)
     return list(dict.fromkeys(math.ceil(share / passes) for passes in range(fewest, share + 1)))
+
+
+def check_groups(hpz: int, workers: int | tuple[int, int]) -> None:
+    """Refuse numbers of workers that are not made of whole groups of train.zero.hpz.
+
+    Raises:
+        UserError: there is one.
+    """
+    counts = range(workers[0], workers[1] + 1) if isinstance(workers, tuple) else [workers]
+    if odd := [count for count in counts if count % hpz]:
+        raise UserError(f"train.zero.hpz: {hpz}: has to divide the number of workers, which can be {odd[0]}")
 
 
 def repeats_of(number: int) -> str:

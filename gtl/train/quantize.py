@@ -123,19 +123,30 @@ class Multiply(torch.autograd.Function):
         return gradient @ decode(codes, scales, ctx.kind, ctx.shape, gradient.dtype), None, None, None, None, None
 
 
+def check_library(kind: str) -> None:
+    """Refuse what this installation cannot do.
+
+    Raises:
+        UserError: bitsandbytes isn't installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"model.quantization: {kind!r} needs bitsandbytes, which is not installed: pip install 'gtl[quantized]', "
+            "or set it to null"
+        ) from None
+
+
 def encode(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes (uint8; two to a byte in 4 bits) and scales (fp32) of a weight.
 
     Raises:
         UserError: bitsandbytes isn't installed.
     """
-    try:
-        from bitsandbytes import functional
-    except ImportError:
-        raise UserError(
-            f"model.quantization: {kind!r} needs bitsandbytes, which is not installed: pip install 'gtl[quantized]', "
-            "or set it to null"
-        ) from None
+    check_library(kind)
+    from bitsandbytes import functional
+
     weight, block = weight.contiguous(), FORMATS[kind].block
     if kind == "nf4":
         codes, state = functional.quantize_4bit(weight, blocksize=block, quant_type=kind)

@@ -189,8 +189,8 @@ def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Mod
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the layer is
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
-    changed = str(config.init_lora_weights).startswith(PRINCIPAL)
-    layer.weight.data = layer.weight.data.to(stored.dtype) if changed else stored
+    if not str(config.init_lora_weights).startswith(PRINCIPAL):
+        layer.weight.data = stored
     # Over a bf16 layer autocast picks the dtypes. PEFT's own cast of the input to fp32 would only make it keep a copy
     # for each adapter; DoRA needs the cast, since it takes the dtype of its weight norm from the input.
     cast("LoraLayer", holder["layer"]).cast_input_dtype_enabled = config.use_dora

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gtl.train.engine import Engine
+from gtl.types import Batch
 from tests.engine.group import Group
+from tests.engine.test_memory import WIDTHS, Tower
 from tests.engine.toy import Toy, batches, make_engine, make_train
 
 ACCUMULATION = 2
@@ -52,6 +54,53 @@ def run(stage: int, zero: dict[str, Any]) -> tuple[Any, Any, float, dict[str, Te
     weights, repeated = engine.weights(ema=True), again.weights(ema=True)
     assert all(torch.equal(value, repeated[name]) for name, value in weights.items())
     return first, last, judged, weights
+
+
+def run_wide(zero: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Four steps of layers that are too large to stay gathered; the last two by an engine that goes on."""
+
+    def fresh() -> Engine:
+        player = Tower()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in player.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        trained = {name: p for name, p in player.named_parameters() if p.requires_grad}
+        train = make_train(zero=zero, ema=0.9)
+        return Engine(
+            player, trained, train, stage=3, micro_batch=2, accumulation=1, device="cpu", total_steps=4
+        )  # fmt: skip
+
+    def steps(engine: Engine, start: int, stop: int) -> list[float]:
+        found = []
+        for step in range(start, stop):
+            x = torch.randn(2, WIDTHS[0], generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+            total = engine(Batch({"x": x}, torch.ones(2))).total / dist.get_world_size()
+            engine.backward(total)
+            engine.step()
+            total = total.detach()
+            dist.all_reduce(total)
+            found.append(total.item())
+        return found
+
+    engine = fresh()
+    first = steps(engine, 0, 2)
+    states = [engine.state()]
+    dist.broadcast_object_list(states)
+    last = steps(engine, 2, 4)
+    again = fresh()
+    steps(again, 0, 1)  # has gathered other weights, and kept them
+    again.load_state(states[0])
+    assert steps(again, 2, 4) == last
+    return first + last, again.weights(ema=True)
+
+
+@pytest.mark.parametrize("zero", [{"offload": "cpu"}, {"hpz": 2}, {"hpz": 2, "offload": "cpu"}])
+def test_weights_that_are_gathered_anew_for_every_pass(duo: Group, zero: dict[str, Any]) -> None:
+    expected, found = (duo.run(run_wide, settings)[0] for settings in ({}, zero))
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert len(set(expected[0])) == 4
+    for name, value in found[1].items():
+        torch.testing.assert_close(value, expected[1][name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

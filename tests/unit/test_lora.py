@@ -13,6 +13,7 @@ from gtl.adapters import apply
 from gtl.config.tuners import LoraTuner
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
+from gtl.train.place import place
 from gtl.tuners import make_tuner
 from gtl.tuners.depth import is_under, resolve_depth
 from gtl.types import UserError
@@ -154,6 +155,7 @@ def test_a_bf16_base_starts_as_its_fp32_copy_does(
 ) -> None:
     unet = family.load("unet", torch.bfloat16)
     low = make_tuner(LoraTuner(rank=2, **config), family).apply({"unet": unet}, 0)
+    place(unet, torch.bfloat16, "cpu")
     assert {parameter.dtype for name, parameter in unet.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
     copy = family.load("unet", torch.bfloat16).float()
     full = make_tuner(LoraTuner(rank=2, **config), family).apply({"unet": copy}, 0)
