@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -822,6 +822,19 @@ def _legacy_vae(key: str) -> str:
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         key = key.replace(f".{new}.", f".{old}.")
     return key
+
+
+def write_pictures(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """Pictures of noise in these sizes (width, height), each with a caption, half of them of a dog."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    for i, (width, height) in enumerate(sizes):
+        noise = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": f"a photo of a {'dog' if i % 2 else 'cat'}"} for i in range(len(sizes))]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Any) -> None:

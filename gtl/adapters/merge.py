@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 def merge(parts: Mapping[str, nn.Module], folder: Path, scale: float = 1.0) -> set[str]:
     """Put an artefact into a model's weights, in place; the names `<part>.<parameter>` of those that changed.
 
-    The parts are plain modules before and after; fp32 ones lose nothing. See `apply`.
+    The parts are plain modules before and after. What changes becomes fp32, and so loses nothing. See `apply`.
 
     Raises:
         UserError: the artefact does not fit; the model stays as it was.
     """
     changed = moved(parts, folder)
+    for name in changed:
+        owner, _, own = name.partition(".")
+        parameter = parts[owner].get_parameter(own)
+        parameter.data = parameter.data.float()
     apply(parts, folder, scale=scale)
     for part in parts.values():
         fold(part)

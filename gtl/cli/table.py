@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -267,6 +268,8 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit status 2."""
+    # PEFT imports it wherever it is installed, and it warns of a kernel for CPUs that nothing here calls.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

@@ -26,7 +26,7 @@ class Pair:
     max_zero_stage: int
     """With a quantised base, too."""
     frozen_base: bool = False
-    """Whether the model's own weights stay as they are, so that `model.quantization` may round them."""
+    """Whether adapters move and the model's own weights stay, so that `model.quantization` may round them."""
 
 
 PAIRS: dict[tuple[str, str], Pair] = {

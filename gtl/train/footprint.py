@@ -90,7 +90,7 @@ def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
     """
     family, parts = trainee.family, trainee.parts
     moving = {id(parameter) for parameter in trainee.parameters.values()}
-    adapters = set() if trainee.tuner.moves_base else moving
+    adapters = moving if recipe.pair.frozen_base else set()
     parameters = {name: dict(part.named_parameters()) for name, part in parts.items()}
 
     def count(chosen: Iterable[nn.Parameter]) -> int:

@@ -141,18 +141,17 @@ def settle_sizes(recipe: Recipe, workers: int, share: int, memory: Memory | None
     stages = bearable if asked_stage == "auto" else [asked_stage]
     if memory is None:
         return stages[0], sizes[0]
+
+    def needed(stage: int, size: int) -> Need:
+        return need(memory.footprint, recipe, stage=stage, workers=workers, micro_batch=size, offload=offload)
+
     for stage in stages:
         for size in sizes:
-            found = need(
-                memory.footprint, recipe, stage=stage, workers=workers, micro_batch=size, offload=offload
-            )  # fmt: skip
-            if found.total <= memory.budget:
+            if needed(stage, size).total <= memory.budget:
                 return stage, size
     if asked_stage != "auto":  # the user's own word, and an estimate is no reason to refuse it
         return asked_stage, sizes[-1]
-    least = need(
-        memory.footprint, recipe, stage=stages[-1], workers=workers, micro_batch=sizes[-1], offload=offload
-    )  # fmt: skip
+    least = needed(stages[-1], sizes[-1])
     more = "" if recipe.train.activation_checkpointing else "train.activation_checkpointing: true, "
     more += "" if offload else "train.zero.offload: cpu, "
     raise UserError(

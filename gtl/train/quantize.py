@@ -53,6 +53,7 @@ def quantize(main: nn.Module, blocks: Iterable[str], kind: str, dtype: torch.dty
     Raises:
         UserError: bitsandbytes isn't installed.
     """
+    check_library(kind)
     for name in [name for name, _ in frozen_linears(main, blocks)]:
         main.set_submodule(name, QuantizedLinear(cast(nn.Linear, main.get_submodule(name)), kind, dtype))
 
@@ -70,11 +71,7 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer of a few bits a weight. Its gradient is that of a layer with the weight it stands for."""
 
     def __init__(self, layer: nn.Linear, kind: str, dtype: torch.dtype) -> None:
-        """Takes over the bias; the weight is rounded to the nearest that the format has.
-
-        Raises:
-            UserError: bitsandbytes isn't installed.
-        """
+        """Takes over the bias; the weight is rounded to the nearest that the format has."""
         super().__init__()
         self.kind, self.dtype = kind, dtype
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -139,12 +136,7 @@ def check_library(kind: str) -> None:
 
 
 def encode(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes (uint8; two to a byte in 4 bits) and scales (fp32) of a weight.
-
-    Raises:
-        UserError: bitsandbytes isn't installed.
-    """
-    check_library(kind)
+    """Codes (uint8; two to a byte in 4 bits) and scales (fp32) of a weight."""
     from bitsandbytes import functional
 
     weight, block = weight.contiguous(), FORMATS[kind].block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gtl.types import UserError
 
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 class Tuner(Protocol):
     """Which weights move. Made from its config and the family: `make_tuner(config, family)`."""
-
-    moves_base: ClassVar[bool]
-    """Whether the model's own weights move."""
 
     def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
         """Freeze everything, mark or inject what moves, return it as `part.parameter.name` -> parameter.

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gtl.adapters.apply import moved
 from gtl.adapters.merge import merge
 from gtl.types import UserError
 
@@ -49,10 +48,6 @@ class BaseWeights:
 
     def _continue_from(self, parts: Mapping[str, nn.Module], init: Path) -> set[str]:
         try:
-            for name in moved(parts, init):  # merged in full precision
-                part, _, own = name.partition(".")
-                parameter = parts[part].get_parameter(own)
-                parameter.data = parameter.data.float()
             return merge(parts, init)
         except UserError as error:
             raise UserError(f"tuner.init: {self._name}: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from gtl.adapters.delta import write_delta
 from gtl.config.tuners import FreezeTuner
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 class Freeze:
     """All weights of the main part but those of the first blocks. What is behind the blocks is never frozen."""
-
-    moves_base: ClassVar[bool] = True
 
     def __init__(self, config: FreezeTuner, family: Family) -> None:
         """Nothing is loaded yet."""

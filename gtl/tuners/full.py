@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from gtl.adapters.delta import write_delta
 from gtl.config.tuners import FullTuner
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 class Full:
     """All weights of the parts that the recipe names."""
-
-    moves_base: ClassVar[bool] = True
 
     def __init__(self, config: FullTuner, family: Family) -> None:
         """Nothing is loaded yet."""

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gtl.adapters.apply import fitting_lora, kind_of
 from gtl.adapters.formats import A, B, LoraExport, split_name, write_lora
@@ -31,8 +31,6 @@ PRINCIPAL = ("pissa", "olora")
 
 class Lora:
     """Low-rank adapters in the blocks behind the freeze depth, and in text encoders."""
-
-    moves_base: ClassVar[bool] = False
 
     def __init__(self, config: LoraTuner, family: Family) -> None:
         """Nothing is loaded yet."""

@@ -21,7 +21,7 @@ from gtl.train.assemble import assemble
 from gtl.train.engine import Engine
 from gtl.types import Batch, Geometry, Item
 from tests.engine.group import Group
-from tests.engine.toy import make_train
+from tests.engine.toy import descend, make_train
 from tests.tiny import make_sd
 
 PARTS = ["unet", "text_encoder"]
@@ -58,15 +58,7 @@ def run(folder: Path, stage: int, tuner: dict[str, Any]) -> tuple[list[float], l
         )  # fmt: skip
 
     def steps(engine: Engine, start: int, stop: int) -> list[float]:
-        losses = []
-        for step in range(start, stop):
-            total = engine(batch_of(folder, step)).total
-            engine.backward(total)
-            engine.step()
-            total = total.detach()
-            dist.all_reduce(total)
-            losses.append(total.item())
-        return losses
+        return [loss for loss, _ in descend(engine, ([batch_of(folder, step)] for step in range(start, stop)))]
 
     engine = fresh()
     before = engine.weights()

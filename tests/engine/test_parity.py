@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gtl.types import Batch, Losses
 from tests.engine.group import Group
-from tests.engine.toy import Toy, batches, collate, global_batch, make_engine, make_train, plain_series
+from tests.engine.toy import Toy, batches, collate, descend, global_batch, make_engine, make_train, plain_series
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -23,18 +23,8 @@ def run(stage: int, accumulation: int, steps: int = STEPS, **train: Any) -> tupl
     """Losses, gradient norms and final weights of the engine."""
     player = Toy()
     engine = make_engine(player, make_train(**train), stage, accumulation, total_steps=steps)
-    losses, norms = [], []
-    for _, micro_batches in batches(0, steps, accumulation):
-        total = torch.zeros(())
-        for batch in micro_batches:
-            share = engine(batch).total
-            engine.backward(share)
-            total += share.detach()
-        engine.step()
-        dist.all_reduce(total)
-        losses.append(total.item())
-        norms.append(engine.grad_norm)
-    return losses, norms, engine.weights()
+    losses, norms = zip(*descend(engine, (each for _, each in batches(0, steps, accumulation))), strict=True)
+    return list(losses), list(norms), engine.weights()
 
 
 def plain(steps: int, train: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from gtl.train.quantize import FORMATS, quantize
 from gtl.tuners.lora import adapt
 from gtl.types import Batch, Losses
 from tests.engine.group import Group
-from tests.engine.toy import make_train
+from tests.engine.toy import descend, make_train
 
 WIDTH, BLOCKS, SAMPLES, STEPS = 601, 3, 6, 4
 """So wide that ZeRO-3 shares out the codes, in nf4 too: what has fewer than 100,000 elements stays whole."""
@@ -51,17 +51,12 @@ def steps(kind: str, stage: int) -> tuple[list[float], dict[str, Tensor], int, i
     engine = Engine(
         player, trained, make_train(), stage=stage, micro_batch=share, accumulation=1, device="cpu", total_steps=STEPS
     )
-    losses = []
-    for step in range(STEPS):
+
+    def batch(step: int) -> Batch:
         whole = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(step))
-        mine = whole[rank * share : (rank + 1) * share]
-        found = engine(Batch({"x": mine}, torch.full((share,), 1 / SAMPLES)))
-        assert found is not None
-        engine.backward(found.total)
-        engine.step()
-        total = found.total.detach().clone()
-        dist.all_reduce(total)
-        losses.append(total.item())
+        return Batch({"x": whole[rank * share : (rank + 1) * share]}, torch.full((share,), 1 / SAMPLES))
+
+    losses = [loss for loss, _ in descend(engine, ([batch(step)] for step in range(STEPS)))]
     held = sum((p.ds_tensor if stage == 3 else p).nbytes for p in frozen)  # type: ignore[attr-defined]  # DeepSpeed's
     return losses, engine.weights(), nbytes, held
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,21 @@ def make_engine(player: Toy, train: Train, stage: int, accumulation: int = 1, to
         player, player.trained(), train, stage=stage, micro_batch=SAMPLES, accumulation=accumulation, device="cpu",
         total_steps=total_steps,
     )  # fmt: skip
+
+
+def descend(engine: Engine, steps: Iterable[Sequence[Batch]]) -> list[tuple[float, float]]:
+    """Losses of all ranks together, and gradient norms, of steps that are given as this rank's micro-batches."""
+    found = []
+    for micro_batches in steps:
+        total = torch.zeros(())
+        for batch in micro_batches:
+            share = engine(batch).total
+            engine.backward(share)
+            total += share.detach()
+        engine.step()
+        dist.all_reduce(total)
+        found.append((total.item(), engine.grad_norm))
+    return found
 
 
 def plain_series(train: Train, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
-from tests.tiny import make_sd
+from tests.tiny import make_sd, write_pictures
 
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and as many captioned pictures as a batch takes, so that both of two workers have some that count."""
     folder = tmp_path_factory.mktemp("cluster")
     make_sd(folder / "model")
-    (folder / "images").mkdir()
-    for i in range(BATCH):
-        noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / "images" / f"{i}.png")
-        (folder / "images" / f"{i}.txt").write_text(f"a photo of a {'dog' if i % 2 else 'cat'}")
+    write_pictures(folder / "images", [(64, 64)] * BATCH)
     return folder
 
 

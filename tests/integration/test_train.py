@@ -19,7 +19,7 @@ from gtl.adapters import Registry
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
 from gtl.types import UserError
-from tests.tiny import make_flux, make_sd
+from tests.tiny import make_flux, make_sd, write_pictures
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 6
@@ -32,14 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and ten captioned pictures in two shapes, seven and three, so that no batch of four comes out even."""
     folder = tmp_path_factory.mktemp("train")
     make_sd(folder / "model")
-    (folder / "images").mkdir()
-    rows = []
-    for i in range(10):
-        size = (96, 64) if i < 3 else (64, 64)
-        noise = np.random.default_rng(i).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / "images" / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": f"a photo of a {'dog' if i % 2 else 'cat'}"})
-    (folder / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pictures(folder / "images", [(96, 64)] * 3 + [(64, 64)] * 7)
     return folder
 
 
