@@ -14,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 BUCKET = "gtl-tests"
-LONGEST = ("integration", "engine", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
+LONGEST = ("integration", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
 
 
 def free_port() -> int:
@@ -45,8 +45,15 @@ for variable in ("GTL_RUNS", "GTL_CACHE", "GTL_REGISTRY", "RAY_ADDRESS", "AWS_PR
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip_without_gpu(items)
     if hasattr(config, "workerinput"):
-        # The longest first, so that no process waits for another at the end.
-        items.sort(key=lambda item: LONGEST.index(scope) if (scope := scope_of(item.nodeid)) in LONGEST else 9)
+        items.sort(key=lambda item: turn_of(scope_of(item.nodeid)))
+
+
+def turn_of(scope: str) -> int:
+    """The longest first, so that no process waits for another at the end; the groups of processes last.
+
+    Processes that wait for each other at every step make slow progress beside others that want the same cores.
+    """
+    return LONGEST.index(scope) if scope in LONGEST else len(LONGEST) + (scope == "engine")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
