@@ -26,8 +26,7 @@ class Model(Section):
     """Of frozen weights and of the arithmetic; what is trained stays fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     quantization: Literal["nf4", "int8", "fp8"] | None = None
     """Of the frozen linear layers in the denoiser's blocks while adapters train over them: 4 bits a weight (QLoRA,
-    Dettmers et al. 2023, arXiv 2305.14314) or 8. Less memory, slower steps. Every worker makes all of the codes in the
-    machine's memory before they are moved or sharded. Needs bitsandbytes: gtl[quantized]."""
+    Dettmers et al. 2023, arXiv 2305.14314) or 8. Less memory, slower steps. Needs bitsandbytes: gtl[quantized]."""
 
 
 class Source(Section):

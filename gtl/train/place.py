@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 def place(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
     """Move all weights, in place and one by one: what moves in training as fp32, the rest in `dtype`."""
     for tensor in chain(module.parameters(), module.buffers()):
-        tensor.data = tensor.data.to(device, stored_as(tensor, dtype))
+        tensor.data = value_of(tensor, device).to(device, stored_as(tensor, dtype))
 
 
 def shard(player: nn.Module, dtype: torch.dtype, device: torch.device, config: dict[str, Any]) -> None:
     """Cut every parameter into the ranks' shares (ZeRO-3, arXiv 1910.02054), in place; for dtypes see `place`.
 
-    Collective. Each is read from its file, cast, sent by rank 0 to the others and cut before the next one is looked
-    at: a process holds its own share and one parameter, however large the model is. What other ranks have loaded is
-    not read at all.
+    Collective. Each is read from its file, cast or rounded, sent by rank 0 to the others and cut before the next one is
+    looked at: a process holds its own share and one parameter, however large the model is. What other ranks have
+    loaded is not read at all.
     """
     import deepspeed
 
@@ -48,6 +48,24 @@ def size_of(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.numel() * stored_as(tensor, dtype).itemsize
 
 
+def promise(numel: int, make: Callable[[torch.device | str], Tensor]) -> nn.Parameter:
+    """A frozen parameter of so many bytes, which are made when it is placed; before it takes no memory."""
+    parameter = nn.Parameter(torch.zeros((), dtype=torch.uint8).expand(numel), requires_grad=False)
+    parameter.make = make  # type: ignore[attr-defined]
+    return parameter
+
+
+def value_of(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """What a tensor holds, or was promised to hold; what that is made of can be freed after it."""
+    make: Callable[[torch.device | str], Tensor] | None = forget(tensor)
+    return tensor.data if make is None else make(device)
+
+
+def forget(tensor: Tensor) -> Any:
+    """Take away how a promised tensor is made."""
+    return tensor.__dict__.pop("make", None)
+
+
 class Arrival(nn.Module):
     """The parameters of a module, each brought onto the device in the moment it is asked for.
 
@@ -68,7 +86,9 @@ class Arrival(nn.Module):
             room = self._room[: size_of(parameter, self._dtype)]
             arrived = room.view(stored_as(parameter, self._dtype)).view(parameter.shape)
             if dist.get_rank() == 0:
-                arrived.copy_(parameter.data)
+                arrived.copy_(value_of(parameter, self._room.device))
+            else:
+                forget(parameter)
             parameter.data = arrived
             yield parameter
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gtl.train.place import promise
 from gtl.types import UserError
 
 
@@ -28,21 +29,31 @@ class Format:
     block: int
     """Weights that share an fp32 scale, which is the largest magnitude among them."""
 
+    def code_bytes(self, numel: int) -> int:
+        """Of so many weights."""
+        return math.ceil(numel * self.bits / 8)
+
+    def scale_bytes(self, numel: int) -> int:
+        """Of so many weights."""
+        return 4 * math.ceil(numel / self.block)
+
     def nbytes(self, numel: int) -> int:
         """Of so many weights, with their scales."""
-        return math.ceil(numel * self.bits / 8) + 4 * math.ceil(numel / self.block)
+        return self.code_bytes(numel) + self.scale_bytes(numel)
 
 
 FORMATS = {"nf4": Format(4, 64), "int8": Format(8, 256), "fp8": Format(8, 256)}
 """By the names of `model.quantization`. nf4: quantiles of a normal distribution. int8: whole numbers up to 127, as
 shares of the scale. fp8: E4M3 (Micikevicius et al. 2022, arXiv 2209.05433), whose largest number is the scale."""
 
+PIECE = 2**18
+"""Weights that are rounded at once, a multiple of every block."""
+
 
 def quantize(main: nn.Module, blocks: Iterable[str], kind: str, dtype: torch.dtype) -> None:
-    """Replace the frozen linear layers in the blocks, adapters' base layers among them, one after the other.
+    """Replace the frozen linear layers in the blocks, adapters' base layers among them.
 
-    What a layer held is given back before the next is looked at, so weights that are mapped from a file are never all
-    in memory.
+    Nothing is read or rounded before the new layers are placed: see `gtl.train.place`.
 
     Args:
         main: Changes in place. Its weights may be of any floating-point dtype.
@@ -71,14 +82,21 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer of a few bits a weight. Its gradient is that of a layer with the weight it stands for."""
 
     def __init__(self, layer: nn.Linear, kind: str, dtype: torch.dtype) -> None:
-        """Takes over the bias; the weight is rounded to the nearest that the format has."""
+        """Takes over the bias; the weight is rounded to the nearest that the format has, when the codes are placed."""
         super().__init__()
         self.kind, self.dtype = kind, dtype
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        codes, scales = encode(layer.weight.detach(), kind)
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        # As bytes, so that nothing that casts a model's floating-point parameters rounds them.
-        self.scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
+        made: list[Tensor] = []
+
+        def make_codes(device: torch.device | str, weight: Tensor = layer.weight) -> Tensor:
+            codes, scales = encode(weight.detach(), kind, device)
+            # As bytes, so that nothing that casts a model's floating-point parameters rounds them.
+            made.append(scales.view(torch.uint8))
+            return codes
+
+        size = FORMATS[kind]
+        self.codes = promise(size.code_bytes(layer.weight.numel()), make_codes)
+        self.scales = promise(size.scale_bytes(layer.weight.numel()), lambda device: made.pop().to(device))
         self.bias = layer.bias
 
     @property
@@ -135,16 +153,24 @@ def check_library(kind: str) -> None:
         ) from None
 
 
-def encode(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes (uint8; two to a byte in 4 bits) and scales (fp32) of a weight."""
+def encode(weight: Tensor, kind: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Codes (uint8; two to a byte in 4 bits) and scales (fp32) of a weight, on a device.
+
+    Made of a piece at a time, since on CPUs bitsandbytes takes five times what it is given.
+    """
     from bitsandbytes import functional
 
-    weight, block = weight.contiguous(), FORMATS[kind].block
-    if kind == "nf4":
-        codes, state = functional.quantize_4bit(weight, blocksize=block, quant_type=kind)
-    else:
-        codes, state = functional.quantize_blockwise(weight, code=codebook(kind, weight.device), blocksize=block)
-    return codes, state.absmax
+    flat, block = weight.reshape(-1), FORMATS[kind].block
+    made: list[tuple[Tensor, Tensor]] = []
+    for piece in flat.split(PIECE):
+        piece = piece.to(device)
+        if kind == "nf4":
+            codes, state = functional.quantize_4bit(piece, blocksize=block, quant_type=kind)
+        else:
+            codes, state = functional.quantize_blockwise(piece, code=codebook(kind, piece.device), blocksize=block)
+        made.append((codes.flatten(), state.absmax))
+    codes, scales = map(torch.cat, zip(*made, strict=True))
+    return codes, scales
 
 
 def decode(codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -157,7 +183,7 @@ def decode(codes: Tensor, scales: Tensor, kind: str, shape: tuple[int, int], dty
         state = functional.QuantState(absmax, torch.Size([2 * codes.numel()]), None, block, kind, dtype)
         return functional.dequantize_4bit(codes, state).flatten()[: math.prod(shape)].view(shape)
     state = functional.QuantState(absmax, code=codebook(kind, codes.device), blocksize=block, dtype=dtype)
-    return functional.dequantize_blockwise(codes, state)
+    return functional.dequantize_blockwise(codes, state).view(shape)
 
 
 @functools.cache

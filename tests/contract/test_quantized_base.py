@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gtl.config import Recipe, parse_recipe
 from gtl.train.assemble import Trainee, assemble
+from gtl.train.place import place
 from gtl.train.quantize import FORMATS, QuantizedLinear
 from tests.contract.test_pairs import FALLS_TO, fixed_batch, overfit
 
@@ -31,6 +32,14 @@ def make_recipe(folder: Path, kind: str | None, **tuner: Any) -> Recipe:
     )
 
 
+def placed(recipe: Recipe) -> Trainee:
+    """What a worker trains, on the CPU."""
+    trainee = assemble(recipe, "fp32")
+    for player in trainee.players.values():
+        place(player, trainee.dtype, "cpu")
+    return trainee
+
+
 def with_whole_weights(trainee: Trainee) -> None:
     """Put layers with the weights that the codes stand for in the place of quantised ones."""
     main = trainee.parts[trainee.family.main]
@@ -48,7 +57,7 @@ def test_adapters_learn_over_it_as_over_the_weights_it_stands_for(
 ) -> None:
     folder = written("sd")
     recipe = make_recipe(folder, kind, **LORAS[tuner])
-    trainee, plain = assemble(recipe, "fp32"), assemble(make_recipe(folder, None, **LORAS[tuner]), "fp32")
+    trainee, plain = placed(recipe), placed(make_recipe(folder, None, **LORAS[tuner]))
     assert list(trainee.parameters) == list(plain.parameters)
     # What an adapter starts from is taken of the whole weights.
     assert all(torch.equal(plain.parameters[key], value) for key, value in trainee.parameters.items())
@@ -74,7 +83,7 @@ def test_adapters_learn_over_it_as_over_the_weights_it_stands_for(
 def test_it_overfits_one_batch(written: Callable[[str], Path], kind: str) -> None:
     folder = written("sd")
     recipe = make_recipe(folder, kind, alpha=8)
-    trainee = assemble(recipe, "fp32")
+    trainee = placed(recipe)
     (player,) = trainee.players.values()
     losses = overfit(player, list(trainee.parameters.values()), fixed_batch(trainee.family, recipe))
     assert losses[-1] < FALLS_TO * losses[0]

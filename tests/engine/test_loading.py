@@ -24,6 +24,7 @@ from gtl.train.assemble import Trainee, assemble, outline
 from gtl.train.engine import Engine
 from gtl.train.footprint import measure
 from gtl.train.plan import need
+from gtl.train.quantize import QuantizedLinear
 from tests.engine.group import Group
 from tests.engine.toy import make_train
 from tests.tiny import make_flux
@@ -114,12 +115,13 @@ def wrap(trainee: Trainee) -> Engine:
     )  # fmt: skip
 
 
-def load(folder: Path, small: Path, tuner: dict[str, Any], dtype: str) -> Found:
+def load(folder: Path, small: Path, tuner: dict[str, Any], dtype: str, quantization: str | None = None) -> Found:
     """Load a model after a small one, for which all that is imported and set up once was."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     def recipe(source: Path) -> Recipe:
-        return parse_recipe({"model": {"source": str(source)}, "data": {"source": "s3://b"}, "tuner": tuner})
+        model = {"source": str(source), "quantization": quantization}
+        return parse_recipe({"model": model, "data": {"source": "s3://b"}, "tuner": tuner})
 
     wrap(assemble(recipe(small), dtype))
     family = open_family(str(folder))
@@ -134,10 +136,15 @@ def load(folder: Path, small: Path, tuner: dict[str, Any], dtype: str) -> Found:
     names = list(family.load("transformer", device="meta").state_dict())
     right = True
     for name, parameter in main.named_parameters():
-        if ".lora_" not in name:
+        if ".lora_" not in name and not name.endswith((".codes", ".scales")):
             with GatheredParameters([parameter]):
                 expected = constant(names.index(name.replace(".base_layer", "")))
                 right = right and bool((parameter == expected).all())
+    for name, layer in main.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            with GatheredParameters([layer.codes, layer.scales]):
+                expected = constant(names.index(f"{name.replace('.base_layer', '')}.weight"))
+                right = right and bool((layer.weight == expected).all())
     sizes = [(p.ds_tensor.nbytes, p.ds_numel * p.ds_tensor.element_size()) for p in main.parameters()]
     del engine
     shares, whole = zip(*sizes, strict=True)
@@ -151,8 +158,9 @@ def test_a_rank_holds_its_share_and_one_weight(
 ) -> None:
     folder, small = write_wide(tmp_path / "wide", heads, single_blocks), make_flux(tmp_path / "small")
     assert sum(path.stat().st_size for path in folder.glob("transformer/*.safetensors")) > size * MIB
-    for tuner, dtype in (LORA, "fp32"), (LORA, "bf16"), ({"type": "full"}, "fp32"):
-        for found in duo.run(load, folder, small, tuner, dtype):
+    cases = (LORA, "fp32", None), (LORA, "bf16", None), (LORA, "fp32", "nf4"), ({"type": "full"}, "fp32", None)
+    for tuner, dtype, quantization in cases:
+        for found in duo.run(load, folder, small, tuner, dtype, quantization):
             assert found.is_right
             assert found.mapped < SLACK
             assert found.placed < found.share + found.largest + found.learning + SLACK + found.num * NOTES
