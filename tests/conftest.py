@@ -98,7 +98,7 @@ def ray_cluster() -> Iterator[None]:
 
     # address="local": never join a cluster that happens to run here. Logical CPUs, so that two workers and the
     # actors that feed them fit on a small machine.
-    ray.init(address="local", num_cpus=6, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 

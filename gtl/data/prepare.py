@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 def prepare(
     data: Data, family: DiffusionFamily, cache_url: str, *, dtype: str, needs: Needs = ENCODED,
-    prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), progress: Progress | None = None,
+    prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), check: Callable[[], None] | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:  # fmt: skip
     """Scan the sources, choose crops, encode what the cache lacks; without new images or captions this reads no file.
 
@@ -45,6 +46,7 @@ def prepare(
         needs: What of an image and of its captions training reads.
         prior: Folder, prompt and loss weight of class images, learned beside the data.
         prompts: Are encoded too, when captions are.
+        check: Is called before anything is encoded, and may raise.
         progress: Is called as it goes on.
 
     Raises:
@@ -67,7 +69,10 @@ def prepare(
         dataset.refresh()
         # Once is enough for all copies of an image, unless the one that was to stand for them failed.
         work = list(missing_images(dataset, found.images, every_copy=bool(failed)))
-        failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, missing_texts(dataset, prompts),
+        captions = missing_texts(dataset, prompts)
+        if check is not None and (work or captions):
+            check()
+        failed = fill(family, dataset.images, dataset.prompts, cache, dtype, work, captions,
                       lambda done, total: tell("encode", done, total), data.gpus_per_encoder)  # fmt: skip
         if not failed:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from gtl.config import Recipe
@@ -27,24 +28,33 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
         progress: Is called as it goes on.
 
     Raises:
-        UserError: the data, the model or the cache is not what it has to be.
+        UserError: the data, the model or the cache is not what it has to be, or the recipe does not fit the model.
     """
     from gtl.data.prepare import check_sources
     from gtl.data.prepare import prepare as encode
+
+    @functools.cache
+    def check() -> None:
+        """What workers would find out only after hours of drawing and encoding."""
+        from gtl.train.assemble import outline
+
+        outline(recipe, dtype, family)
 
     objective, cache = recipe.objective, recipe.storage.cache
     prior = objective.prior if isinstance(objective, DenoiseObjective) else None
     extra = None
     if prior is not None:
-        check_sources(recipe.data)  # before the class images, which take long
+        check_sources(recipe.data)
+        check()
         extra = (draw_on_cluster(family, prior, cache, dtype, gpus, progress), prior.prompt, prior.weight)
     shown = recipe.evaluate
     prompts = [family.negative_text(shown.negative_prompt)]
     if isinstance(shown.prompts, list):
         prompts += shown.prompts
     return encode(
-        recipe.data, family, cache, dtype=dtype, needs=recipe.needs, prior=extra, prompts=prompts, progress=progress
-    )
+        recipe.data, family, cache, dtype=dtype, needs=recipe.needs, prior=extra, prompts=prompts, check=check,
+        progress=progress,
+    )  # fmt: skip
 
 
 def draw_on_cluster(

@@ -421,10 +421,9 @@ def test_a_flow_matching_transformer_learns_at_stage_3_and_is_drawn(
     [
         ({"model": {"source": "/nowhere"}}, "model.source: /nowhere"),
         ({"data": {"source": "/nowhere", "resolution": 64}}, "data.source: /nowhere"),
-        ({"tuner": {"type": "lora", "freeze_depth": 99}}, "tuner.freeze_depth: 99"),
         ({"tuner": {"type": "lora", "targets": ["to_z"]}}, "tuner.targets: "),
         ({"train": {"workers": 2, "gpus_per_worker": 1}}, "train.workers: 2 workers with 1 GPU each need 2 GPUs"),
-        ({"train": {"workers": 99}}, "train.workers: 99 workers with 1 CPUs each need 99 CPUs; the cluster has 6"),
+        ({"train": {"workers": 99}}, "train.workers: 99 workers with 1 CPUs each need 99 CPUs; the cluster has 4"),
         ({"storage": {"cache": "s3://no-such-bucket/cache"}}, "s3://no-such-bucket"),
         ({"storage": {"registry": "s3://no-such-bucket/registry"}}, "s3://no-such-bucket/registry/mistake"),
     ],
@@ -439,3 +438,14 @@ def test_a_mistake_is_one_line(place: Path, change: dict[str, dict[str, Any]], m
         train(recipe, "mistake", progress=silent)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tuner_that_does_not_fit_is_refused_before_anything_is_encoded(place: Path, tmp_path: Path) -> None:
+    from gtl.train.launch import train
+
+    values = make_recipe(place, workers=1).model_dump(mode="json")
+    values["storage"]["cache"], values["tuner"]["freeze_depth"] = str(tmp_path / "cache"), 99
+    phases = []
+    with pytest.raises(UserError, match=r"^tuner\.freeze_depth: 99"):
+        train(parse_recipe(values), "mistake", progress=lambda phase, *_: phases.append(phase))
+    assert set(phases) == {"model", "scan"}

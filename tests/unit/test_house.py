@@ -160,3 +160,16 @@ def test_help_answers_in_under_a_second() -> None:
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert "train" in done.stdout
     assert min(seconds) < 1
+
+
+LEAN = """
+import sys, torch
+from gtl.train.engine import prepare_deepspeed
+prepare_deepspeed(torch.device("cpu"))
+assert "deepspeed" in sys.modules and "mlflow" not in sys.modules
+import mlflow
+"""
+
+
+def test_training_does_not_wait_for_a_library_that_it_does_not_use() -> None:
+    subprocess.run([sys.executable, "-c", LEAN], check=True)
