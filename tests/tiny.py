@@ -544,10 +544,10 @@ def make_sana(
                 hidden_size=48,
                 intermediate_size=64,
                 num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=12,
-                query_pre_attn_scalar=12,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=24,
+                query_pre_attn_scalar=24,
             )),
         }
     widen_head(parts["transformer"].proj_out)

@@ -85,5 +85,6 @@ def test_it_overfits_one_batch(written: Callable[[str], Path], kind: str) -> Non
     recipe = make_recipe(folder, kind, alpha=8)
     trainee = placed(recipe)
     (player,) = trainee.players.values()
-    losses = overfit(player, list(trainee.parameters.values()), fixed_batch(trainee.family, recipe))
+    batch = fixed_batch(trainee.family, recipe)
+    losses = overfit(player, list(trainee.parameters.values()), batch, steps=30)
     assert losses[-1] < FALLS_TO * losses[0]
