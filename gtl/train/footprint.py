@@ -117,7 +117,7 @@ def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
     for part in parts.values():
         pretend(part, mode)
-    item = make_item(recipe, family, mode)
+    item = make_item(recipe, family)
     # Not with one image: a dimension of one saves copies.
     two, three = (run(trainee, make_batch(trainee, item, images, mode), modules, mode) for images in (2, 3))
     each = Activations(three.whole - two.whole, three.checkpointed - two.checkpointed)
@@ -162,16 +162,16 @@ def run(trainee: Trainee, batch: Batch, blocks: Mapping[str, nn.Module], mode: F
     return Activations(max(each.whole for each in found), max(each.checkpointed for each in found))
 
 
-def make_item(recipe: Recipe, family: DiffusionFamily, mode: FakeTensorMode) -> Item:
+def make_item(recipe: Recipe, family: DiffusionFamily) -> Item:
     """An image of the recipe's resolution with a caption at its longest, as the data set would give it."""
     side = max(recipe.data.resolution // family.multiple, 1) * family.multiple
     latents, conditions, pixels = {}, {}, None
     if recipe.needs.images == "pixels":
         pixels = torch.zeros(3, side, side, dtype=torch.uint8)
     else:
-        latents = moments(family, side, mode)
+        latents = moments(family, side)
     if recipe.needs.text == "embeddings":
-        conditions = embeddings(family, mode)
+        conditions = embeddings(family)
     return Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
 
 
@@ -184,21 +184,21 @@ def make_batch(trainee: Trainee, item: Item, images: int, mode: FakeTensorMode) 
     return Batch(tensors, mode.from_tensor(torch.full((images,), 1 / images)))
 
 
-def moments(family: DiffusionFamily, side: int, mode: FakeTensorMode) -> dict[str, Tensor]:
+def moments(family: DiffusionFamily, side: int) -> dict[str, Tensor]:
     """Zeros in the shape of a square image's moments."""
     if family.codec is None:
         shape = family.latent_shape(side, side)
         return {name: torch.zeros(shape) for name in ("mean", "logvar")}
     codec = family.load(family.codec, device="meta")
-    pretend(codec, mode)
-    with mode, torch.no_grad():
-        found = family.encode_images(codec, torch.empty(1, 3, side, side))
+    with torch.no_grad():
+        found = family.encode_images(codec, torch.empty(1, 3, side, side, device="meta"))
     return {name: torch.zeros(value.shape[1:]) for name, value in found.items()}
 
 
-def embeddings(family: DiffusionFamily, mode: FakeTensorMode) -> dict[str, Tensor]:
+def embeddings(family: DiffusionFamily) -> dict[str, Tensor]:
     """Zeros in the shape of a prompt's conditions at their longest."""
     encoders = {name: family.load(name, device="meta") for name in family.encoders}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # meta will not do: language models look at masks
     for encoder in encoders.values():
         pretend(encoder, mode)
     tokens = {name: mode.from_tensor(ids) for name, ids in family.collate(family.tokenize([CAPTION])).items()}

@@ -2,8 +2,9 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.train.assemble import assemble, outline
 from gtl.train.blocks import checkpoint_blocks
-from gtl.train.footprint import CAPTION, Footprint, measure
+from gtl.train.footprint import CAPTION, Footprint, embeddings, measure
 from gtl.train.place import place
 from gtl.train.quantize import FORMATS, QuantizedLinear
 from gtl.tuners.depth import is_under
@@ -34,8 +35,30 @@ TUNERS: dict[str, dict[str, Any]] = {
 }
 BY_LENGTH = ("qwen_image", "z_image")
 """Models that read each prompt only as long as it is; a plan is for the longest, so it is above what others keep."""
+Opened = Callable[[str], tuple[DiffusionFamily, DiffusionFamily]]
 TOLERANCE = 0.02
 """The goal is 0.15."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def embedded_once() -> Iterator[None]:
+    """What a model's encoders make of a caption does not depend on the recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gtl.train.footprint.embeddings", lru_cache(embeddings))
+        yield
+
+
+@pytest.fixture(scope="module")
+def opened(written: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    """A model under test, and the same in another folder that has no weight files; each opened once."""
+
+    @lru_cache
+    def open_both(model: str) -> tuple[DiffusionFamily, DiffusionFamily]:
+        folder = tmp_path_factory.mktemp(model) / "configs"
+        shutil.copytree(written(model), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        return open_family(str(written(model))), open_family(str(folder), weights=False)
+
+    return open_both
 
 
 def make_recipe(family: DiffusionFamily, tuner: str, *parts: str) -> Recipe:
@@ -73,12 +96,6 @@ def kept(player: nn.Module, batch: Batch, recomputed: Iterable[nn.Module] = ()) 
     return sum(tensor.untyped_storage().nbytes() for key, tensor in found.items() if key not in weights)
 
 
-def without_weights(family: DiffusionFamily, folder: Path) -> DiffusionFamily:
-    """The same model in another folder that has no weight files."""
-    shutil.copytree(family.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return open_family(str(folder), weights=False)
-
-
 def footprint(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Footprint:
     return measure(recipe, outline(recipe, dtype, family))
 
@@ -87,11 +104,11 @@ def footprint(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Footprint:
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_sizes_of_a_model_without_its_weights(
-    tmp_path: Path, written: Callable[[str], Path], model: str, tuner: str, dtype: str
+    opened: Opened, model: str, tuner: str, dtype: str
 ) -> None:
-    family = open_family(str(written(model)))
+    family, configs = opened(model)
     recipe = make_recipe(family, tuner)
-    planned = footprint(recipe, dtype, without_weights(family, tmp_path / "configs"))
+    planned = footprint(recipe, dtype, configs)
     trainee = assemble(recipe, dtype)
     place(trainee.parts[family.main], trainee.dtype, "cpu")
     moving = {id(parameter) for parameter in trainee.parameters.values()}
@@ -107,12 +124,11 @@ def test_the_sizes_of_a_model_without_its_weights(
 
 @pytest.mark.parametrize(("model", "kind"), [*(("sd", kind) for kind in FORMATS), ("flux2", "nf4")])
 def test_the_sizes_of_a_quantised_base(
-    tmp_path: Path, written: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, model: str, kind: str
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, model: str, kind: str
 ) -> None:
-    family = open_family(str(written(model)))
+    family, configs = opened(model)
     plain = make_recipe(family, "lora-deep")
     recipe = plain.model_copy(update={"model": plain.model.model_copy(update={"quantization": kind})})
-    configs = without_weights(family, tmp_path / "configs")
     whole = footprint(plain, "bf16", configs)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)  # a plan needs none
@@ -133,12 +149,10 @@ def test_the_sizes_of_a_quantised_base(
 
 
 @pytest.mark.parametrize("model", ["sdxl", "flux2", "flux2_klein", "sana", *BY_LENGTH])
-def test_text_encoders_that_are_trained_keep_activations_too(
-    tmp_path: Path, written: Callable[[str], Path], model: str
-) -> None:
-    family = open_family(str(written(model)))
+def test_text_encoders_that_are_trained_keep_activations_too(opened: Opened, model: str) -> None:
+    family, configs = opened(model)
     recipe = make_recipe(family, "lora", family.main, *family.encoders)
-    planned = footprint(recipe, "fp32", without_weights(family, tmp_path / "configs"))
+    planned = footprint(recipe, "fp32", configs)
     (player,) = assemble(recipe, "fp32").players.values()
     assert planned.parts.keys() == {family.main, *family.encoders}
     # Qwen3 is planned with a mask, which it has where prompts are not equally long.
@@ -159,12 +173,10 @@ def check_activations(
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux-dev", "pixart-sigma", "sana"])
-def test_recomputing_keeps_what_goes_into_blocks_and_one_of_them(
-    tmp_path: Path, written: Callable[[str], Path], model: str
-) -> None:
-    family = open_family(str(written(model)))
+def test_recomputing_keeps_what_goes_into_blocks_and_one_of_them(opened: Opened, model: str) -> None:
+    family, configs = opened(model)
     recipe = make_recipe(family, "lora")
-    planned = footprint(recipe, "fp32", without_weights(family, tmp_path / "configs"))
+    planned = footprint(recipe, "fp32", configs)
     trainee = assemble(recipe, "fp32")
     main, (player,) = trainee.parts[family.main], trainee.players.values()
     batch, blocks = fixed_batch(family, recipe), family.blocks(main)

@@ -1,6 +1,7 @@
 """Every allowed pair of tuner and objective, on every family: it learns, and what it publishes is what it learned."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from gtl.adapters.merge import merge
 from gtl.config import Recipe, parse_recipe
 from gtl.config.pairs import PAIRS
 from gtl.families import FAMILIES, open_family
-from gtl.families.base import DiffusionFamily
+from gtl.families.base import Conditions, DiffusionFamily
 from gtl.objectives import OBJECTIVES, make_objective
 from gtl.objectives.base import Objective
 from gtl.train.assemble import live_parts
@@ -98,18 +99,13 @@ def fixed_batch(family: DiffusionFamily, recipe: Recipe, captions: Sequence[str]
     """Four samples of two images, drawn once."""
     objective = make_objective(recipe.objective, family)
     height, width = SIZE
-    rng = torch.Generator().manual_seed(0)
     if recipe.needs.images == "pixels":
+        rng = torch.Generator().manual_seed(0)
         coarse = torch.randint(0, 256, (2, 3, 2, 2), dtype=torch.uint8, generator=rng)
         pictures = coarse.repeat_interleave(height // 2, 2).repeat_interleave(width // 2, 3)
         geometry = Geometry(original=(height, width), crop=(0, 0), target=(height, width))
         return draw_batch(objective, [Item({}, {}, {}, geometry, pixels=picture) for picture in pictures])
-    pixels = torch.rand(2, 3, height, width, generator=rng) * 2 - 1
-    codec = family.load(family.codec) if family.codec else None
-    encoders = {part: family.load(part) for part in family.encoders}
-    with torch.no_grad():
-        moments = family.encode_images(codec, pixels)
-        dog, cat, null = family.encode_prompts(encoders, [*captions, ""])
+    moments, (dog, cat, null) = encoded(family, (*captions, ""))
     geometry = Geometry(original=(height, width), crop=(0, 0), target=(height, width))
     cached = recipe.needs.text == "embeddings"
     items = [
@@ -117,6 +113,16 @@ def fixed_batch(family: DiffusionFamily, recipe: Recipe, captions: Sequence[str]
         for i, (text, given) in enumerate(zip(captions, ((dog, null), (cat, null)), strict=True))
     ]
     return draw_batch(objective, items)
+
+
+@lru_cache
+def encoded(family: DiffusionFamily, prompts: tuple[str, ...]) -> tuple[dict[str, Tensor], list[Conditions]]:
+    """Moments of two images, and the conditions of prompts."""
+    pixels = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec = family.load(family.codec) if family.codec else None
+    encoders = {part: family.load(part) for part in family.encoders}
+    with torch.no_grad():
+        return family.encode_images(codec, pixels), family.encode_prompts(encoders, prompts)
 
 
 def draw_batch(objective: Objective, items: list[Item]) -> Batch:
