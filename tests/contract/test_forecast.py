@@ -2,15 +2,18 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gtl.cli import main
-from gtl.config import parse_recipe
+from gtl.config import Recipe, parse_recipe
 from gtl.families.source import resolve
 from gtl.storage import Store
+from gtl.train.assemble import Trainee
+from gtl.train.footprint import Footprint, measure
 from gtl.train.forecast import GIB, Forecast, Hardware, as_json, count, forecast, parse_cluster, render
 from gtl.types import UserError
 from tests.tiny import make_flux, write_json
@@ -33,6 +36,21 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = folder / part / "config.json"
         write_json(config, json.loads(config.read_text()) | values)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Recipes that differ in their batch size alone are measured once: the sizes are of any number of images."""
+    known: dict[str, Footprint] = {}
+
+    def once(recipe: Recipe, trainee: Trainee) -> Footprint:
+        train = recipe.train.model_copy(update={"batch_size": 1})
+        key = f"{recipe.model_copy(update={'train': train})!r} {trainee.dtype}"
+        return known[key] if key in known else known.setdefault(key, measure(recipe, trainee))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gtl.train.forecast.measure", once)
+        yield
 
 
 def recipe(flux: Path, **sections: Any) -> Any:
