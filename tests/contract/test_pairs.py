@@ -1,5 +1,6 @@
 """Every allowed pair of tuner and objective, on every family: it learns, and what it publishes is what it learned."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -83,12 +84,12 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
 
     tuner.export({key: value.detach().clone() for key, value in trainable.items()}, tmp_path / "adapter")
     fresh = {part: family.load(part) for part in live}
+    merged = copy.deepcopy(fresh)
     base = predict(family, fresh, batch)
     apply(fresh, tmp_path / "adapter")
     trained = predict(family, parts, batch)
     assert (trained - base).abs().max() > 0.1
     torch.testing.assert_close(predict(family, fresh, batch), trained, rtol=1e-4, atol=1e-5)
-    merged = {part: family.load(part) for part in live}
     plain = [set(merged[part].state_dict()) for part in live]
     assert {name.partition(".")[0] for name in merge(merged, tmp_path / "adapter")} == set(live)
     assert [set(merged[part].state_dict()) for part in live] == plain
