@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class Saver:
-    """One thread for what a run writes to its store. What fails there is raised by the next call."""
+    """One thread for what a run writes to its store. What failed there is raised by the next call of any method."""
 
     def __init__(self) -> None:
         """Nothing is written yet."""
@@ -19,6 +19,15 @@ class Saver:
         """Begin to write, once what was begun before is written: no more than one state waits in memory."""
         self.wait()
         self._last = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Find out without waiting whether what was begun has failed.
+
+        Raises:
+            Exception: what writing met.
+        """
+        if self._last is not None and self._last.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until everything is written.

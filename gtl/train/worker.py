@@ -141,6 +141,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
 
         def report(row: dict[str, float]) -> Wish | None:
             assert tracker is not None
+            saver.check()
             tracker.log(row)
             return notify({**row, "steps": plan.steps})
 
