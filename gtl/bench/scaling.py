@@ -46,7 +46,8 @@ def bench_scaling(
         raise UserError(f"--workers: {list(workers)}: each must be 1 or more")
     if stage not in range(4):
         raise UserError(f"--stage: {stage}: must be from 0 to 3")
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # one import for all workers
+    context.set_forkserver_preload(["diffusers.models.modeling_utils", "gtl.bench.loops", "gtl.train.engine"])
     load, rows, dtype = os.getloadavg()[0], [], dtype_on(device_of(0))
     with tempfile.TemporaryDirectory() as folder:
         family = write_model(Path(folder, "model"), setting.model, dtype)

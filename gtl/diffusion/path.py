@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from gtl.imports import uncollected
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -179,7 +180,8 @@ def make_scheduler(config: Mapping[str, Any]) -> Any:
     Raises:
         UserError: diffusers has none of this name.
     """
-    import diffusers
+    with uncollected():
+        import diffusers
 
     name = str(config.get("_class_name"))
     scheduler = getattr(diffusers, name, None) if "Scheduler" in name else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gtl.families.files import INDEX, components, hash_files, patterns, read_json, weight_files
 from gtl.families.loading import fill, parameters_on_meta, read_tensors, ties_of
 from gtl.families.targets import find_encoder_targets
+from gtl.imports import uncollected
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class DiffusersLayout:
     def build(self, part: str) -> nn.Module:
         """The part from its config, with whatever weights the surrounding device context gives."""
         library, name = self.classes[part]
-        model: Any = getattr(importlib.import_module(library), name)
+        with uncollected():
+            model: Any = getattr(importlib.import_module(library), name)
         config = dict(self.config(part))
         try:
             module: nn.Module = (

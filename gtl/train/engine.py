@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gtl.config.recipe import Train
+from gtl.imports import absent, uncollected
 from gtl.train.checkpoint import Shapes, State
 from gtl.train.flops import FlopMeter
 from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
@@ -272,7 +272,7 @@ def prepare_deepspeed(device: torch.device) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed takes the device by this number, whichever launcher set it before.
     os.environ["LOCAL_RANK"] = str(device.index or 0)
-    with absent("mlflow"):  # DeepSpeed's autotuner imports it, which takes four times as long as all the rest
+    with uncollected(), absent("mlflow"):  # the autotuner imports it, which takes four times as long as all the rest
         import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -280,19 +280,6 @@ def prepare_deepspeed(device: torch.device) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Shared-memory collectives for CPUs are compiled on first use, for 12 s; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-@contextmanager
-def absent(name: str) -> Iterator[None]:
-    """Within it a library that is not imported yet looks as if it were not installed."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # what import takes for "not there"
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 def initialize(player: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:

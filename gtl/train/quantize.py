@@ -46,7 +46,7 @@ FORMATS = {"nf4": Format(4, 64), "int8": Format(8, 256), "fp8": Format(8, 256)}
 """By the names of `model.quantization`. nf4: quantiles of a normal distribution. int8: whole numbers up to 127, as
 shares of the scale. fp8: E4M3 (Micikevicius et al. 2022, arXiv 2209.05433), whose largest number is the scale."""
 
-PIECE = 2**18
+PIECE = 2**17
 """Weights that are rounded at once, a multiple of every block."""
 
 

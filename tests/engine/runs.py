@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -16,17 +15,10 @@ from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
 from gtl.train.worker import Job
+from tests.engine.group import CONTEXT
 
 IMAGES = 10
 TIMEOUT_S = 180
-
-# Forked from a process that has imported everything: a start takes a second instead of ten.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([
-    "deepspeed", "diffusers.models.unets.unet_2d_condition", "peft", "gtl.train.engine", "gtl.train.look",
-    "gtl.train.worker", "gtl.tuners.lora", "gtl.tuners.full", "gtl.objectives.denoise", "gtl.families.sd",
-])  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Kill:
@@ -60,7 +52,7 @@ def go(job: Job, workers: int, kill: Kill | None = None) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         address = (Path(folder) / "rendezvous").as_uri()
         processes = [
-            _context.Process(target=member, args=(rank, workers, address, job, kill)) for rank in range(workers)
+            CONTEXT.Process(target=member, args=(rank, workers, address, job, kill)) for rank in range(workers)
         ]  # fmt: skip
         for process in processes:
             process.start()
