@@ -96,51 +96,37 @@ def test_two_workers_learn_what_one_does_at_every_stage(
     assert (manifest["step"], manifest["stage"], manifest["workers"]) == (steps, stage, 2)
 
 
-def test_plain_diffusers_draws_what_gtl_learned_from_photographs(place: Path, photos: Path, tmp_path: Path) -> None:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    from gtl.generate.command import run as draw
-    from gtl.train.launch import train
-
-    values = make_recipe(place, zero={"stage": 3}).model_dump(mode="json")
-    values["data"]["source"] = str(photos / "dog")
-    values["tuner"] |= {"dropout": 0.2, "targets": "all-linear+conv"}
-    train(parse_recipe(values), "photos", progress=silent)
-    prompt = "a photo of a dog"
-    options = {"prompt": prompt, "seed": 3, "steps": 8, "guidance": 4.0, "registry": str(place / "registry")}
-    ours = draw(out=tmp_path / "ours", adapters=["photos"], **options)[0]
-    base = draw(out=tmp_path / "base", model=str(place / "model"), **options)[0]
-    pipe = StableDiffusionPipeline.from_pretrained(place / "model", safety_checker=None)
-    pipe.load_lora_weights(str(Registry(place / "registry").fetch("photos")))
-    pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(
-        prompt, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(3)
-    ).images[0]  # fmt: skip
-    assert distance(Image.open(ours), theirs) < 1
-    assert distance(Image.open(base), theirs) > 3
-
-
 def distance(a: Image.Image, b: Image.Image) -> float:
     """Mean absolute difference in 1/255."""
     return float(np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).mean())
 
 
-def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path) -> None:
+PROMPTS = ["a photo of a dog", "two unknown words", "a cat"]
+Told = list[tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def shown(place: Path, photos: Path) -> tuple[Path, Told]:
+    """A run on photographs that looks at what it learns and stops early: its folder, and what it told."""
+    from gtl.train.launch import train
+
+    values = make_recipe(place, zero={"stage": 3}, steps=40, learning_rate=5e-2, ema=0.5).model_dump(mode="json")
+    values["data"] |= {"source": str(photos / "dog"), "validation": 0.4}
+    values["tuner"] |= {"dropout": 0.2, "targets": "all-linear+conv"}
+    values["train"]["early_stopping"] = {"patience": 2}
+    values["evaluate"] = {"prompts": PROMPTS, "every": 2, "steps": 4, "guidance": 3.0, "seed": 5}
+    told: Told = []
+    published = train(parse_recipe(values), "shown", progress=lambda *row: told.append(row))
+    return place / "runs" / "shown" / published.version, told
+
+
+def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path, shown: tuple[Path, Told]) -> None:
     from gtl.families import open_family
     from gtl.generate.engine import Request
     from gtl.generate.images import generate
     from gtl.images import grid, read_recipe
-    from gtl.train.launch import train
 
-    prompts = ["a photo of a dog", "two unknown words", "a cat"]
-    values = make_recipe(place, zero={"stage": 3}, steps=40, learning_rate=5e-2, ema=0.5).model_dump(mode="json")
-    values["data"]["validation"] = 0.3
-    values["train"]["early_stopping"] = {"patience": 2}
-    values["evaluate"] = {"prompts": prompts, "every": 2, "steps": 4, "guidance": 3.0, "seed": 5}
-    told = []
-    published = train(parse_recipe(values), "shown", progress=lambda *row: told.append(row))
-    run = place / "runs" / "shown" / published.version
+    run, told = shown
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     looks = {int(row["step"]): row for row in rows if "val_loss" in row}
     assert list(looks) == [*range(0, int(rows[-1]["step"]) + 1, 2)]
@@ -150,19 +136,41 @@ def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path) -> None:
     card = Registry(place / "registry").show("shown")
     assert card.training is not None
     assert (card.training.best_step, card.training.steps) == (best, best + 4)
-    assert card.dataset is not None and card.dataset.images == 7
+    assert card.dataset is not None and card.dataset.images == 3
     assert card.training.steps < 40
     assert card.training.val_loss == looks[best]["val_loss"]
     assert ("validate", 0, 0, f"step {best}  val_loss {looks[best]['val_loss']:.4f}") in told
     assert {path.stem for path in (run / "samples").iterdir()} == {f"{step:08d}" for step in looks}
-    requests = [Request(p, 64, 64, seed=5 + i, steps=4, guidance=3.0) for i, p in enumerate(prompts)]
+    requests = [Request(p, 64, 64, seed=5 + i, steps=4, guidance=3.0) for i, p in enumerate(PROMPTS)]
     family, folder = open_family(str(place / "model")), Registry(place / "registry").fetch("shown")
     for step, adapters in ((0, []), (best, [(folder, 1.0)])):
         drawn = dict(generate(family, requests, adapters))
         file = run / "samples" / f"{step:08d}.png"
         assert distance(Image.open(file), grid([drawn[i] for i in range(3)], 4)) < 1
-        assert read_recipe(file) == {"prompts": prompts, "seed": 5, "steps": step}
+        assert read_recipe(file) == {"prompts": PROMPTS, "seed": 5, "steps": step}
     assert distance(Image.open(run / "samples" / "00000000.png"), Image.open(file)) > 3
+
+
+def test_plain_diffusers_draws_what_gtl_learned_from_photographs(
+    place: Path, shown: tuple[Path, Told], tmp_path: Path
+) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from gtl.generate.command import run as draw
+
+    prompt = "a photo of a dog"
+    options = {"prompt": prompt, "seed": 3, "steps": 8, "guidance": 4.0, "registry": str(place / "registry")}
+    ours = draw(out=tmp_path / "ours", adapters=["shown"], **options)[0]
+    base = draw(out=tmp_path / "base", model=str(place / "model"), **options)[0]
+    pipe = StableDiffusionPipeline.from_pretrained(place / "model", safety_checker=None)
+    pipe.load_lora_weights(str(Registry(place / "registry").fetch("shown")))
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        prompt, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(3)
+    ).images[0]  # fmt: skip
+    assert distance(Image.open(ours), theirs) < 1
+    assert distance(Image.open(base), theirs) > 3
 
 
 def test_class_images_are_drawn_once_and_learned_beside_the_subject(place: Path) -> None:
