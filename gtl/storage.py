@@ -280,6 +280,8 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = temporary_beside(target)
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # or a machine that loses power may keep the name without what is in it
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

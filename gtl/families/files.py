@@ -92,8 +92,10 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
         index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{index}: it has no weight_map; the index of a sharded model needs one")
+            if odd := [name for name in weight_map.values() if not isinstance(name, str)]:
+                raise UserError(f"{index}: weight_map: {odd[0]!r}: expected the name of a file")
             shards = [folder / name for name in dict.fromkeys(weight_map.values())]
             if missing := [shard for shard in shards if not shard.is_file()]:
                 raise UserError(f"{missing[0]}: missing; {index.name} lists it, one of {len(shards)} shards")

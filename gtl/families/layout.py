@@ -95,7 +95,7 @@ class DiffusersLayout:
             module: nn.Module = (
                 model.from_config(config) if library == "diffusers" else model(model.config_class.from_dict(config))
             )
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except Exception as error:  # libraries refuse what is wrong in many ways
             reason = " ".join(str(error).split())
             raise UserError(f"{self.folder / part / 'config.json'}: not that of a {name}: {reason}") from error
         return module

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
-MAX_SHARD_BYTES = 2 << 30
+MAX_SHARD_BYTES = 1 << 29
+"""Of which a process that goes on from a checkpoint has one in memory."""
 MANIFEST = "manifest.json"
+
+KEYS = {"step": int, "players": dict, "files": dict}
+"""What every manifest of this schema has."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every trained parameter of one player, by name."""
@@ -36,15 +40,46 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and checked."""
+    """A checkpoint whose manifest was read and fits; its files are checked as they are read."""
 
+    store: Store
+    key: str
     manifest: dict[str, Any]
-    states: dict[str, State]
 
     @property
     def step(self) -> int:
         """Optimizer steps made, which is also the data position: the next step to plan."""
         return int(self.manifest["step"])
+
+    def steps(self, player: str) -> int:
+        """Optimizer steps made of one player."""
+        return int(self.manifest["players"][player]["steps"])
+
+    def tensors(self, player: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """A player's parameters with their tensors by kind, as in `State`, in CPU memory; one file's are there at once.
+
+        Raises:
+            UserError: a file is missing, cut off or changed.
+        """
+        entry, files = self.manifest["players"][player], self.manifest["files"]
+        position = {name: number for number, name in enumerate(entry["parameters"])}
+        found: dict[str, dict[str, Tensor]] = {}
+        for file in entry["files"]:
+            for label, tensor in read_tensors(self.store, f"{self.key}/{file}", files[file]).items():
+                kind, _, name = label.partition("/")
+                found.setdefault(name, {})[kind] = tensor
+            last = max(found, key=position.__getitem__)  # may go on in the next file
+            for name in [name for name in found if name != last]:
+                yield name, found.pop(name)
+        yield from found.items()
+
+    def state(self, player: str) -> State:
+        """All of one player at once.
+
+        Raises:
+            UserError: a file is missing, cut off or changed.
+        """
+        return State(self.steps(player), dict(self.tensors(player)))
 
 
 def step_key(prefix: str, step: int) -> str:
@@ -108,7 +143,7 @@ def split(state: State, shard_bytes: int) -> Iterator[dict[str, Tensor]]:
 
 
 def load(store: Store, key: str, shapes: Mapping[str, Shapes]) -> Checkpoint:
-    """Read a checkpoint into CPU memory; any process may.
+    """Find a checkpoint that fits the model at hand; any process may.
 
     Args:
         store: Where the run keeps things.
@@ -116,19 +151,11 @@ def load(store: Store, key: str, shapes: Mapping[str, Shapes]) -> Checkpoint:
         shapes: By player, what the model at hand trains.
 
     Raises:
-        UserError: a file is missing, cut off or changed, or the checkpoint belongs to another model.
+        UserError: its manifest is missing or damaged, or the checkpoint belongs to another model.
     """
     manifest = read_manifest(store, key)
     check_shapes(manifest, shapes, store.url(f"{key}/{MANIFEST}"))
-    states = {}
-    for player, entry in manifest["players"].items():
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in entry["parameters"]}
-        for file in entry["files"]:
-            for label, tensor in read_tensors(store, f"{key}/{file}", manifest["files"][file]).items():
-                kind, _, name = label.partition("/")
-                tensors[name][kind] = tensor
-        states[player] = State(entry["steps"], tensors)
-    return Checkpoint(manifest, states)
+    return Checkpoint(store, key, manifest)
 
 
 def read_manifest(store: Store, key: str) -> dict[str, Any]:
@@ -155,7 +182,10 @@ def parse_manifest(data: bytes) -> dict[str, Any] | None:
         manifest = json.loads(data)
     except ValueError:
         return None
-    return manifest if isinstance(manifest, dict) and "schema" in manifest else None
+    if not isinstance(manifest, dict) or "schema" not in manifest:
+        return None
+    is_whole = manifest["schema"] != SCHEMA or all(isinstance(manifest.get(key), kind) for key, kind in KEYS.items())
+    return manifest if is_whole else None
 
 
 def read_tensors(store: Store, key: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:

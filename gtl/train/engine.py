@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -199,16 +199,18 @@ class Engine:
             values["ema"] = self._ema
         return State(self.steps, self._gather(values))
 
-    def load_state(self, state: State) -> None:
-        """Go on from a state, of any stage and world size; every rank has all of it.
+    def load_state(self, steps: int, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+        """Go on from a state, of any stage and world size; every rank is given all of it, one parameter at a time.
 
         A state without EMA starts the average at its weights.
         """
-        assert {name: tuple(kinds["weight"].shape) for name, kinds in state.tensors.items()} == self.shapes
         moments = [[torch.zeros_like(partition) for _ in MOMENTS] for partition in self._partitions]
         position = {id(partition): index for index, partition in enumerate(self._partitions)}
-        for name, parameter in self._parameters.items():
-            values = state.tensors[name]
+        given = set()
+        for name, values in tensors:
+            parameter = self._parameters[name]
+            assert tuple(values["weight"].shape) == self.shapes[name]
+            given.add(name)
             refresh(parameter, values["weight"])
             if (fragment := self._fragments.get(name)) is None:
                 continue
@@ -218,9 +220,10 @@ class Engine:
                 fragment.write(moment, values[kind])
             if self._train.ema:
                 fragment.write(self._ema[index], values.get("ema", values["weight"]))
+        assert given == self.shapes.keys()
         for partition, pair in zip(self._partitions, moments, strict=True):
-            write_moments(self._optimizer, partition, pair, state.steps)
-        self.steps = state.steps
+            write_moments(self._optimizer, partition, pair, steps)
+        self.steps = steps
 
     def _gather(self, values: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Whole tensors by name and kind on rank 0, from one tensor per kind and partition. Collective."""

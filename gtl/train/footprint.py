@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gtl.train.quantize import FORMATS, frozen_linears
 from gtl.tuners.depth import is_under
-from gtl.types import Batch, Geometry, Item
+from gtl.types import Batch, Geometry, Item, UserError
 
 if TYPE_CHECKING:
     from gtl.config import Recipe
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from gtl.train.assemble import Trainee
 
 CPU = torch.device("cpu")
+CUDA_FP32 = {
+    "layer_norm", "group_norm", "rms_norm", "interpolate", "softmax", "log_softmax", "pow", "__pow__", "__rpow__",
+    "exp", "log", "reciprocal", "rsqrt", "softplus", "mse_loss",
+}  # fmt: skip
+"""Of AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE in torch's ATen/autocast_mode.h what models use; none of it is on
+the list of the CPU."""
 CAPTION = "photo " * 2048
 """More than any text encoder reads."""
 
@@ -81,12 +88,16 @@ class Footprint:
         return fixed.whole + images * each.whole
 
 
-def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
+def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     """Run an `outline` forward with two images and with three; its modules can do nothing else afterwards.
 
     Args:
         recipe: What it was assembled from.
         trainee: Is changed.
+        device: cpu or cuda, which keeps more in bf16.
+
+    Raises:
+        UserError: the parts' configs do not fit together.
     """
     family, parts = trainee.family, trainee.parts
     moving = {id(parameter) for parameter in trainee.parameters.values()}
@@ -117,9 +128,13 @@ def measure(recipe: Recipe, trainee: Trainee) -> Footprint:
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
     for part in parts.values():
         pretend(part, mode)
-    item = make_item(recipe, family)
-    # Not with one image: a dimension of one saves copies.
-    two, three = (run(trainee, make_batch(trainee, item, images, mode), modules, mode) for images in (2, 3))
+    try:
+        item = make_item(recipe, family)
+        # Not with one image: a dimension of one saves copies.
+        two, three = (run(trainee, make_batch(trainee, item, images, mode), modules, mode, device) for images in (2, 3))
+    except Exception as error:  # shapes that do not fit, above all
+        reason = " ".join(str(error).split())
+        raise UserError(f"{recipe.model.source}: its parts do not run as their config.json say: {reason}") from error
     each = Activations(three.whole - two.whole, three.checkpointed - two.checkpointed)
     fixed = Activations(two.whole - 2 * each.whole, two.checkpointed - 2 * each.checkpointed)
     return Footprint(counts, listed, frozen, trained, fixed, each, decoded)
@@ -152,11 +167,26 @@ def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
                 child._buffers[name] = FakeTensor(mode, buffer.to("meta"), CPU)
 
 
-def run(trainee: Trainee, batch: Batch, blocks: Mapping[str, nn.Module], mode: FakeTensorMode) -> Activations:
+class CudaAutocast(TorchFunctionMode):
+    """Has a CPU's autocast run in fp32 what CUDA's does."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The call, on fp32 copies where it is one of those."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in CUDA_FP32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def run(
+    trainee: Trainee, batch: Batch, blocks: Mapping[str, nn.Module], mode: FakeTensorMode, device: str
+) -> Activations:
     """What the forward pass of every player keeps of a batch; the largest counts."""
     found = []
     for player in trainee.players.values():
-        with mode, saved_by(player, blocks) as saved:
+        with mode, CudaAutocast() if device == "cuda" else nullcontext(), saved_by(player, blocks) as saved:
             player(batch)
         found.append(saved.activations())
     return Activations(max(each.whole for each in found), max(each.checkpointed for each in found))

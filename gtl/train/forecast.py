@@ -19,7 +19,10 @@ from gtl.train.plan import STAGES, Memory, Need, TrainPlan, check_groups, choose
 from gtl.types import Progress, UserError, quiet
 
 GIB = 2**30
-SPEC = re.compile(r"(?:(?P<nodes>[1-9]\d*)x)?(?:(?P<gpus>[1-9]\d*)x)?(?P<kind>\D[^x]*|[\d.]+GiB)")
+SPEC = re.compile(
+    r"(?:(?P<nodes>[1-9]\d*)x)?(?:(?P<gpus>[1-9]\d*)x)?"
+    r"(?:(?P<gib>[1-9]\d*(?:\.\d+)?)GiB|(?P<kind>[^\dx.][^x]*))", re.ASCII
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,18 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
     asked, model = recipe.train, recipe.model
     on_gpu = hardware.is_gpu and asked.gpus_per_worker != 0
     workers = (hardware.workers if on_gpu else 1) if asked.workers == "auto" else asked.workers
+    check_groups(asked.zero.hpz, workers)
     workers = workers[0] if isinstance(workers, tuple) else workers  # with fewer of them each holds more
     if on_gpu and workers > hardware.workers:
         raise UserError(f"train.workers: {workers}: --cluster {cluster or 'here'} has {hardware.workers} GPUs")
-    check_groups(asked.zero.hpz, workers)
+    if on_gpu and (encoder := recipe.data.gpus_per_encoder) > hardware.devices:
+        raise UserError(f"data.gpus_per_encoder: {encoder}: no machine has more than {hardware.devices} GPUs")
     dtype = ("bf16" if on_gpu else "fp32") if model.dtype == "auto" else model.dtype
     # PEFT imports accelerate, and that imports DeepSpeed, which would warn of a machine without a GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     progress("model", 0, 0, model.source)
     family = open_family(model.source, model.family, model.revision, model.variant, weights=False)
-    footprint = measure(recipe, outline(recipe, dtype, family))
+    footprint = measure(recipe, outline(recipe, dtype, family), "cuda" if on_gpu else "cpu")
     memory = Memory(footprint, hardware.device_bytes)
     plan, problem = None, ""
     try:
@@ -126,12 +131,12 @@ def parse_cluster(text: str) -> Hardware:
         UserError: it is not spelled so, or no GPU of that kind is known.
     """
     match = SPEC.fullmatch(text.strip())
-    nodes, gpus, kind = match.group("nodes", "gpus", "kind") if match else (None, None, "")
+    nodes, gpus, gib, kind = match.group("nodes", "gpus", "gib", "kind") if match else (None, None, None, None)
     if gpus is None:
         nodes, gpus = None, nodes
-    if kind.endswith("GiB"):
-        memory = float(kind.removesuffix("GiB"))
-    elif gpu := find_gpu(kind):
+    if gib:
+        kind, memory = f"{gib}GiB", float(gib)
+    elif kind and (gpu := find_gpu(kind)):
         memory = gpu.gib
     else:
         raise UserError(
@@ -215,4 +220,6 @@ def as_json(found: Forecast) -> dict[str, Any]:
     values = asdict(found)
     for row, each in zip(values["rows"], found.rows, strict=True):
         row["need"]["total"] = each.need.total
+    if found.plan is not None:
+        del values["plan"]["steps"]  # no data was looked at
     return values

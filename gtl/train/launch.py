@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Card, Registry
 from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
-from gtl.config import Recipe
+from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
 from gtl.config.names import Reference, new_version
+from gtl.data.plan import num_fills
 from gtl.report.command import write_page
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.board import Row, make_board
-from gtl.train.plan import check_groups, repeats_of
+from gtl.train.plan import check_groups, choose, repeats_of
 from gtl.train.prepare import prepare
 from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
 from gtl.train.services import Services
@@ -156,7 +157,7 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     """
     asked = recipe.train
     gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
-    workers = (int(cluster.gpus) if gpus else 1) if asked.workers == "auto" else asked.workers
+    workers = (max(int(cluster.gpus), 1) if gpus else 1) if asked.workers == "auto" else asked.workers
     fewest = workers[0] if isinstance(workers, tuple) else workers
     if fewest * gpus > cluster.gpus:
         raise UserError(
@@ -198,7 +199,7 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
         except Exception as error:  # handed to the main thread below
             failures.append(error)
 
-    progress("workers", 0, 0, f"starting {describe(resources.workers, job.recipe['train']['batch_size'])}")
+    progress("workers", 0, 0, f"starting {describe(parse_recipe(job.recipe), resources)}")
     thread = threading.Thread(target=fit, daemon=True)
     with stop_signals(lambda: board.stop.remote()) as stopped:
         thread.start()
@@ -216,12 +217,22 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
         raise KeyboardInterrupt(message) if stopped else RuntimeError(message)
 
 
-def describe(workers: int | tuple[int, int], batch_size: int) -> str:
-    """How many, and what becomes of a batch that they cannot share out evenly."""
+def describe(recipe: Recipe, resources: Resources) -> str:
+    """How many workers, and what becomes of a batch that they cannot share out evenly.
+
+    On GPUs `train.micro_batch: auto` is settled by the workers, who know their memory; the least is told here.
+    """
+    batch_size, asked, workers = recipe.train.batch_size, recipe.train.micro_batch, resources.workers
     fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
-    spare = max(-batch_size % number for number in range(fewest, most + 1))
-    repeats = f"{'up to ' if fewest < most else ''}{repeats_of(spare)}"
-    filled = f", whose batches of {batch_size} are filled up with {repeats}" if spare else ""
+    is_settled = not resources.gpus_per_worker or asked != "auto"
+
+    def fills(number: int) -> int:
+        micro_batch = choose(recipe, workers=number, steps_per_epoch=1).micro_batch if is_settled else 1
+        return num_fills(batch_size, number, micro_batch)
+
+    spare = max(fills(number) for number in range(fewest, most + 1))
+    bound = "at least " if not is_settled else "up to " if fewest < most else ""
+    filled = f", whose batches of {batch_size} are filled up with {bound}{repeats_of(spare)}" if spare else ""
     return f"{fewest} to {most}{filled}" if fewest < most else f"{fewest}{filled}"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gtl.adapters import Registry
 from gtl.adapters.card import parse_card
-from gtl.config import Recipe, parse_recipe
+from gtl.config import Recipe, load_recipe
 from gtl.config.load import dump_recipe, read_yaml
 from gtl.config.names import parse_reference
 from gtl.storage import Store
@@ -90,10 +90,14 @@ def go_on(runs: Store, version: str, recipe: Recipe, progress: Progress = quiet)
     Raises:
         UserError: what it learns has changed since it was started.
     """
-    old = parse_recipe(read_yaml(runs.read(f"{version}/recipe.yaml").decode()))
+    old = load_recipe(runs.url(f"{version}/recipe.yaml"))
     recipe = pin_init(recipe, old.tuner.init)
     changed = sorted(differing(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
-    harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in HARMLESS)]
+    # Early stopping counts looks, and publishes what was best at one of them.
+    harmless_here = HARMLESS if recipe.train.early_stopping is None else HARMLESS - {"evaluate"} | {
+        f"evaluate.{name}" for name in type(recipe.evaluate).model_fields if name != "every"
+    }  # fmt: skip
+    harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in harmless_here)]
     harmless = ", ".join(key for key in changed if key not in harmful)
     if harmful:
         beside = f" ({harmless} may differ)" if harmless else ""

@@ -16,7 +16,7 @@ class Saver:
         self._last: Future[None] | None = None
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Begin to write, once what was begun before is written: no more than one state waits in memory."""
+        """Begin to write, once what was begun before is written."""
         self.wait()
         self._last = self._pool.submit(write)
 

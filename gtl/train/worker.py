@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from gtl import __version__
 from gtl.config import Recipe, parse_recipe
@@ -38,6 +38,7 @@ BEST = "best"
 RESULT = "result.json"
 """In a run's folder, written last: all steps are made and the adapter is exported."""
 
+Found = TypeVar("Found")
 Notify = Callable[[dict[str, float]], "Wish | None"]
 """Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything."""
 
@@ -124,7 +125,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     check_base(trainee.family, job)
     plan = settle(recipe, trainee.family, device, job.dtype, batches.steps_per_epoch)
     engines = make_engines(trainee, recipe, plan, device)
-    done, spent = restore(engines, job.run)
+    done, spent = restore(engines, job.run, device)
 
     def device_hours() -> float:
         return spent + (time.monotonic() - begun) / 3600 * dist.get_world_size()
@@ -160,7 +161,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
         return
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result = {"steps": done, "device": kind, "device_hours": device_hours(), **look.verdict}
-    finish(job, recipe, trainee, engines, result)
+    finish(job, recipe, trainee, engines, result, device)
 
 
 def check_base(family: DiffusionFamily, job: Job) -> None:
@@ -194,7 +195,7 @@ def settle(
 
         smallest = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        memory = Memory(measure(recipe, outline(recipe, dtype, family)), int(smallest))
+        memory = Memory(measure(recipe, outline(recipe, dtype, family), "cuda"), int(smallest))
     return choose(recipe, workers=dist.get_world_size(), steps_per_epoch=steps_per_epoch, memory=memory)
 
 
@@ -248,7 +249,7 @@ def make_watch(
         seed=recipe.data.seed,
     )  # fmt: skip
     shown, grid, stopping = recipe.evaluate, None, None
-    rows: list[dict[str, Any]] = read_rows(job.run) if done else []
+    rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
     seen = next(({"val_loss": row["val_loss"]} for row in rows if row["step"] == done and "val_loss" in row), {})
     if recipe.needs.text != "none":
         prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
@@ -257,22 +258,32 @@ def make_watch(
         grid = Grid(shown, prompts, size, trainee, trained, device, dtype) if prompts else None
     if recipe.train.early_stopping is not None:
         stopping = Stopping(recipe.train.early_stopping)
-        stopping.replay(rows, done, [int(key.rpartition("/")[2]) for key in complete(job.run, BEST)])
+        kept = of_first(lambda: complete(job.run, BEST), device)
+        stopping.replay(rows, done, [int(key.rpartition("/")[2]) for key in kept])
         if dist.get_rank() == 0:
             forget_after(job.run, BEST, done)
     return Watch(shown.every, plan.steps, job.run, engines, validation, device, grid, stopping, keep_best, seen)
 
 
-def restore(engines: Mapping[str, Engine], run: Store) -> tuple[int, float]:
+def of_first(find: Callable[[], Found], device: torch.device) -> Found:
+    """What rank 0 finds, on every rank: the others may see a store as it was a moment ago. Collective."""
+    import torch.distributed as dist
+
+    found = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0, device=device)
+    return cast(Found, found[0])
+
+
+def restore(engines: Mapping[str, Engine], run: Store, device: torch.device) -> tuple[int, float]:
     """Load the run's newest checkpoint into the engines; the steps and device hours behind it. Collective."""
     from gtl.train.checkpoint import latest, load
 
-    key = latest(run, CHECKPOINTS)
+    key = of_first(lambda: latest(run, CHECKPOINTS), device)
     if key is None:
         return 0, 0.0
     checkpoint = load(run, key, {name: engine.shapes for name, engine in engines.items()})
     for name, engine in engines.items():
-        engine.load_state(checkpoint.states[name])
+        engine.load_state(checkpoint.steps(name), checkpoint.tensors(name))
     return checkpoint.step, checkpoint.manifest["device_hours"]
 
 
@@ -289,6 +300,7 @@ def save(
     from gtl.train.checkpoint import prune, step_key
     from gtl.train.checkpoint import save as write
 
+    saver.wait()  # before the next state is copied: there is memory for one
     states = {name: engine.state() for name, engine in engines.items()}
     if dist.get_rank() != 0:
         return
@@ -302,7 +314,10 @@ def save(
     saver.submit(commit)
 
 
-def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], result: dict[str, Any]) -> None:
+def finish(
+    job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], result: dict[str, Any],
+    device: torch.device,
+) -> None:  # fmt: skip
     """Export what was learned and write the run's result, which marks it as finished. Collective; rank 0 writes."""
     import torch.distributed as dist
 
@@ -310,15 +325,15 @@ def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Eng
     from gtl.train.track import read_rows
 
     tensors: dict[str, Any] = {}
-    best = latest(job.run, BEST)
+    best = of_first(lambda: latest(job.run, BEST), device)
     for engine in engines.values() if best is None else ():
         tensors |= engine.weights(ema=recipe.train.ema is not None)
     if dist.get_rank() != 0:
         return
     if best is not None:
         kind = "weight" if recipe.train.ema is None else "ema"
-        states = load(job.run, best, {name: engine.shapes for name, engine in engines.items()}).states
-        tensors = {name: kinds[kind] for state in states.values() for name, kinds in state.tensors.items()}
+        checkpoint = load(job.run, best, {name: engine.shapes for name, engine in engines.items()})
+        tensors = {key: kinds[kind] for player in engines for key, kinds in checkpoint.tensors(player)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with explained(temporary):

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
@@ -19,7 +20,7 @@ from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.train.assemble import assemble, outline
 from gtl.train.blocks import checkpoint_blocks
-from gtl.train.footprint import CAPTION, Footprint, embeddings, measure
+from gtl.train.footprint import CAPTION, CudaAutocast, Footprint, embeddings, measure
 from gtl.train.place import place
 from gtl.train.quantize import FORMATS, QuantizedLinear
 from gtl.tuners.depth import is_under
@@ -170,6 +171,22 @@ def check_activations(
         assert activations > kept(player, batch)
         batch = fixed_batch(family, recipe, (CAPTION, other))
     assert activations == pytest.approx(kept(player, batch), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("model", ["sd", "flux-dev"])
+def test_a_plan_for_a_gpu_counts_what_its_autocast_keeps_in_fp32(opened: Opened, model: str, device: str) -> None:
+    family, configs = opened(model)
+    recipe = make_recipe(family, "lora")
+    planned = measure(recipe, outline(recipe, "bf16", configs), "cuda").activations(4, checkpointing=False)
+    assert planned > 1.05 * footprint(recipe, "bf16", configs).activations(4, checkpointing=False)
+    trainee = assemble(recipe, "bf16")
+    (player,) = trainee.players.values()
+    place(player, trainee.dtype, device)
+    batch = fixed_batch(family, recipe).to(device)
+    with CudaAutocast() if device == "cpu" else nullcontext():
+        found = kept(player, batch)
+    assert planned == pytest.approx(found, rel=TOLERANCE if device == "cpu" else 0.15)
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux-dev", "pixart-sigma", "sana"])

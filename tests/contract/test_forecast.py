@@ -1,6 +1,7 @@
 """`gtl plan`: a model that is too large for this machine, from its config files alone."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,10 +44,10 @@ def measured_once() -> Iterator[None]:
     """Recipes that differ in their batch size alone are measured once: the sizes are of any number of images."""
     known: dict[str, Footprint] = {}
 
-    def once(recipe: Recipe, trainee: Trainee) -> Footprint:
+    def once(recipe: Recipe, trainee: Trainee, device: str) -> Footprint:
         train = recipe.train.model_copy(update={"batch_size": 1})
-        key = f"{recipe.model_copy(update={'train': train})!r} {trainee.dtype}"
-        return known[key] if key in known else known.setdefault(key, measure(recipe, trainee))
+        key = f"{recipe.model_copy(update={'train': train})!r} {trainee.dtype} {device}"
+        return known[key] if key in known else known.setdefault(key, measure(recipe, trainee, device))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gtl.train.forecast.measure", once)
@@ -75,16 +76,19 @@ def test_a_lora_of_twelve_billion_parameters_on_eight_gpus(lora: Forecast) -> No
     assert lora.rows[-1].need.host > 22.26 / 8 * GIB
     assert lora.plan is not None
     # A LoRA run that fits is not sharded: that would only slow it.
-    assert (lora.workers, lora.plan.stage, lora.plan.micro_batch, lora.plan.accumulation) == (8, 0, 2, 4)
-    assert 20 < lora.footprint.activations(1, checkpointing=False) / GIB < 24
+    assert (lora.workers, lora.plan.stage, lora.plan.micro_batch, lora.plan.accumulation) == (8, 0, 1, 8)
+    # 22.2 by a CPU's autocast; CUDA's keeps the layer norms' inputs in fp32.
+    assert 26 < lora.footprint.activations(1, checkpointing=False) / GIB < 28
     assert 1 < lora.footprint.activations(1, checkpointing=True) / GIB < 3
 
 
 def test_full_tuning_is_sharded_and_says_what_would_make_it_fit(flux: Path) -> None:
     values = recipe(flux, tuner={"type": "full"})
+    values["train"] |= {"activation_checkpointing": True}
     found = forecast(parse_recipe(values), "8x8xH100")
     assert found.plan is not None
-    assert (found.workers, found.plan.stage, found.plan.micro_batch) == (64, 3, 1)
+    assert (found.workers, found.plan.stage, found.plan.micro_batch) == (64, 2, 1)
+    values["train"] |= {"activation_checkpointing": False}
     found = forecast(parse_recipe(values), "1x48GiB")
     assert found.plan is None
     assert found.problem.startswith("train.zero.stage: auto: at stage 3 and micro-batch 1 each of 1 workers needs ")
@@ -109,7 +113,7 @@ def test_the_command(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lines[0] == f"model    {flux} (flux, bf16): transformer 11.9 B parameters"
     assert lines[1] == "trained  26.1 M parameters by lora"
     assert lines[2] == "cluster  1 x 8 x H100, 79.2 GiB each, 71.3 GiB to fill; 8 workers"
-    assert lines[3] == "auto     ZeRO stage 0, micro-batch 2, accumulation 4 for batches of 64"
+    assert lines[3] == "auto     ZeRO stage 0, micro-batch 1, accumulation 8 for batches of 64"
     assert lines[7].split()[:5] == ["stage", "0", "22.26", "0.10", "0.19"]
     assert lines[-57].split() == ["1", "transformer_blocks.0", "340", "M", "786", "k"]
     small = {**recipe(flux), "model": {"source": "builtin:tiny"}, "data": {"source": "photos", "resolution": 64}}
@@ -123,9 +127,9 @@ def test_the_command(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("cluster", "batch_size", "said"),
     [
-        ("8xH100", 60, "micro-batch 2, accumulation 4 for batches of 60, filled up with 4 repeats that do not count"),
-        ("3xH100", 5, "micro-batch 2, accumulation 1 for batches of 5, filled up with 1 repeat that does not count"),
-        ("1xH100", 4, "micro-batch 2, accumulation 2 for batches of 4"),
+        ("8xH200", 60, "micro-batch 3, accumulation 3 for batches of 60, filled up with 12 repeats that do not count"),
+        ("3xH200", 5, "micro-batch 2, accumulation 1 for batches of 5, filled up with 1 repeat that does not count"),
+        ("1xH200", 4, "micro-batch 2, accumulation 2 for batches of 4"),
     ],
 )
 def test_batches_that_workers_cannot_share_evenly_are_filled_up(
@@ -137,7 +141,7 @@ def test_batches_that_workers_cannot_share_evenly_are_filled_up(
 
 def test_a_forecast_for_programs(lora: Forecast) -> None:
     values = json.loads(json.dumps(as_json(lora)))
-    assert values["plan"] == {"steps": 1000, "stage": 0, "micro_batch": 2, "accumulation": 4}
+    assert values["plan"] == {"stage": 0, "micro_batch": 1, "accumulation": 8}
     row = values["rows"][0]["need"]
     assert row["total"] == sum(value for name, value in row.items() if name not in ("total", "host"))
 
@@ -147,8 +151,10 @@ def test_clusters() -> None:
     assert parse_cluster("4xRTX 4090") == Hardware(1, 4, "RTX 4090", 23.5 * GIB)
     assert parse_cluster("2x4x48GiB") == Hardware(2, 4, "48GiB", 48 * GIB)
     assert parse_cluster("H200").workers == 1
-    for wrong in ("8x8xTPU", "0xH100", "", "8", "8x8x8xH100", "x.xGiB"):
-        with pytest.raises(UserError, match=f"^--cluster {wrong}: expected NODESxGPUSxKIND, such as 8x8xH100, where"):
+    for wrong in ("8x8xTPU", "0xH100", "", "8", "8x8x8xH100", "x.xGiB", "fooGiB", "8xGiB", "8x1.2.3GiB", ".GiB",
+                  "infGiB", "nanGiB", "0GiB", "-5GiB"):  # fmt: skip
+        expected = f"^--cluster {re.escape(wrong)}: expected NODESxGPUSxKIND, such as 8x8xH100, where"
+        with pytest.raises(UserError, match=expected):
             parse_cluster(wrong)
 
 

@@ -68,7 +68,7 @@ def run(folder: Path, stage: int, tuner: dict[str, Any]) -> tuple[list[float], l
     last = steps(engine, 2, 4)
     moved = {name for name, value in engine.weights().items() if not torch.equal(value, before[name])}
     again = fresh()
-    again.load_state(states[0])
+    again.load_state(states[0].steps, states[0].tensors.items())
     return first + last, steps(again, 2, 4), moved
 
 

@@ -35,7 +35,7 @@ def run(folder: str, stage: int, start: int, stop: int, settings: dict[str, Any]
     if start:
         saved = checkpoint.load(store, checkpoint.step_key("checkpoints", start), {"toy": engine.shapes})
         assert saved.step == start
-        engine.load_state(saved.states["toy"])
+        engine.load_state(saved.steps("toy"), saved.tensors("toy"))
 
     def save(step: int) -> None:
         states = {"toy": engine.state()}
@@ -111,7 +111,7 @@ def run_dry(*arguments: Any) -> Outcome:
 
 def round_trip(state: State, stage: int) -> State:
     engine = make_engine(Toy(), make_train(ema=0.8), stage)
-    engine.load_state(state)
+    engine.load_state(state.steps, state.tensors.items())
     assert engine.steps == state.steps
     return engine.state()
 
@@ -199,7 +199,7 @@ def eight_bit(stage: int, resume: bool) -> Outcome:
             box = [engine.state()]
             dist.broadcast_object_list(box, src=0)
             engine = build()
-            engine.load_state(box[0])
+            engine.load_state(box[0].steps, box[0].tensors.items())
         batch.tensors["target"] = batch.tensors["target"].mean(1, keepdim=True)
         loss = engine(batch).total
         engine.backward(loss)

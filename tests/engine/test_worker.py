@@ -106,7 +106,7 @@ def export_to(folder: Path, job: Job, disk: Path) -> str:
     )  # fmt: skip
     tempfile.tempdir = str(disk)
     try:
-        finish(job, recipe, trainee, {"denoiser": engine}, {})
+        finish(job, recipe, trainee, {"denoiser": engine}, {}, torch.device("cpu"))
     except UserError as error:
         return str(error)
     finally:

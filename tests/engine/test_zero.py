@@ -39,7 +39,7 @@ def run(stage: int, zero: dict[str, Any]) -> tuple[Any, Any, float, dict[str, Te
     with engine.evaluating():
         judged = engine(batch).total.item()
     again = fresh()
-    again.load_state(states[0])
+    again.load_state(states[0].steps, states[0].tensors.items())
     assert go_on(again, 3, 6) == last
     weights, repeated = engine.weights(ema=True), again.weights(ema=True)
     assert all(torch.equal(value, repeated[name]) for name, value in weights.items())
@@ -82,7 +82,7 @@ def run_wide(zero: dict[str, Any]) -> tuple[list[tuple[float, float]], dict[str,
     last = steps(engine, 2, 4)
     again = fresh()
     steps(again, 0, 1)  # has gathered other weights, and kept them
-    again.load_state(states[0])
+    again.load_state(states[0].steps, states[0].tensors.items())
     assert steps(again, 2, 4) == last
     return first + last, again.weights(ema=True)
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gtl.builtin import make
 from gtl.config import load_recipe
@@ -56,14 +58,17 @@ def test_the_demo_in_short(ray_cluster: None, tmp_path: Path) -> None:
     # Interrupted while it drew: what is done stays, what is missing or was cut off is done.
     picture = tmp_path / "pictures" / "concept" / "concept" / "0001.png"
     cut, other = picture.with_name("0000.png"), picture.with_name("0002.png")
-    before, whole, kept = picture.read_bytes(), cut.read_bytes(), other.stat().st_mtime_ns
+    before, kept = [np.asarray(Image.open(file)) for file in (picture, cut)], other.stat().st_mtime_ns
     picture.unlink()
-    cut.write_bytes(whole[:100])
+    cut.write_bytes(cut.read_bytes()[:100])
     outcome.page.unlink()
     phases.clear()
     again = demo(tmp_path, SHORT, 3, lambda phase, done, total, detail="": phases.append(phase))
     assert "train" not in phases and "workers" not in phases
-    assert (picture.read_bytes(), cut.read_bytes(), other.stat().st_mtime_ns) == (before, whole, kept)
+    assert other.stat().st_mtime_ns == kept
+    for file, drawn in zip((picture, cut), before, strict=True):
+        # In a batch of two instead of three: sums are rounded in another order.
+        assert np.abs(np.asarray(Image.open(file)).astype(int) - drawn).max() <= 1
     assert again.scores == outcome.scores and again.page.is_file()
     assert read_recipe(picture)["model"] == MODEL
     # As many steps as both adapters together, whatever --set says.

@@ -18,7 +18,7 @@ from gtl.config.names import Reference
 from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.board import Board
-from gtl.train.launch import choose_resources, describe, follow, train_once
+from gtl.train.launch import Resources, choose_resources, describe, follow, train_once
 from gtl.train.resume import go_on, pin_init, unfinished, was_of
 from gtl.types import UserError
 from tests.tiny import make_sd
@@ -64,7 +64,8 @@ def test_a_run_is_started_once_and_gone_on_with_by_its_own_version(
     train_once(mine, "run")
     assert unfinished(runs) == "v2"
     # Another model at the same place: what was trained on the old one is no part of the new one.
-    runs.write("v1/checkpoints/00000005/manifest.json", json.dumps({"schema": 1, "base": "0" * 64}).encode())
+    manifest = {"schema": 1, "step": 5, "players": {}, "files": {}, "base": "0" * 64}
+    runs.write("v1/checkpoints/00000005/manifest.json", json.dumps(manifest).encode())
     train_once(mine, "run")
     assert asked == [False, "v1", False]
     assert unfinished(runs) == "v1", "a later start that failed has nothing to go on with"
@@ -87,6 +88,29 @@ def test_a_resumed_run_starts_from_what_it_was_started_from(tmp_path: Path, init
     assert not was_of(runs, "r1", other, "f" * 64)
     with pytest.raises(UserError, match=r"other values of tuner\.init; put them back"):
         go_on(runs, "r1", other)
+
+
+@pytest.mark.parametrize("stopping", [None, {"patience": 3}])
+def test_when_a_run_looks_may_change_unless_looks_decide_what_it_publishes(tmp_path: Path, stopping: Any) -> None:
+    values = make_recipe(tmp_path).model_dump(mode="json")
+    values["data"]["validation"], values["train"]["early_stopping"] = 0.2, stopping
+    recipe, runs = parse_recipe(values), Store(tmp_path / "runs")
+    runs.write("r1/recipe.yaml", dump_recipe(recipe).encode())
+    values["evaluate"] |= {"every": recipe.evaluate.every + 1, "steps": recipe.evaluate.steps + 1}
+    if stopping is None:
+        assert go_on(runs, "r1", parse_recipe(values)) == parse_recipe(values)
+        return
+    message = r"other values of evaluate\.every; put them back \(evaluate\.steps may differ\)"
+    with pytest.raises(UserError, match=message):
+        go_on(runs, "r1", parse_recipe(values))
+
+
+@pytest.mark.parametrize(("data", "said"), [(b"model: [", "not valid YAML"), (b"\xff", "not text in UTF-8")])
+def test_a_damaged_recipe_of_a_run_is_one_line(tmp_path: Path, data: bytes, said: str) -> None:
+    runs = Store(tmp_path / "runs")
+    runs.write("r1/recipe.yaml", data)
+    with pytest.raises(UserError, match=f"^recipe {tmp_path}/runs/r1/recipe.yaml: {said}"):
+        go_on(runs, "r1", make_recipe(tmp_path))
 
 
 def test_what_comes_last_is_passed_on() -> None:
@@ -118,6 +142,8 @@ def test_workers_are_as_many_as_asked_or_a_range(tmp_path: Path, workers: Any, g
 def test_the_fewest_workers_have_to_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^train\.workers: 3 workers with 1 GPU each need 3 GPUs"):
         choose_resources(make_recipe(tmp_path, workers=[3, 8]), Cluster(cpus=8, gpus=2))
+    with pytest.raises(UserError, match=r"^train\.workers: 1 workers with 1 GPU each need 1 GPUs; the cluster has 0 "):
+        choose_resources(make_recipe(tmp_path, workers="auto", gpus_per_worker=1), Cluster(cpus=8, gpus=0))
 
 
 @pytest.mark.parametrize("workers", [3, [2, 4]])
@@ -139,8 +165,16 @@ def test_a_wrong_range_of_workers_is_one_line(tmp_path: Path, workers: list[int]
 
 
 def test_what_becomes_of_a_batch_is_said() -> None:
-    assert describe(2, 8) == "2"
-    assert describe((1, 2), 8) == "1 to 2"
-    assert describe((1, 4), 7) == "1 to 4, whose batches of 7 are filled up with up to 2 repeats that do not count"
-    assert describe(3, 4) == "3, whose batches of 4 are filled up with 2 repeats that do not count"
-    assert describe(3, 8) == "3, whose batches of 8 are filled up with 1 repeat that does not count"
+    def say(workers: int | tuple[int, int], batch_size: int, gpus: int = 0, **train: Any) -> str:
+        values = {"model": {"source": "a/b"}, "data": {"source": "c"}, "train": {"batch_size": batch_size, **train}}
+        return describe(parse_recipe(values), Resources(workers, gpus, 1, "fp32"))
+
+    assert say(2, 8) == "2"
+    assert say((1, 2), 8) == "1 to 2"
+    assert say((1, 4), 7) == "1 to 4, whose batches of 7 are filled up with up to 2 repeats that do not count"
+    assert say(3, 4) == "3, whose batches of 4 are filled up with 2 repeats that do not count"
+    assert say(3, 8) == "3, whose batches of 8 are filled up with 1 repeat that does not count"
+    # 11 for each, in 3 passes of 4
+    assert say(3, 32, micro_batch=4) == "3, whose batches of 32 are filled up with 4 repeats that do not count"
+    assert say(3, 32, 1, micro_batch=4) == "3, whose batches of 32 are filled up with 4 repeats that do not count"
+    assert say(3, 32, 1) == "3, whose batches of 32 are filled up with at least 1 repeat that does not count"
