@@ -271,6 +271,18 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bits_though_a_worker_is_killed
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.soak
+def test_sigterm_to_the_command_saves_and_stops(place: Path) -> None:
+    running = start(place, make_recipe(place, steps=LONG, checkpoints={"every": 1000}), "--name", "ended")
+    wait_for_rows(place, "ended", 3, running)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate()
+    assert running.returncode == 130, err
+    assert err.splitlines()[-1].endswith("stopped and saved before its last step; --resume goes on")
+    (manifest,) = (place / "runs" / "ended").glob("*/checkpoints/*/manifest.json")
+    assert 3 <= json.loads(manifest.read_text())["step"] < LONG
+
+
 def test_resume_refuses_another_recipe(place: Path) -> None:
     from gtl.storage import Store
     from gtl.train.resume import go_on
