@@ -20,7 +20,7 @@ from tests.tiny import make_sd, write_pictures
 
 pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 360
 BATCH = 48
 LONG_S = 1800
 IMPATIENT = "import gtl.train.launch as launch; launch.GROW_S = 5; from gtl.cli import main; main()"
