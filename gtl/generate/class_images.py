@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gtl.config.objectives import PriorPreservation
 from gtl.storage import Store
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from gtl.families.base import DiffusionFamily
+    from gtl.generate.engine import Request
 
 
 FOLDER = "class_images"
@@ -34,23 +35,17 @@ def class_images(
 ) -> Store:
     """The folder in the cache with `prior.images` pictures of the prior's prompt; draws those that are missing.
 
-    The folder's name is a hash of all that decides the pictures: runs with the same prior share them, and a run goes on
-    where another was cut off. Two runs at once write the same files, each of them whole.
+    A run goes on where another was cut off. Two runs at once write the same files, each of them whole.
 
     Raises:
         UserError: the prior's settings or the model's files are wrong, or the cache cannot be written.
     """
-    from gtl.generate.engine import Request
     from gtl.generate.images import generate
     from gtl.images import save_png
 
-    height, width = family.default_size
-    first = Request(prior.prompt, height, width, steps=prior.steps, guidance=prior.guidance)
-    recipe = {**dataclasses.asdict(first), "model": family.fingerprint(), "dtype": str(dtype).removeprefix("torch.")}
-    identity = json.dumps({**recipe, "images": prior.images}, sort_keys=True)
-    folder = cache.sub(f"{FOLDER}/{hashlib.sha256(identity.encode()).hexdigest()[:32]}")
-    there = {key for key, _, _ in folder.list()}
-    missing = [i for i in range(prior.images) if file_name(i) not in there]
+    folder = class_folder(family, prior, cache, dtype)
+    first, recipe = plan(family, prior, dtype)
+    missing = missing_images(folder, prior)
     requests = [dataclasses.replace(first, seed=i) for i in missing]
     with tempfile.TemporaryDirectory() as scratch:
         for position, image in generate(family, requests, device=device, dtype=dtype, progress=progress):
@@ -59,6 +54,29 @@ def class_images(
             folder.upload(file, file.name)
             file.unlink()
     return folder
+
+
+def plan(family: DiffusionFamily, prior: PriorPreservation, dtype: torch.dtype) -> tuple[Request, dict[str, Any]]:
+    """The first picture, and all that decides what pictures of this prior show."""
+    from gtl.generate.engine import Request
+
+    height, width = family.default_size
+    first = Request(prior.prompt, height, width, steps=prior.steps, guidance=prior.guidance)
+    name = str(dtype).removeprefix("torch.")
+    return first, {**dataclasses.asdict(first), "model": family.fingerprint(), "dtype": name}
+
+
+def class_folder(family: DiffusionFamily, prior: PriorPreservation, cache: Store, dtype: torch.dtype) -> Store:
+    """Where they belong: named after a hash of all that decides them, so that runs with the same prior share them."""
+    _, recipe = plan(family, prior, dtype)
+    identity = json.dumps({**recipe, "images": prior.images}, sort_keys=True)
+    return cache.sub(f"{FOLDER}/{hashlib.sha256(identity.encode()).hexdigest()[:32]}")
+
+
+def missing_images(folder: Store, prior: PriorPreservation) -> list[int]:
+    """Seeds of those that have not been drawn."""
+    there = {key for key, _, _ in folder.list()}
+    return [i for i in range(prior.images) if file_name(i) not in there]
 
 
 def file_name(seed: int) -> str:

@@ -73,14 +73,6 @@ class Checkpoint:
                 yield name, found.pop(name)
         yield from found.items()
 
-    def state(self, player: str) -> State:
-        """All of one player at once.
-
-        Raises:
-            UserError: a file is missing, cut off or changed.
-        """
-        return State(self.steps(player), dict(self.tensors(player)))
-
 
 def step_key(prefix: str, step: int) -> str:
     """Where the checkpoint after `step` optimizer steps belongs; keys sort by step."""

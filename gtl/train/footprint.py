@@ -28,8 +28,7 @@ CUDA_FP32 = {
     "layer_norm", "group_norm", "rms_norm", "interpolate", "softmax", "log_softmax", "pow", "__pow__", "__rpow__",
     "exp", "log", "reciprocal", "rsqrt", "softplus", "mse_loss",
 }  # fmt: skip
-"""Of AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE in torch's ATen/autocast_mode.h what models use; none of it is on
-the list of the CPU."""
+"""Of AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE in torch's ATen/autocast_mode.h what models use."""
 CAPTION = "photo " * 2048
 """More than any text encoder reads."""
 

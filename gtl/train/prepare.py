@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gtl.config import Recipe
@@ -45,8 +46,7 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
     extra = None
     if prior is not None:
         check_sources(recipe.data)
-        check()
-        extra = (draw_on_cluster(family, prior, cache, dtype, gpus, progress), prior.prompt, prior.weight)
+        extra = (draw_on_cluster(family, prior, cache, dtype, gpus, check, progress), prior.prompt, prior.weight)
     shown = recipe.evaluate
     prompts = [family.negative_text(shown.negative_prompt)]
     if isinstance(shown.prompts, list):
@@ -58,11 +58,19 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
 
 
 def draw_on_cluster(
-    family: DiffusionFamily, prior: PriorPreservation, cache: str, dtype: str, gpus: int, progress: Progress
-) -> str:
-    """Draw the class images where the GPUs are; the folder's URL."""
+    family: DiffusionFamily, prior: PriorPreservation, cache: str, dtype: str, gpus: int, check: Callable[[], None],
+    progress: Progress,
+) -> str:  # fmt: skip
+    """Draw the class images that are missing where the GPUs are, after a check; the folder's URL."""
     import ray
+    import torch
 
+    from gtl.generate.class_images import class_folder, missing_images
+
+    folder = class_folder(family, prior, Store(cache), getattr(torch, DTYPES[dtype]))
+    if not missing_images(folder, prior):
+        return folder.url()
+    check()
     board = make_board()
     task = ray.remote(num_cpus=1, num_gpus=gpus)(draw).remote(family, prior, cache, dtype, board)
     ended = False

@@ -93,11 +93,7 @@ def go_on(runs: Store, version: str, recipe: Recipe, progress: Progress = quiet)
     old = load_recipe(runs.url(f"{version}/recipe.yaml"))
     recipe = pin_init(recipe, old.tuner.init)
     changed = sorted(differing(old.model_dump(mode="json"), recipe.model_dump(mode="json")))
-    # Early stopping counts looks, and publishes what was best at one of them.
-    harmless_here = HARMLESS if recipe.train.early_stopping is None else HARMLESS - {"evaluate"} | {
-        f"evaluate.{name}" for name in type(recipe.evaluate).model_fields if name != "every"
-    }  # fmt: skip
-    harmful = [key for key in changed if not any(key == h or key.startswith(h + ".") for h in harmless_here)]
+    harmful = [key for key in changed if not is_harmless(key, recipe)]
     harmless = ", ".join(key for key in changed if key not in harmful)
     if harmful:
         beside = f" ({harmless} may differ)" if harmless else ""
@@ -108,6 +104,13 @@ def go_on(runs: Store, version: str, recipe: Recipe, progress: Progress = quiet)
     if harmless:
         progress("resume", 0, 0, f"with other values of {harmless}, which change nothing that is learned")
     return recipe
+
+
+def is_harmless(key: str, recipe: Recipe) -> bool:
+    """Whether a key may change without changing what is learned."""
+    if key == "evaluate.every" and recipe.train.early_stopping is not None:
+        return False  # which counts looks, and publishes what was best at one of them
+    return any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
 
 
 def check_unchanged(job: Job) -> None:

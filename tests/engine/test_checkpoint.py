@@ -51,9 +51,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     store = Store(tmp_path)
     key = put(store, 2, recipe="abc", world_size=2, stage=3)
     loaded = load(store, key, SHAPES)
-    assert (loaded.step, loaded.state("denoiser").steps) == (2, 2)
+    assert (loaded.step, loaded.steps("denoiser")) == (2, 2)
     expected = make_state(2).tensors
-    tensors = loaded.state("denoiser").tensors
+    tensors = dict(loaded.tensors("denoiser"))
     assert tensors.keys() == expected.keys()
     for name, kinds in expected.items():
         assert tensors[name].keys() == kinds.keys()
@@ -75,7 +75,10 @@ def test_large_states_are_cut_into_files(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / key).glob("*.safetensors"))
     assert files == [f"denoiser-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert set(load_file(tmp_path / key / files[0])) == {"weight/a.weight", "exp_avg/a.weight"}
-    for name, kinds in load(store, key, SHAPES).state("denoiser").tensors.items():
+    found = dict(load(store, key, SHAPES).tensors("denoiser"))
+    assert found.keys() == make_state().tensors.keys()
+    for name, kinds in found.items():
+        assert kinds.keys() == make_state().tensors[name].keys()
         assert all(torch.equal(value, make_state().tensors[name][kind]) for kind, value in kinds.items())
 
 
@@ -98,7 +101,7 @@ def test_a_crash_before_the_manifest_leaves_the_previous_checkpoint(
     assert (tmp_path / "checkpoints/00000200/denoiser.safetensors").exists()
     assert latest(store, "checkpoints") == before
     with pytest.raises(UserError, match="00000200/manifest.json: not found; a checkpoint without its manifest"):
-        load(store, step_key("checkpoints", 200), SHAPES).state("denoiser")
+        dict(load(store, step_key("checkpoints", 200), SHAPES).tensors("denoiser"))
     assert put(store, 200) == latest(store, "checkpoints")  # the run comes by again
 
 
@@ -144,7 +147,7 @@ def test_damage_is_named(tmp_path: Path, damage: object, message: str) -> None:
     key = put(Store(tmp_path), 2)
     damage(tmp_path / key / "denoiser.safetensors")  # type: ignore[operator]
     with pytest.raises(UserError, match=message) as error:
-        load(Store(tmp_path), key, SHAPES).state("denoiser")
+        dict(load(Store(tmp_path), key, SHAPES).tensors("denoiser"))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -161,7 +164,7 @@ def test_damage_is_named(tmp_path: Path, damage: object, message: str) -> None:
 def test_another_model_is_refused(tmp_path: Path, shapes: dict[str, Shapes], message: str) -> None:
     key = put(Store(tmp_path), 2)
     with pytest.raises(UserError, match=message):
-        load(Store(tmp_path), key, shapes).state("denoiser")
+        dict(load(Store(tmp_path), key, shapes).tensors("denoiser"))
 
 
 def save_with_a_large_base(folder: str, stage: int) -> dict[str, tuple[int, ...]]:

@@ -136,7 +136,7 @@ def test_a_store_out_of_reach_is_not_taken_for_a_damaged_checkpoint(
     key = put(store, 2)
     proxy.faults = [Fault(kind, "GET", part)]
     with pytest.raises(UserError) as caught:
-        load(store, key, SHAPES).state("denoiser")
+        dict(load(store, key, SHAPES).tensors("denoiser"))
     assert str(caught.value).startswith(f"{store.url(key)}/{part}: {UNREACHABLE}")
     proxy.faults = []
     check(store, key, 2)
@@ -209,7 +209,7 @@ def test_a_store_that_never_answers_is_given_up(
         if verb == "save":
             put(store, 4)
         elif verb == "load":
-            load(store, key, SHAPES).state("denoiser")
+            dict(load(store, key, SHAPES).tensors("denoiser"))
         elif verb == "latest":
             latest(store, CHECKPOINTS)
         elif verb == "create":

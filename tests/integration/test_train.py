@@ -228,6 +228,20 @@ def wait_for_rows(place: Path, name: str, number: int, command: "subprocess.Pope
         time.sleep(0.05)
 
 
+def stop(place: Path, recipe: Recipe, name: str, by: signal.Signals) -> dict[str, Any]:
+    """Send a signal to the command after a few steps of a run: it saves and stops. The checkpoint's manifest."""
+    command = start(place, recipe, "--name", name)
+    wait_for_rows(place, name, 3, command)
+    command.send_signal(by)
+    _, err = command.communicate()
+    assert command.returncode == 130, err
+    assert err.splitlines()[-1].endswith("stopped and saved before its last step; --resume goes on")
+    (manifest,) = (place / "runs" / name).glob("*/checkpoints/*/manifest.json")
+    saved: dict[str, Any] = json.loads(manifest.read_text())
+    assert 3 <= saved["step"] < LONG
+    return saved
+
+
 def kill_a_worker() -> None:
     """SIGKILL one of the training processes of this machine's Ray."""
     (*_, pid) = (
@@ -248,15 +262,7 @@ def read(file: Path) -> bytes:
 def test_ctrl_c_saves_and_resume_ends_in_the_same_bits_though_a_worker_is_killed(
     place: Path, straight: Recipe
 ) -> None:
-    stopped = start(place, straight, "--name", "stopped")
-    wait_for_rows(place, "stopped", 3, stopped)
-    stopped.send_signal(signal.SIGINT)
-    _, err = stopped.communicate()
-    assert stopped.returncode == 130, err
-    assert err.splitlines()[-1].endswith("stopped and saved before its last step; --resume goes on")
-    (manifest,) = (place / "runs" / "stopped").glob("*/checkpoints/*/manifest.json")
-    saved = json.loads(manifest.read_text())
-    assert 3 <= saved["step"] < LONG
+    saved = stop(place, straight, "stopped", signal.SIGINT)
     resumed = start(place, straight, "--name", "stopped", "--resume")
     wait_for_rows(place, "stopped", saved["step"] + 5, resumed)
     kill_a_worker()
@@ -272,15 +278,8 @@ def test_ctrl_c_saves_and_resume_ends_in_the_same_bits_though_a_worker_is_killed
 
 
 @pytest.mark.soak
-def test_sigterm_to_the_command_saves_and_stops(place: Path) -> None:
-    running = start(place, make_recipe(place, steps=LONG, checkpoints={"every": 1000}), "--name", "ended")
-    wait_for_rows(place, "ended", 3, running)
-    running.send_signal(signal.SIGTERM)
-    _, err = running.communicate()
-    assert running.returncode == 130, err
-    assert err.splitlines()[-1].endswith("stopped and saved before its last step; --resume goes on")
-    (manifest,) = (place / "runs" / "ended").glob("*/checkpoints/*/manifest.json")
-    assert 3 <= json.loads(manifest.read_text())["step"] < LONG
+def test_sigterm_to_the_command_saves_and_stops(place: Path, straight: Recipe) -> None:
+    stop(place, straight, "ended", signal.SIGTERM)
 
 
 def test_resume_refuses_another_recipe(place: Path) -> None:
