@@ -15,7 +15,7 @@ demo: $(INSTALLED)  ## transfer learning on this machine, with pictures and numb
 	$(BIN)/gtl demo
 
 test: lint  ## set up, then style, types and every test but the long ones
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3
 
 soak: $(INSTALLED)  ## the long tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak

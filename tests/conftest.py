@@ -14,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 BUCKET = "gtl-tests"
-LONGEST = ("integration", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
+LONGEST = ("engine", "integration", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
 
 
 def free_port() -> int:
@@ -49,11 +49,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def turn_of(scope: str) -> int:
-    """The longest first, so that no process waits for another at the end; the groups of processes last.
+    """The longest first, so that no process waits for another at the end."""
+    return LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
 
-    Processes that wait for each other at every step make slow progress beside others that want the same cores.
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the engine's group of processes go first where all want the same cores.
+
+    They wait for each other at every step and leave half of what there is, but make slow progress if they have to
+    queue. It is the first scope of its process, so that this one too gives way when it is through with it.
     """
-    return LONGEST.index(scope) if scope in LONGEST else len(LONGEST) + (scope == "engine")
+    if hasattr(item.config, "workerinput") and scope_of(item.nodeid) != "engine" and os.nice(0) == 0:
+        os.nice(5)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -14,12 +15,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gtl.families.files import INDEX, components, hash_files, patterns, read_json, weight_files
 from gtl.families.loading import fill, parameters_on_meta, read_tensors, ties_of
 from gtl.families.targets import find_encoder_targets
-from gtl.imports import uncollected
+from gtl.imports import absent, uncollected
 from gtl.types import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Within it transformers shows no progress of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class DiffusersLayout:
@@ -157,8 +172,9 @@ class DiffusersLayout:
         for pattern in patterns(wanted, self.variant):
             for path in self.folder.glob(pattern):
                 self._copy(path.relative_to(self.folder).as_posix(), folder)
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)  # type: ignore[operator]
+        with absent("deepspeed"), without_bars():  # accelerate would import it, and it warns where there is no GPU
+            for name, part in parts.items():
+                part.save_pretrained(folder / name)  # type: ignore[operator]
         gone = [name for name in components(index) if not (folder / name).is_dir()]
         index |= {name: [None, None] for name in gone}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -97,8 +97,6 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
     if on_gpu and (encoder := recipe.data.gpus_per_encoder) > hardware.devices:
         raise UserError(f"data.gpus_per_encoder: {encoder}: no machine has more than {hardware.devices} GPUs")
     dtype = ("bf16" if on_gpu else "fp32") if model.dtype == "auto" else model.dtype
-    # PEFT imports accelerate, and that imports DeepSpeed, which would warn of a machine without a GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     progress("model", 0, 0, model.source)
     family = open_family(model.source, model.family, model.revision, model.variant, weights=False)
     footprint = measure(recipe, outline(recipe, dtype, family), "cuda" if on_gpu else "cpu")

@@ -112,9 +112,12 @@ def choose(recipe: Recipe, *, workers: int, steps_per_epoch: int, memory: Memory
     """Settle a recipe for a number of workers. `memory` is None on CPUs, where nothing is sharded unless asked for.
 
     Raises:
-        UserError: the model fits on no device, however it is sharded.
+        UserError: the model fits on no device, however it is sharded, or not with the fewest of elastic workers.
     """
     train = recipe.train
+    fewest = train.workers[0] if isinstance(train.workers, tuple) else workers
+    if fewest < workers:  # found when machines go, it would end a run that was to go on
+        settle_sizes(recipe, fewest, math.ceil(train.batch_size / fewest), memory)
     share = math.ceil(train.batch_size / workers)
     stage, micro_batch = settle_sizes(recipe, workers, share, memory)
     return TrainPlan(
@@ -151,11 +154,12 @@ def settle_sizes(recipe: Recipe, workers: int, share: int, memory: Memory | None
                 return stage, size
     if asked_stage != "auto":  # the user's own word, and an estimate is no reason to refuse it
         return asked_stage, sizes[-1]
-    least = needed(stages[-1], sizes[-1])
+    stage = min(stages, key=lambda stage: needed(stage, sizes[-1]).total)  # a single worker's is the first
+    least = needed(stage, sizes[-1])
     more = "" if recipe.train.activation_checkpointing else "train.activation_checkpointing: true, "
     more += "" if offload else "train.zero.offload: cpu, "
     raise UserError(
-        f"train.zero.stage: auto: at stage {stages[-1]} and micro-batch {sizes[-1]} each of {workers} workers needs "
+        f"train.zero.stage: auto: at stage {stage} and micro-batch {sizes[-1]} each of {workers} workers needs "
         f"{least.total / 2**30:.1f} GiB, of which activations are {least.activations / 2**30:.1f} GiB; "
         f"{memory.budget / 2**30:.1f} GiB of a device are for them; take {more}more workers or a smaller model"
     )

@@ -62,6 +62,9 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     )),
 }
 """Models under test: family, and what writes one."""
+FIRST = {family: model for model, (family, _) in reversed(MODELS.items())}
+VARIANTS = MODELS.keys() - FIRST.values()
+"""Those made another way than the first of their family: what costs seconds is asked of them once."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_full_tuning_is_sharded_and_says_what_would_make_it_fit(flux: Path) -> N
     values["train"] |= {"activation_checkpointing": False}
     found = forecast(parse_recipe(values), "1x48GiB")
     assert found.plan is None
-    assert found.problem.startswith("train.zero.stage: auto: at stage 3 and micro-batch 1 each of 1 workers needs ")
+    assert found.problem.startswith("train.zero.stage: auto: at stage 0 and micro-batch 1 each of 1 workers needs ")
     assert found.problem.endswith(
         "take train.activation_checkpointing: true, train.zero.offload: cpu, more workers or a smaller model"
     )

@@ -194,7 +194,7 @@ def test_class_images_are_drawn_once_and_learned_beside_the_subject(place: Path)
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(place: Path, small_disk: Path) -> None:
     from gtl.train.launch import train
 
-    values = make_recipe(place, workers=2, steps=40, checkpoints={"every": 1, "keep": 40}).model_dump(mode="json")
+    values = make_recipe(place, workers=1, steps=40, checkpoints={"every": 1, "keep": 40}).model_dump(mode="json")
     values["storage"]["runs"] = str(small_disk)
     values["tuner"]["rank"] = 16
     with pytest.raises(UserError, match=r"the disk is full") as caught:

@@ -111,6 +111,13 @@ def test_no_stage_fits() -> None:
     )
 
 
+def test_elastic_workers_fit_at_their_fewest_too() -> None:
+    memory = Memory(SIZES, 19 * GIB)
+    assert choose(recipe(workers=[4, 8]), workers=8, steps_per_epoch=1, memory=memory).stage == 1
+    with pytest.raises(UserError, match=r"at stage 0 and micro-batch 1 each of 1 workers needs 18\.5 GiB"):
+        choose(recipe(workers=[1, 8]), workers=8, steps_per_epoch=1, memory=memory)
+
+
 def test_offloading_begins_at_stage_1_and_takes_less_of_a_device() -> None:
     asked = recipe(zero={"offload": "cpu"})
     assert choose(asked, workers=4, steps_per_epoch=1).stage == 1
