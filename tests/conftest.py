@@ -14,6 +14,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 BUCKET = "gtl-tests"
+ALONE = ("test_interop", "test_wheel")
+"""Files among those of the cluster that do without it."""
 LONGEST = ("engine", "integration", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
 
 
@@ -55,12 +57,12 @@ def turn_of(scope: str) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let the engine's group of processes go first where all want the same cores.
+    """Let the two longest scopes go first where all want the same cores.
 
-    They wait for each other at every step and leave half of what there is, but make slow progress if they have to
-    queue. It is the first scope of its process, so that this one too gives way when it is through with it.
+    The engine's processes wait for each other at every step and leave half of what there is, but make slow progress if
+    they have to queue. Both scopes are the first of their process, so that this one too gives way when it is through.
     """
-    if hasattr(item.config, "workerinput") and scope_of(item.nodeid) != "engine" and os.nice(0) == 0:
+    if hasattr(item.config, "workerinput") and scope_of(item.nodeid) not in LONGEST[:2] and os.nice(0) == 0:
         os.nice(5)
 
 
@@ -77,7 +79,7 @@ def scope_of(nodeid: str) -> str:
     That is the cluster, a group of processes or the models of a file.
     """
     file = Path(nodeid.partition("::")[0])
-    return file.parent.name if file.parent.name in ("integration", "engine") else file.stem
+    return file.parent.name if file.parent.name in ("integration", "engine") and file.stem not in ALONE else file.stem
 
 
 def skip_without_gpu(items: list[pytest.Item]) -> None:
@@ -106,7 +108,7 @@ def ray_cluster() -> Iterator[None]:
 
     # address="local": never join a cluster that happens to run here. Logical CPUs, so that two workers and the
     # actors that feed them fit on a small machine.
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -44,6 +44,10 @@ GROW_S = 60.0
 """Between two looks for machines that came. To take them in costs a new start and the steps since the last checkpoint,
 so that several which come one by one are better taken in together."""
 
+STOP_S = 60.0
+"""That Ray Train may take to end a run with a mistake in it, which workers that it starts once more leave at once: to
+shut Ray down in the midst of a run can crash the process."""
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -208,6 +212,8 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
                 show(rows, progress)
                 services.log(rows)
                 if mistake := ray.get(board.mistake.remote()):
+                    progress("workers", 0, 0, "stopping")
+                    thread.join(STOP_S)
                     raise UserError(mistake)
             services.is_finished = job.run.exists(RESULT)
     if failures:

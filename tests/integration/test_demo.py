@@ -25,7 +25,7 @@ from gtl.session import Cluster
 from gtl.train.launch import Resources, choose_resources
 
 MODEL = "builtin:tiny"
-SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2", "train.workers=1"]
+SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2", "train.workers=1", "evaluate.steps=2"]
 
 
 @pytest.mark.parametrize("number", [40, pytest.param(400, marks=pytest.mark.soak)])

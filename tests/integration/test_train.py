@@ -442,7 +442,7 @@ def test_a_flow_matching_transformer_learns_at_stage_3_and_is_drawn(
         ({"data": {"source": "/nowhere", "resolution": 64}}, "data.source: /nowhere"),
         ({"tuner": {"type": "lora", "targets": ["to_z"]}}, "tuner.targets: "),
         ({"train": {"workers": 2, "gpus_per_worker": 1}}, "train.workers: 2 workers with 1 GPU each need 2 GPUs"),
-        ({"train": {"workers": 99}}, "train.workers: 99 workers with 1 CPUs each need 99 CPUs; the cluster has 4"),
+        ({"train": {"workers": 99}}, "train.workers: 99 workers with 1 CPUs each need 99 CPUs; the cluster has 3"),
         ({"storage": {"cache": "s3://no-such-bucket/cache"}}, "s3://no-such-bucket"),
         ({"storage": {"registry": "s3://no-such-bucket/registry"}}, "s3://no-such-bucket/registry/mistake"),
     ],
