@@ -45,7 +45,7 @@ def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
     """
     image = _open(data, max_pixels)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except BrokenImage:
         raise
     except Exception as error:  # damaged files make decoders raise nearly anything
@@ -86,7 +86,12 @@ def _open(data: bytes | str | os.PathLike[str], max_pixels: int) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a picture in any mode, transparency on white.
+
+    Raises:
+        BrokenImage: its values have no defined range.
+    """
     if image.mode == "F":
         raise BrokenImage("floating-point pixels, whose range is not defined; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):

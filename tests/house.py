@@ -10,6 +10,7 @@ ROOMS = {
     "gtl/__main__.py": 10,
     "gtl/cli": 10,
     "gtl/builtin.py": 9,
+    "gtl/builtin_backbone.py": 9,
     "gtl/demo.py": 9,
     "gtl/doctor.py": 9,
     "gtl/bench": 9,
@@ -48,7 +49,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("gtl/train/engine.py", "gtl/train/place.py"),
     "safetensors": (
         "gtl/adapters", "gtl/families/loading.py", "gtl/data/cache.py", "gtl/train/checkpoint.py",
-        "gtl/bench/models.py",
+        "gtl/bench/models.py", "gtl/backbones",
     ),
     "filelock": ("gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
