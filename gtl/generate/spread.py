@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl import __version__
+from gtl.families.source import resolve
 from gtl.session import get
 from gtl.types import DTYPES, Progress, UserError, quiet
 
@@ -104,8 +105,8 @@ def spread(
 
     Args:
         orders: What to draw; nothing of it is checked before it is drawn.
-        workers: Processes with one GPU each, or on a cluster without GPUs one CPU; None: as many as are free and have
-            something to do. Those that find no room yet join when they do.
+        workers: Processes with one GPU each, or on a cluster without GPUs one CPU; None: as many as are free, have
+            something to do and, on CPUs, fit into the memory. Those that find no room yet join when they do.
         max_batch: Pictures of a step at most.
         progress: Is called as it goes on.
 
@@ -115,7 +116,7 @@ def spread(
     """
     if not orders:
         return
-    number, gpus = choose_number(workers, len(orders), max_batch)
+    number, gpus = choose_number(workers, orders, max_batch)
     show, done = progress or quiet, 0
     with closing(Crew(cut(orders, number, max_batch), number, gpus, max_batch)) as crew:
         show("draw", done, len(orders), crew.state)
@@ -128,7 +129,7 @@ def spread(
                 show("draw", done, len(orders), crew.state)
 
 
-def choose_number(workers: int | None, pictures: int, max_batch: int) -> tuple[int, int]:
+def choose_number(workers: int | None, orders: Sequence[Order], max_batch: int) -> tuple[int, int]:
     """How many workers, and how many GPUs each of them has: 0 or 1.
 
     Raises:
@@ -136,14 +137,23 @@ def choose_number(workers: int | None, pictures: int, max_batch: int) -> tuple[i
     """
     import ray
 
-    there = ray.cluster_resources()
+    there, free = ray.cluster_resources(), ray.available_resources()
     kind = "GPU" if there.get("GPU") else "CPU"
     if workers is None:
-        free = int(ray.available_resources().get(kind, 0))
-        return max(1, min(free, math.ceil(pictures / max_batch))), int(kind == "GPU")
+        places = min(int(free.get(kind, 0)), math.ceil(len(orders) / max_batch))
+        if kind == "CPU":  # where there may be many more than models fit into the memory
+            largest = max(size_of(model) for model in {order.model for order in orders})
+            places = min(places, int(free.get("memory", 0) // largest))
+        return max(1, places), int(kind == "GPU")
     if workers > there.get(kind, 0):
         raise UserError(f"--workers: {workers}: each takes one {kind}; the cluster has {there.get(kind, 0):g}")
-    return min(workers, pictures), int(kind == "GPU")
+    return min(workers, len(orders)), int(kind == "GPU")
+
+
+def size_of(model: Model) -> int:
+    """About the bytes that drawing with a model takes on a CPU: those of its files, and as many for all else."""
+    folder = resolve(*model.origin)
+    return 2 * sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def cut(orders: Sequence[Order], workers: int, max_batch: int) -> list[Batch]:

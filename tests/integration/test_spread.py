@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -16,10 +20,13 @@ from gtl.families import open_family
 from gtl.generate.command import run
 from gtl.generate.engine import Request
 from gtl.generate.spread import Model, Order, Origin, Published, spread
+from gtl.images import read_recipe
 from gtl.types import UserError
 from tests.loras import load_unet, random_lora
 from tests.tiny import make_sd
 
+ROOT = Path(__file__).resolve().parents[2]
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 REQUEST = Request("a photo of a dog", 64, 64, steps=2)
 
 
@@ -82,3 +89,70 @@ def test_a_mistake_on_a_worker_is_one_line(ray_cluster: None, place: Path) -> No
 def test_more_workers_than_there_is_room_for_are_refused(ray_cluster: None, place: Path) -> None:
     with pytest.raises(UserError, match=r"^--workers: 5: each takes one CPU; the cluster has 4$"):
         next(spread([make_order(place)] * 9, workers=5))
+
+
+def test_pictures_that_every_worker_dies_over_end_it_in_one_line(ray_cluster: None, place: Path) -> None:
+    killed: list[int] = []
+
+    def kill(phase: str, done: int, total: int, detail: str = "") -> None:
+        if detail == "1 of 1 workers":
+            new = [number for number in painters() if number not in killed]
+            killed.extend(new)
+            for number in new:
+                os.kill(number, signal.SIGKILL)
+
+    with pytest.raises(UserError) as error, closing(spread([make_order(place)] * 2, workers=1, progress=kill)) as drawn:
+        next(drawn)
+    assert str(error.value).startswith(
+        "3 workers died over pictures like 'a photo of a dog' (64x64): The actor is dead"
+    )
+    assert "\n" not in str(error.value)
+    assert len(killed) == 3
+
+
+def start(place: Path, out: Path, address: str, count: int) -> subprocess.Popen[str]:
+    """The command, with two workers."""
+    words = ["generate", "--model", str(place / "model"), "--prompt", "a dog", "--count", str(count), "--out", str(out)]
+    command = [sys.executable, "-c", "from gtl.cli import main; main()", *words, "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(what: Callable[[], bool], command: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not what():
+        assert command.poll() is None and time.monotonic() < deadline, command.communicate()[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.soak
+def test_a_machine_that_is_lost_costs_no_picture_though_there_is_no_other(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the raylets, and so of their workers
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        node = cluster.add_node(**NODE)
+        command = start(place, tmp_path, cluster.address, 160)
+        wait_for(lambda: len(list(tmp_path.glob("*.png"))) >= 16, command)
+        cluster.remove_node(node, allow_graceful=False)
+        _, errors = command.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert command.returncode == 0, errors
+    assert len(list(tmp_path.glob("0*.png"))) == 160
+
+
+@pytest.mark.soak
+def test_ctrl_c_ends_it_and_leaves_whole_pictures_and_nothing_that_runs(place: Path, tmp_path: Path) -> None:
+    command = start(place, tmp_path, "local", 2000)
+    wait_for(lambda: len(list(tmp_path.glob("*.png"))) >= 4, command)
+    os.killpg(command.pid, signal.SIGINT)
+    _, errors = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert "Traceback" not in errors
+    for file in tmp_path.glob("*.png"):
+        assert read_recipe(file)["prompt"] == "a dog"
+    assert subprocess.run(["pgrep", "--session", str(command.pid)], capture_output=True, text=True).stdout == ""
