@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,12 +118,24 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> None:
     """Write a PNG with the recipe that drew it as a text chunk; whole or not at all."""
+    write_png(encode_png(image, recipe), path)
+
+
+def encode_png(image: Image.Image, recipe: Mapping[str, Any]) -> bytes:
+    """The bytes of a PNG with the recipe that drew it as a text chunk."""
     info = PngInfo()
     info.add_itxt(_RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
+    sink = io.BytesIO()
+    image.save(sink, "PNG", pnginfo=info)
+    return sink.getvalue()
+
+
+def write_png(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Write what `encode_png` made; whole or not at all."""
     with replacing(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)
+        temporary.write_bytes(data)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

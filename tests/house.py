@@ -41,7 +41,10 @@ ROOMS = {
 CLOSED = {("serve", "gtl/data"), ("serve", "gtl/tuners"), ("serve", "gtl/objectives")}
 """(room, room): what the floors would allow and is not."""
 
-RAY = ("gtl/session.py", "gtl/data", "gtl/train", "gtl/evaluate", "gtl/search", "gtl/jobs", "serve")
+RAY = (
+    "gtl/session.py", "gtl/data", "gtl/generate/spread.py", "gtl/train", "gtl/evaluate", "gtl/search", "gtl/jobs",
+    "serve",
+)  # fmt: skip
 ABOVE_TORCH = tuple(room for room, floor in ROOMS.items() if 2 <= floor <= 9 and room not in ("gtl/report", "gtl/jobs"))
 
 DOORS: dict[str, tuple[str, ...]] = {
@@ -51,7 +54,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "gtl/adapters", "gtl/families/loading.py", "gtl/data/cache.py", "gtl/train/checkpoint.py",
         "gtl/bench/models.py", "gtl/backbones",
     ),
-    "filelock": ("gtl/families/source.py", "gtl/data/cache.py"),
+    "filelock": ("gtl/adapters/registry.py", "gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
     "accelerate": ("gtl/data/spread.py",),
     "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py"),

@@ -135,6 +135,9 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
     count: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Draw on a Ray cluster, a GPU each; here when left out.")
+    ] = None,
     registry: RegistryUrl = "./registry",
 ) -> None:
     """Draw pictures with a base model and any adapters of the registry."""
@@ -143,7 +146,8 @@ def generate(
     with Bar() as bar:
         paths = run(out=out, model=model, revision=revision, variant=variant, adapters=adapter or [], prompt=prompt,
                     prompts=prompts, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance,
-                    width=width, height=height, count=count, registry=registry, progress=bar)  # fmt: skip
+                    width=width, height=height, count=count, registry=registry, workers=workers,
+                    progress=bar)  # fmt: skip
     for path in paths:
         print(path)
 
