@@ -79,7 +79,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "mlflow": ("gtl/train/services.py",),
     "typer": ("gtl/cli",),
     "rich": ("gtl/cli",),
-    "pydantic": ("gtl/config", "gtl/adapters/card.py", "gtl/generate/prompts.py", "serve"),
+    "pydantic": ("gtl/config", "gtl/adapters/card.py", "gtl/evaluate/result.py", "gtl/generate/prompts.py", "serve"),
     "pydantic_core": ("gtl/config",),
     "yaml": ("gtl/config", "gtl/cli"),
     "pyarrow.fs": ("gtl/storage.py",),

@@ -152,6 +152,27 @@ def generate(
         print(path)
 
 
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS]", help="Repeat it.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Also the model alone; it is, without an adapter.")] = False,
+    set_: Set = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores here.")] = None,
+) -> None:
+    """Score a model and adapters on it by the pictures they draw; say which differences are more than chance."""
+    from gtl.config import load_recipe
+    from gtl.evaluate.result import table
+    from gtl.evaluate.run import evaluate as score
+
+    loaded = load_recipe(recipe, set_ or ())
+    with Bar() as bar:
+        found = score(loaded, [*([None] if base or not adapter else []), *(adapter or [])], progress=bar)
+    if json_ is not None:
+        json_.write_text(json.dumps([json.loads(evaluation.to_json()) for evaluation in found], indent=1) + "\n")
+    print(table(found))
+
+
 @data_app.command("check")
 def data_check(
     folder: Annotated[str, typer.Argument(help="Folder or bucket URL of images.")],

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from gtl.types import UserError
 
@@ -18,6 +21,8 @@ class Metric:
     `image_features`, `text_features`: embeddings of generated images and their prompts in one space.
     `samples`, `train`, `held_out`: features of generated images, of those trained on and of those kept from training.
     """
+    extractor: Literal["backbone", "clip"] = "backbone"
+    """What makes the features, by its key in a recipe's `evaluate`."""
 
 
 METRICS: dict[str, Metric] = {
@@ -25,8 +30,8 @@ METRICS: dict[str, Metric] = {
     "fid": Metric(higher_is_better=False, needs={"real": 100, "fake": 100}),
     "kid": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
     "inception_score": Metric(higher_is_better=True, needs={"logits": 100}),
-    "clip_score": Metric(higher_is_better=True, needs={"image_features": 1, "text_features": 1}),
-    "cmmd": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
+    "clip_score": Metric(higher_is_better=True, needs={"image_features": 1, "text_features": 1}, extractor="clip"),
+    "cmmd": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}, extractor="clip"),
     "precision": Metric(higher_is_better=True, needs={"real": 5, "fake": 5}),
     "recall": Metric(higher_is_better=True, needs={"real": 5, "fake": 5}),
     "density": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
@@ -46,3 +51,13 @@ def metric(name: str) -> Metric:
     if found is None:
         raise UserError(f"evaluate.metrics: {name!r}: no such metric; there are {', '.join(METRICS)}")
     return found
+
+
+def check_name(name: str) -> str:
+    """Refuse a metric that there is none of, in a recipe, where the key is named already."""
+    if name not in METRICS:
+        raise ValueError(f"no such metric; there are {', '.join(METRICS)}")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(check_name)]
