@@ -94,19 +94,25 @@ class Call(NamedTuple):
 
 
 def spread(
-    orders: Sequence[Order], *, workers: int | None = None, max_batch: int = 4, progress: Progress | None = None
+    orders: Sequence[Order],
+    *,
+    workers: int | None = None,
+    gpus: int | None = None,
+    max_batch: int = 4,
+    progress: Progress | None = None,
 ) -> Generator[tuple[int, bytes], None, None]:
     """Draw on the connected cluster; yields (position in `orders`, PNG file) as they are done, in any order, each once.
 
     A request's picture is the one that `generate` draws. Sums are rounded in another order where it is drawn in a batch
-    of another size, as the last of many and the few of a large crew are, which moves a channel by 1 of 255 at most.
+    of another size, as the last of many and the few of a large crew are; in fp32 that moves a channel by 1 of 255.
     Models are loaded in the order of their first picture, one at a time on each worker. The consumer sets the pace: no
     more is drawn ahead of it than two batches a worker.
 
     Args:
         orders: What to draw; nothing of it is checked before it is drawn.
-        workers: Processes with one GPU each, or on a cluster without GPUs one CPU; None: as many as are free, have
-            something to do and, on CPUs, fit into the memory. Those that find no room yet join when they do.
+        workers: Processes on one GPU or one CPU each; None: as many as are free, have something to do and, on CPUs, fit
+            into the memory. Those that find no room yet join when they do.
+        gpus: Of each worker, 1 or 0; None: 1 where the cluster has any.
         max_batch: Pictures of a step at most.
         progress: Is called as it goes on.
 
@@ -116,7 +122,7 @@ def spread(
     """
     if not orders:
         return
-    number, gpus = choose_number(workers, orders, max_batch)
+    number, gpus = choose_number(workers, gpus, orders, max_batch)
     show, done = progress or quiet, 0
     with closing(Crew(cut(orders, number, max_batch), number, gpus, max_batch)) as crew:
         show("draw", done, len(orders), crew.state)
@@ -129,7 +135,7 @@ def spread(
                 show("draw", done, len(orders), crew.state)
 
 
-def choose_number(workers: int | None, orders: Sequence[Order], max_batch: int) -> tuple[int, int]:
+def choose_number(workers: int | None, gpus: int | None, orders: Sequence[Order], max_batch: int) -> tuple[int, int]:
     """How many workers, and how many GPUs each of them has: 0 or 1.
 
     Raises:
@@ -138,16 +144,18 @@ def choose_number(workers: int | None, orders: Sequence[Order], max_batch: int) 
     import ray
 
     there, free = ray.cluster_resources(), ray.available_resources()
-    kind = "GPU" if there.get("GPU") else "CPU"
+    if gpus is None:
+        gpus = int(there.get("GPU", 0) > 0)
+    kind = "GPU" if gpus else "CPU"
     if workers is None:
         places = min(int(free.get(kind, 0)), math.ceil(len(orders) / max_batch))
-        if kind == "CPU":  # where there may be many more than models fit into the memory
+        if not gpus:  # where there may be many more than models fit into the memory
             largest = max(size_of(model) for model in {order.model for order in orders})
             places = min(places, int(free.get("memory", 0) // largest))
-        return max(1, places), int(kind == "GPU")
+        return max(1, places), gpus
     if workers > there.get(kind, 0):
         raise UserError(f"--workers: {workers}: each takes one {kind}; the cluster has {there.get(kind, 0):g}")
-    return min(workers, len(orders)), int(kind == "GPU")
+    return min(workers, len(orders)), gpus
 
 
 def size_of(model: Model) -> int:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ import pytest
 from gtl.adapters import Card, Registry
 from gtl.adapters.card import base_of
 from gtl.adapters.formats import LoraExport, write_lora
+from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
+from gtl.generate.class_images import class_folder, class_images, file_name
 from gtl.generate.command import run
 from gtl.generate.engine import Request
+from gtl.generate.images import generate
 from gtl.generate.spread import Model, Order, Origin, Published, spread
-from gtl.images import read_recipe
+from gtl.images import encode_png, read_recipe
+from gtl.storage import Store
 from gtl.types import UserError
 from tests.loras import load_unet, random_lora
 from tests.tiny import make_sd
@@ -74,6 +79,19 @@ def test_two_workers_draw_the_files_of_one_process_though_one_is_killed(ray_clus
     # In batches of four here and there, so that sums are rounded in the same order.
     assert [path.read_bytes() for path in together] == [path.read_bytes() for path in alone]
     assert painters() == []
+
+
+def test_class_images_that_are_missing_are_drawn(ray_cluster: None, place: Path, tmp_path: Path) -> None:
+    family, prior = open_family(str(place / "model")), PriorPreservation(prompt="a dog", images=3, steps=2)
+    folder = class_folder(family, prior, Store(tmp_path), "fp32")
+    for seed in (0, 2):
+        folder.write(file_name(seed), b"kept")
+    drawn = class_images(family, Origin(str(place / "model")), prior, Store(tmp_path), dtype="fp32")
+    assert drawn.root == folder.root
+    request = Request("a dog", 64, 64, seed=1, steps=2, guidance=prior.guidance)
+    ((_, image),) = generate(family, [request])
+    expected = encode_png(image, {**asdict(request), "model": family.fingerprint(), "dtype": "float32"})
+    assert [folder.read(f"0000{seed}.png") for seed in range(3)] == [b"kept", expected, b"kept"]
 
 
 def test_a_mistake_on_a_worker_is_one_line(ray_cluster: None, place: Path) -> None:
