@@ -214,6 +214,7 @@ def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progres
                 check_request(request, family)
                 missing.append((drawing.folder, key, Order(drawing.model, request)))
     before = sum(drawing.number for drawing in drawings) - len(missing)
+    progress("draw", before, before + len(missing))
 
     def show(phase: str, done: int, total: int, detail: str = "") -> None:
         progress(phase, before + done, before + total, detail)
