@@ -19,10 +19,11 @@ class Metric:
 
     `real`, `fake`: features of real and of generated images. `logits`: a classifier's, of generated images.
     `image_features`, `text_features`: embeddings of generated images and their prompts in one space.
+    `right`: [M, 1], 1 for each generated image that shows what its prompt says and 0 for the others.
     `samples`, `train`, `held_out`: features of generated images, of those trained on and of those kept from training.
     """
-    extractor: Literal["backbone", "clip"] = "backbone"
-    """What makes the features, by its key in a recipe's `evaluate`."""
+    extractor: Literal["backbone", "clip", "reader"] = "backbone"
+    """What makes the features: what the recipe's `evaluate` names by that key, or the reader of the built-in scenes."""
 
 
 METRICS: dict[str, Metric] = {
@@ -37,6 +38,7 @@ METRICS: dict[str, Metric] = {
     "density": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
     "coverage": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
     "diversity": Metric(higher_is_better=True, needs={"fake": 3}),
+    "prompt_accuracy": Metric(higher_is_better=True, needs={"right": 1}, extractor="reader"),
     "memorization": Metric(higher_is_better=False, needs={"samples": 1, "train": 1, "held_out": 1}),
 }
 

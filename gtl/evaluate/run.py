@@ -13,9 +13,11 @@ from gtl.adapters import Registry
 from gtl.config import Recipe
 from gtl.config.metrics import METRICS
 from gtl.data.reference import Reference, reference
-from gtl.evaluate.extract import extractor
+from gtl.evaluate.extract import Facts, extractor
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score, make_score
+from gtl.evaluate.scenes import is_right
 from gtl.generate.spread import Model, Order, Origin, Published, spread
+from gtl.images import decode
 from gtl.session import session
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples"
 """In the cache: folders of drawn samples, by the hash of all that decides them."""
+READER = "builtin:reader"
+"""What looks at pictures of the built-in scenes."""
 MAX_REAL = 10_000
 """Real images that are looked at, of more by the order of their hashes."""
 NEAREST = 16
@@ -237,13 +241,16 @@ def measure(
 
     scores: dict[str, Score] = {}
     nearest: list[Copy] = []
-    for kind, spec in (("backbone", recipe.evaluate.backbone), ("clip", recipe.evaluate.clip)):
+    specs = {"backbone": recipe.evaluate.backbone, "clip": recipe.evaluate.clip or "", "reader": READER}
+    for kind, spec in specs.items():
         names = [name for name in recipe.evaluate.metrics if METRICS[name].extractor == kind]
         if not names:
             continue
-        assert spec is not None
         needs = {part for name in names for part in METRICS[name].needs}
-        features, facts = features_of(spec, needs, drawing, images, progress)
+        if kind == "reader":
+            features, facts = read(drawing, progress)
+        else:
+            features, facts = features_of(spec, needs, drawing, images, progress)
         for name in names:
             if missing := [part for part in METRICS[name].needs if part not in features]:
                 raise UserError(f"evaluate.{kind}: {spec}: gives no {' or '.join(missing)}, which {name} needs")
@@ -271,6 +278,26 @@ def features_of(
         if "text_features" in needs:
             found["text_features"] = source.texts(drawing.prompts)
         return found, asdict(source.facts())
+
+
+def read(drawing: Drawing, progress: Progress) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Whether samples show what their prompts say, by the reader of the built-in scenes.
+
+    Raises:
+        UserError: a prompt is no caption of scenes.
+    """
+    import torch
+
+    from gtl.data.scenes.captions import read_caption
+    from gtl.data.scenes.reader import judge
+
+    right = []
+    for done, (key, prompt) in enumerate(zip(drawing.keys, drawing.prompts, strict=True)):
+        if not read_caption(prompt).things:
+            raise UserError(f"evaluate.metrics: prompt_accuracy: {prompt!r}: no caption of the built-in scenes")
+        right.append([float(is_right(judge(decode(drawing.folder.read(key)), prompt)))])
+        progress("judge", done + 1, drawing.number)
+    return {"right": torch.tensor(right)}, asdict(Facts(READER, "as it is drawn", "exact"))
 
 
 def copies(features: Mapping[str, Tensor], images: Reference) -> list[Copy]:

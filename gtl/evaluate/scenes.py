@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -131,10 +131,15 @@ def _recipe(model: Model) -> dict[str, Any]:
 def score(drawing: Drawing) -> Score:
     """Judge the pictures of a drawing that is done."""
     answers = [judge(decode(drawing.file(i)), prompt) for i, prompt in enumerate(drawing.prompts)]
-    right = sum(all(answer[claim] for claim in RIGHT) for answer in answers)
+    right = sum(is_right(answer) for answer in answers)
     names = dict.fromkeys(name for answer in answers for name in answer)
     claims = {}
     for name in names:
         said = [answer[name] for answer in answers if name in answer]
         claims[name] = sum(said) / len(said)
     return Score(right, len(answers), claims)
+
+
+def is_right(answer: Mapping[str, bool]) -> bool:
+    """Whether a picture is as its caption says in what has to be, of which a caption need not claim all."""
+    return all(answer.get(claim, True) for claim in RIGHT)

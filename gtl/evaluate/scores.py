@@ -202,6 +202,19 @@ def diversity(fake: Tensor) -> Estimate:
     return estimate("diversity", float(distances.mean()), 2 * (number - 1) / (number - 2) * distances)
 
 
+def prompt_accuracy(right: Tensor) -> Estimate:
+    """Share of generated images that show what their prompts say.
+
+    Args:
+        right: [M, 1], 1 or 0 for each image.
+
+    Raises:
+        UserError: there are none.
+    """
+    (rows,) = checked("prompt_accuracy", right=right)
+    return estimate_share("prompt_accuracy", float(rows.mean()), rows[:, 0], len(rows))
+
+
 SCORES: dict[str, Callable[..., Estimate]] = {
     "fid": fid,
     "kid": kid,
@@ -213,6 +226,7 @@ SCORES: dict[str, Callable[..., Estimate]] = {
     "density": density,
     "coverage": coverage,
     "diversity": diversity,
+    "prompt_accuracy": prompt_accuracy,
     "memorization": lambda **sets: memorization(**sets).rank,
 }
 """Metric -> its function; what each needs is in `gtl.config.metrics`."""
