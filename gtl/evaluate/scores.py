@@ -95,8 +95,8 @@ def _root(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 def kid(real: Tensor, fake: Tensor) -> Estimate:
     """Unbiased squared MMD with the kernel (x'y / D + 1)^3 of ALL samples (Binkowski et al. 2018, arXiv 1801.01401).
 
-    It is about 0, and as often below as above, where the two sets come from one distribution. There the interval is
-    rather too wide, elsewhere exact in the limit.
+    Its mean is 0, and it is often below, where the two sets come from one distribution. There the interval is rather
+    too wide, elsewhere it is exact in the limit.
 
     Args:
         real: Features [N, D] of real images.
