@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gtl.config.metrics import METRICS
-from gtl.evaluate.estimate import Estimate, estimate
+from gtl.evaluate.estimate import Estimate, estimate, estimate_share
 from gtl.evaluate.features import checked, checked_units
 from gtl.evaluate.memorization import memorization
 from gtl.evaluate.neighbours import coverage, density, precision, recall
