@@ -130,3 +130,15 @@ def test_a_mistake_is_one_line(
 def test_an_unknown_metric_is_named() -> None:
     with pytest.raises(UserError, match=r"evaluate\.metrics.*fdi"):
         parse_recipe({"model": {"source": "a/b"}, "data": {"source": "c"}, "evaluate": {"metrics": ["fdi"]}})
+
+
+def test_prompts_of_scenes_are_read_off_their_pictures(ray_cluster: None, place: Path) -> None:
+    values = make_recipe(place, metrics=["prompt_accuracy"], samples=2, steps=10, guidance=3.0).model_dump(mode="json")
+    values["model"]["source"] = "builtin:tiny"
+    values["evaluate"]["prompts"] = ["a large red circle on a white background"]
+    (found,) = evaluate(parse_recipe(values))
+    score = found.scores["prompt_accuracy"]
+    assert (score.value, score.low, score.num_fake, score.extractor) == (1.0, None, 2, "builtin:reader")
+    values["evaluate"]["prompts"] = ["a portrait"]
+    with pytest.raises(UserError, match=r"^evaluate\.metrics: prompt_accuracy: 'a portrait': no caption of"):
+        evaluate(parse_recipe(values))

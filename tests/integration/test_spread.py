@@ -105,7 +105,7 @@ def test_a_mistake_on_a_worker_is_one_line(ray_cluster: None, place: Path) -> No
 
 
 def test_more_workers_than_there_is_room_for_are_refused(ray_cluster: None, place: Path) -> None:
-    with pytest.raises(UserError, match=r"^--workers: 5: each takes one CPU; the cluster has 4$"):
+    with pytest.raises(UserError, match=r"^--workers: 5: each takes one CPU; the cluster has 3$"):
         next(spread([make_order(place)] * 9, workers=5))
 
 
