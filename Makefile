@@ -33,7 +33,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-builtin: $(INSTALLED)  ## make the built-in model from nothing: hours; goes on where it was stopped
+builtin: $(INSTALLED)  ## make the built-in models from nothing: hours; goes on where it was stopped
+	$(BIN)/python -m gtl.builtin_backbone
 	$(BIN)/python -m gtl.builtin
 
 pins: $(INSTALLED)  ## write constraints.txt from what is installed

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gtl.config import load_recipe
+    from gtl.evaluate.run import evaluate
     from gtl.generate.command import run as generate
     from gtl.train.launch import train
     from gtl.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "generate", "load_recipe", "train"]
+__all__ = ["UserError", "__version__", "evaluate", "generate", "load_recipe", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("train", "generate"):  # packages that can be called, see gtl/verb.py
+    if name in ("train", "generate", "evaluate"):  # packages that can be called, see gtl/verb.py
         return importlib.import_module(f"gtl.{name}")
     if name == "load_recipe":
         return importlib.import_module("gtl.config").load_recipe

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gtl.adapters import Registry
 from gtl.config import Recipe, load_recipe
 from gtl.config.load import read_yaml
 from gtl.data.scenes.sets import SceneSet
 from gtl.evaluate.scenes import Drawing, Score, draw, new_prompts, score
 from gtl.families import open_family
 from gtl.families.files import write_once
+from gtl.generate.spread import Published
 from gtl.images import decode, grid
 from gtl.report.demo import Panel, render_demo
 from gtl.report.text import columns
@@ -92,15 +92,15 @@ def demo(out: Path, overrides: Sequence[str] = (), prompts: int = 60, progress: 
     own = [f"model.source={json.dumps(str(blank))}", f"train.steps={steps}"]
     recipes[SCRATCH] = open_recipe(SCRATCH, out, [*overrides, *own])
     seconds: dict[str, float] = {}
-    folders: dict[str, Path] = {}
+    adapters: dict[str, Published] = {}
     with session():
         for name, recipe in recipes.items():
             started = time.monotonic()
             published = train_once(recipe, f"demo-{name}", progress=progress)
             seconds[name] = time.monotonic() - started
-            folders[name] = Registry(recipe.storage.registry).fetch(str(published))
+            adapters[name] = Published(recipe.storage.registry, str(published))
         kinds = choose_prompts(prompts)
-        drawings = plan(kinds, source, str(blank), folders, out)
+        drawings = plan(kinds, source, str(blank), adapters, out)
         draw([drawing for by_model in drawings.values() for drawing in by_model.values()], progress)
     progress("judge", 0, 0)
     scores = {kind: {model: score(d) for model, d in by_model.items()} for kind, by_model in drawings.items()}
@@ -140,14 +140,14 @@ def choose_prompts(number: int) -> tuple[Kind, ...]:
 
 
 def plan(
-    kinds: Sequence[Kind], source: str, blank: str, folders: dict[str, Path], out: Path
+    kinds: Sequence[Kind], source: str, blank: str, adapters: dict[str, Published], out: Path
 ) -> dict[str, dict[str, Drawing]]:
     """Kind of prompts -> model -> what it is to draw. An adapter draws its own kind and the old one."""
 
     def drawing(kind: Kind, model: str) -> Drawing:
         base = blank if model == SCRATCH else source
-        adapters = () if model == BASE else (folders[model],)
-        return Drawing(out / "pictures" / kind.name / model, base, kind.prompts, adapters, guidance=GUIDANCE)
+        chosen = () if model == BASE else (adapters[model],)
+        return Drawing(out / "pictures" / kind.name / model, base, kind.prompts, chosen, guidance=GUIDANCE)
 
     models = {kind.name: (BASE, *((kind.name,) if kind.name in ADAPTERS else ADAPTERS), SCRATCH) for kind in kinds}
     return {kind.name: {model: drawing(kind, model) for model in models[kind.name]} for kind in kinds}

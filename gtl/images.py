@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
     """
     image = _open(data, max_pixels)
     try:
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except BrokenImage:
         raise
     except Exception as error:  # damaged files make decoders raise nearly anything
@@ -86,7 +86,12 @@ def _open(data: bytes | str | os.PathLike[str], max_pixels: int) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a picture in any mode, transparency on white.
+
+    Raises:
+        BrokenImage: its values have no defined range.
+    """
     if image.mode == "F":
         raise BrokenImage("floating-point pixels, whose range is not defined; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -113,12 +118,24 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: dict[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[str, Any]) -> None:
     """Write a PNG with the recipe that drew it as a text chunk; whole or not at all."""
+    write_png(encode_png(image, recipe), path)
+
+
+def encode_png(image: Image.Image, recipe: Mapping[str, Any]) -> bytes:
+    """The bytes of a PNG with the recipe that drew it as a text chunk."""
     info = PngInfo()
     info.add_itxt(_RECIPE, json.dumps(recipe, sort_keys=True, ensure_ascii=False))
+    sink = io.BytesIO()
+    image.save(sink, "PNG", pnginfo=info)
+    return sink.getvalue()
+
+
+def write_png(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Write what `encode_png` made; whole or not at all."""
     with replacing(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=info)
+        temporary.write_bytes(data)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ ROOMS = {
     "gtl/__main__.py": 10,
     "gtl/cli": 10,
     "gtl/builtin.py": 9,
+    "gtl/builtin_backbone.py": 9,
     "gtl/demo.py": 9,
     "gtl/doctor.py": 9,
     "gtl/bench": 9,
@@ -40,7 +41,10 @@ ROOMS = {
 CLOSED = {("serve", "gtl/data"), ("serve", "gtl/tuners"), ("serve", "gtl/objectives")}
 """(room, room): what the floors would allow and is not."""
 
-RAY = ("gtl/session.py", "gtl/data", "gtl/train", "gtl/evaluate", "gtl/search", "gtl/jobs", "serve")
+RAY = (
+    "gtl/session.py", "gtl/data", "gtl/generate/spread.py", "gtl/train", "gtl/evaluate", "gtl/search", "gtl/jobs",
+    "serve",
+)  # fmt: skip
 ABOVE_TORCH = tuple(room for room, floor in ROOMS.items() if 2 <= floor <= 9 and room not in ("gtl/report", "gtl/jobs"))
 
 DOORS: dict[str, tuple[str, ...]] = {
@@ -48,9 +52,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("gtl/train/engine.py", "gtl/train/place.py"),
     "safetensors": (
         "gtl/adapters", "gtl/families/loading.py", "gtl/data/cache.py", "gtl/train/checkpoint.py",
-        "gtl/bench/models.py",
+        "gtl/bench/models.py", "gtl/backbones",
     ),
-    "filelock": ("gtl/families/source.py", "gtl/data/cache.py"),
+    "filelock": ("gtl/adapters/registry.py", "gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
     "accelerate": ("gtl/data/spread.py",),
     "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py"),
@@ -75,7 +79,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "mlflow": ("gtl/train/services.py",),
     "typer": ("gtl/cli",),
     "rich": ("gtl/cli",),
-    "pydantic": ("gtl/config", "gtl/adapters/card.py", "gtl/generate/prompts.py", "serve"),
+    "pydantic": ("gtl/config", "gtl/adapters/card.py", "gtl/evaluate/result.py", "gtl/generate/prompts.py", "serve"),
     "pydantic_core": ("gtl/config",),
     "yaml": ("gtl/config", "gtl/cli"),
     "pyarrow.fs": ("gtl/storage.py",),

@@ -17,6 +17,8 @@ from gtl.storage import Store
 from gtl.types import UserError
 
 CARD = "adapter.json"
+EVALUATIONS = "evaluations"
+"""In a version's folder: what was measured of it later."""
 
 
 class Listing(NamedTuple):
@@ -120,6 +122,8 @@ class Registry:
         Raises:
             UserError: there is no such adapter, or a file is missing or damaged.
         """
+        from filelock import FileLock
+
         card, version = self.resolve(reference)
         key = f"{card.name}/{version}"
         if self.store.is_local:
@@ -128,13 +132,37 @@ class Registry:
             return folder
         home = hashlib.sha256(self.store.root.encode()).hexdigest()[:16]
         folder = cache_home() / "adapters" / home / key
-        if folder.is_dir():
-            try:
-                check_files(folder, card.files)
-                return folder
-            except UserError:  # an earlier version of that name, or a damaged copy: the bucket's is the truth
-                shutil.rmtree(folder)
-        return self._download(key, folder, card)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{version}.lock")):  # workers of one machine come at the same moment
+            if folder.is_dir():
+                try:
+                    check_files(folder, card.files)
+                    return folder
+                except UserError:  # an earlier version of that name, or a damaged copy: the bucket's is the truth
+                    shutil.rmtree(folder)
+            self._download(key, folder, card)
+        return folder
+
+    def add_evaluation(self, reference: str, key: str, data: bytes) -> str:
+        """Keep an evaluation of a version beside its files, in place of one with that key; returns where it is.
+
+        Raises:
+            UserError: there is no such adapter, or the registry cannot be written.
+        """
+        name, version = self.locate(reference)
+        place = f"{name}/{version}/{EVALUATIONS}/{key}.json"
+        self.store.write(place, data)
+        return self.store.url(place)
+
+    def evaluations(self, reference: str) -> dict[str, bytes]:
+        """A version's evaluations by their keys.
+
+        Raises:
+            UserError: there is no such adapter.
+        """
+        name, version = self.locate(reference)
+        keys = [key for key, _, _ in self.store.list(f"{name}/{version}/{EVALUATIONS}", recursive=False)]
+        return {key.rpartition("/")[2].removesuffix(".json"): self.store.read(key) for key in keys}
 
     def promote(self, reference: str, alias: str) -> str:
         """Point an alias at a version, replacing where it pointed; returns the version.
@@ -202,8 +230,7 @@ class Registry:
         finally:
             staging.delete_folder("")
 
-    def _download(self, key: str, folder: Path, card: Card) -> Path:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    def _download(self, key: str, folder: Path, card: Card) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             staging = Path(temporary, "version")
             for path in [*card.files, CARD]:
@@ -212,11 +239,7 @@ class Registry:
                 except FileNotFoundError:
                     raise UserError(f"{self.store.url(key)}/{path}: missing, though the card lists it") from None
             check_files(staging, card.files, self.store.url(key))
-            try:
-                os.rename(staging, folder)
-            except OSError:  # another process was faster with the same files
-                check_files(folder, card.files)
-        return folder
+            os.rename(staging, folder)
 
 
 def check_files(folder: Path, files: Mapping[str, File], where: str | None = None) -> None:

@@ -135,6 +135,9 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
     count: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Draw on a Ray cluster, a GPU each; here when left out.")
+    ] = None,
     registry: RegistryUrl = "./registry",
 ) -> None:
     """Draw pictures with a base model and any adapters of the registry."""
@@ -143,9 +146,31 @@ def generate(
     with Bar() as bar:
         paths = run(out=out, model=model, revision=revision, variant=variant, adapters=adapter or [], prompt=prompt,
                     prompts=prompts, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance,
-                    width=width, height=height, count=count, registry=registry, progress=bar)  # fmt: skip
+                    width=width, height=height, count=count, registry=registry, workers=workers,
+                    progress=bar)  # fmt: skip
     for path in paths:
         print(path)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS]", help="Repeat it.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Also the model alone; it is, without an adapter.")] = False,
+    set_: Set = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores here.")] = None,
+) -> None:
+    """Score a model and adapters on it by the pictures they draw; say which differences are more than chance."""
+    from gtl.config import load_recipe
+    from gtl.evaluate.result import table
+    from gtl.evaluate.run import evaluate as score
+
+    loaded = load_recipe(recipe, set_ or ())
+    with Bar() as bar:
+        found = score(loaded, [*([None] if base or not adapter else []), *(adapter or [])], progress=bar)
+    if json_ is not None:
+        json_.write_text(json.dumps([json.loads(evaluation.to_json()) for evaluation in found], indent=1) + "\n")
+    print(table(found))
 
 
 @data_app.command("check")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
+from gtl.config.metrics import MetricName
 from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import LoraTuner, Tuner
@@ -182,12 +183,23 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """What is measured and drawn while a run goes on, at the start, every so often and at the end."""
+    """What is measured and drawn: while a run goes on, every so often, and by `gtl evaluate`."""
 
     every: Annotated[int, Field(ge=1)] = 200
-    """Steps between two looks."""
+    """Steps between two looks at a run."""
     prompts: Literal["auto"] | list[Annotated[str, Field(min_length=1)]] = "auto"
-    """A grid of them is drawn at every look. auto: captions of four images, held-out ones first; []: none."""
+    """A grid of them is drawn at every look, and `gtl evaluate` draws its samples of them in turn. auto: captions of
+    the images, held-out ones first, for a grid four; []: no grid."""
+    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["kid", "diversity"]
+    """What `gtl evaluate` measures."""
+    samples: Annotated[int, Field(ge=1)] = 256
+    """Pictures that it draws for that."""
+    backbone: ModelSource = "builtin:backbone"
+    """What makes features of pictures. The built-in one knows drawn scenes; for photographs give
+    inception:FILE (FID's own network, with the weights of pytorch-fid), or a hub id or folder of a vision model such as
+    DINOv2."""
+    clip: ModelSource | None = None
+    """A hub id or folder of a CLIP model, for clip_score and cmmd."""
     negative_prompt: str = ""
     steps: Annotated[int, Field(ge=1, le=999)] = 25
     """Denoising steps of a picture."""

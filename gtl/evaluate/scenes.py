@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from gtl.data.scenes.sets import SceneSet
 from gtl.evaluate.intervals import wilson
 from gtl.families import open_family
 from gtl.generate.engine import Request
-from gtl.images import decode, read_recipe, save_png
-from gtl.session import get
+from gtl.generate.spread import Model, Order, Origin, Published, spread
+from gtl.images import decode, read_recipe, write_png
 from gtl.storage import explained
 from gtl.types import Progress, UserError, quiet
 
 RIGHT = ("shape", "colour", "style")
 """What has to be as the caption says for a picture to be right."""
-CHUNK = 20
-"""Pictures of one task: few enough for progress, many enough to pay for loading the model."""
 MAX_BATCH = 10
 
 
@@ -35,8 +33,8 @@ class Drawing:
     source: str
     """The model's, as `model.source`."""
     prompts: tuple[str, ...]
-    adapters: tuple[Path, ...] = ()
-    """Published folders, all active at once."""
+    adapters: tuple[Published, ...] = ()
+    """All active at once."""
     steps: int = 25
     guidance: float = 7.5
     seed: int = 0
@@ -94,74 +92,54 @@ def draw(drawings: Sequence[Drawing], progress: Progress = quiet) -> None:
     Raises:
         UserError: a model or an adapter is wrong, or a folder cannot be written.
     """
-    import ray
-
-    bases = {source: open_family(source).fingerprint() for source in {drawing.source for drawing in drawings}}
-    missing = [
-        (drawing, i)
-        for drawing in drawings
-        for i in range(len(drawing.prompts))
-        if not _is_there(drawing, i, bases[drawing.source])
-    ]
-    total = sum(len(drawing.prompts) for drawing in drawings)
-    done = total - len(missing)
-    progress("draw", done, total)
-    gpus = ray.cluster_resources().get("GPU", 0)
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_draw_chunk)
-    running: dict[Any, tuple[Drawing, list[int]]] = {}
+    families = {source: open_family(source) for source in {drawing.source for drawing in drawings}}
+    fingerprints = {source: family.fingerprint() for source, family in families.items()}
+    missing: list[tuple[Path, Order]] = []
     for drawing in drawings:
-        mine = [i for other, i in missing if other is drawing]
-        for chunk in (mine[start : start + CHUNK] for start in range(0, len(mine), CHUNK)):
-            reference = task.remote(replace(drawing, folder=Path()), chunk, bases[drawing.source])
-            running[reference] = drawing, chunk
-    while running:
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        drawing, chunk = running.pop(ready)
-        for position, (png, recipe) in zip(chunk, get(ready), strict=True):
-            with explained(str(drawing.file(position))):
-                save_png(decode(png), drawing.file(position), recipe)
-        done += len(chunk)
-        progress("draw", done, total)
+        model = Model(Origin(drawing.source), fingerprints[drawing.source], drawing.adapters)
+        side = min(families[drawing.source].default_size)
+        for position in range(len(drawing.prompts)):
+            order = Order(model, drawing.request(position, side), _recipe(model))
+            if not _is_there(drawing.file(position), order):
+                missing.append((drawing.file(position), order))
+    total = sum(len(drawing.prompts) for drawing in drawings)
+    there = total - len(missing)
+    progress("draw", there, total)
+
+    def show(phase: str, done: int, total: int, detail: str = "") -> None:
+        progress(phase, there + done, there + total, detail)
+
+    with closing(spread([order for _, order in missing], max_batch=MAX_BATCH, progress=show)) as pictures:
+        for index, png in pictures:
+            with explained(str(missing[index][0])):
+                write_png(png, missing[index][0])
 
 
-def _is_there(drawing: Drawing, position: int, base: str) -> bool:
+def _is_there(file: Path, order: Order) -> bool:
     try:
-        return read_recipe(drawing.file(position)) == _recipe(drawing, drawing.request(position, 0), base)
+        return read_recipe(file) == {**asdict(order.request), **order.recipe}
     except UserError:  # not drawn yet, or by something else
         return False
 
 
-def _recipe(drawing: Drawing, request: Request, base: str) -> dict[str, Any]:
-    # What a picture is told from others by; its side is the model's, and so is `base`, the hash of its files.
-    own = {name: value for name, value in asdict(request).items() if name not in ("height", "width")}
-    return {**own, "model": drawing.source, "base": base, "adapters": [str(folder) for folder in drawing.adapters]}
-
-
-def _draw_chunk(drawing: Drawing, positions: Sequence[int], base: str) -> list[tuple[bytes, dict[str, Any]]]:
-    """On a worker: the pictures at these positions as PNG, with what drew them."""
-    import torch
-
-    from gtl.generate.images import generate
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    family = open_family(drawing.source)
-    requests = [drawing.request(position, min(family.default_size)) for position in positions]
-    adapters = [(folder, 1.0) for folder in drawing.adapters]
-    pictures: dict[int, bytes] = {}
-    for index, image in generate(family, requests, adapters, device=device, max_batch=MAX_BATCH):
-        sink = io.BytesIO()
-        image.save(sink, "PNG")
-        pictures[index] = sink.getvalue()
-    return [(pictures[index], _recipe(drawing, request, base)) for index, request in enumerate(requests)]
+def _recipe(model: Model) -> dict[str, Any]:
+    """What a picture is told from others by, beside its request."""
+    adapters = [f"{adapter.registry}/{adapter.name}" for adapter in model.adapters]
+    return {"model": model.origin.source, "base": model.fingerprint, "adapters": adapters}
 
 
 def score(drawing: Drawing) -> Score:
     """Judge the pictures of a drawing that is done."""
     answers = [judge(decode(drawing.file(i)), prompt) for i, prompt in enumerate(drawing.prompts)]
-    right = sum(all(answer[claim] for claim in RIGHT) for answer in answers)
+    right = sum(is_right(answer) for answer in answers)
     names = dict.fromkeys(name for answer in answers for name in answer)
     claims = {}
     for name in names:
         said = [answer[name] for answer in answers if name in answer]
         claims[name] = sum(said) / len(said)
     return Score(right, len(answers), claims)
+
+
+def is_right(answer: Mapping[str, bool]) -> bool:
+    """Whether a picture is as its caption says in what has to be, of which a caption need not claim all."""
+    return all(answer.get(claim, True) for claim in RIGHT)

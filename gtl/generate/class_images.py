@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import TYPE_CHECKING
 
 from gtl.config.objectives import PriorPreservation
 from gtl.storage import Store
-from gtl.types import Progress
+from gtl.types import DTYPES, Progress
 
 if TYPE_CHECKING:
-    import torch
-
     from gtl.families.base import DiffusionFamily
     from gtl.generate.engine import Request
-
+    from gtl.generate.spread import Origin
 
 FOLDER = "class_images"
 """In the cache."""
@@ -26,50 +23,56 @@ FOLDER = "class_images"
 
 def class_images(
     family: DiffusionFamily,
+    origin: Origin,
     prior: PriorPreservation,
     cache: Store,
     *,
-    device: str,
-    dtype: torch.dtype,
+    dtype: str,
+    gpus: int | None = None,
     progress: Progress | None = None,
 ) -> Store:
     """The folder in the cache with `prior.images` pictures of the prior's prompt; draws those that are missing.
 
     A run goes on where another was cut off. Two runs at once write the same files, each of them whole.
 
+    Args:
+        family: The base model, and `origin` is where every machine of the connected cluster finds it.
+        origin: See `family`.
+        prior: What to draw.
+        cache: Where the folder is or will be.
+        dtype: fp32 or bf16, of the weights and the arithmetic.
+        gpus: See `spread`.
+        progress: Is called as it goes on.
+
     Raises:
         UserError: the prior's settings or the model's files are wrong, or the cache cannot be written.
     """
-    from gtl.generate.images import generate
-    from gtl.images import save_png
+    from gtl.generate.spread import Model, Order, spread
 
     folder = class_folder(family, prior, cache, dtype)
-    first, recipe = plan(family, prior, dtype)
+    first, beside = plan(family, prior, dtype)
     missing = missing_images(folder, prior)
-    requests = [dataclasses.replace(first, seed=i) for i in missing]
-    with tempfile.TemporaryDirectory() as scratch:
-        for position, image in generate(family, requests, device=device, dtype=dtype, progress=progress):
-            file = Path(scratch, file_name(missing[position]))
-            save_png(image, file, {**recipe, "seed": missing[position]})
-            folder.upload(file, file.name)
-            file.unlink()
+    model = Model(origin, family.fingerprint(), dtype=dtype)
+    orders = [Order(model, dataclasses.replace(first, seed=seed), beside) for seed in missing]
+    with closing(spread(orders, gpus=gpus, progress=progress)) as files:
+        for position, png in files:
+            folder.write(file_name(missing[position]), png)
     return folder
 
 
-def plan(family: DiffusionFamily, prior: PriorPreservation, dtype: torch.dtype) -> tuple[Request, dict[str, Any]]:
-    """The first picture, and all that decides what pictures of this prior show."""
+def plan(family: DiffusionFamily, prior: PriorPreservation, dtype: str) -> tuple[Request, dict[str, str]]:
+    """The first picture, and what decides beside the request what pictures of this prior show."""
     from gtl.generate.engine import Request
 
     height, width = family.default_size
     first = Request(prior.prompt, height, width, steps=prior.steps, guidance=prior.guidance)
-    name = str(dtype).removeprefix("torch.")
-    return first, {**dataclasses.asdict(first), "model": family.fingerprint(), "dtype": name}
+    return first, {"model": family.fingerprint(), "dtype": DTYPES[dtype]}
 
 
-def class_folder(family: DiffusionFamily, prior: PriorPreservation, cache: Store, dtype: torch.dtype) -> Store:
+def class_folder(family: DiffusionFamily, prior: PriorPreservation, cache: Store, dtype: str) -> Store:
     """Where they belong: named after a hash of all that decides them, so that runs with the same prior share them."""
-    _, recipe = plan(family, prior, dtype)
-    identity = json.dumps({**recipe, "images": prior.images}, sort_keys=True)
+    first, beside = plan(family, prior, dtype)
+    identity = json.dumps({**dataclasses.asdict(first), **beside, "images": prior.images}, sort_keys=True)
     return cache.sub(f"{FOLDER}/{hashlib.sha256(identity.encode()).hexdigest()[:32]}")
 
 

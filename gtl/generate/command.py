@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gtl import __version__
 from gtl.adapters.registry import Registry
 from gtl.config.base import absolute_if_local
 from gtl.config.names import parse_reference
 from gtl.generate.prompts import Prompt, read_prompts
-from gtl.types import Progress, UserError
+from gtl.generate.spread import Model, Order, Origin, Published, spread
+from gtl.session import session
+from gtl.types import DTYPES, Progress, UserError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from gtl.adapters.card import Base
     from gtl.families.base import DiffusionFamily
     from gtl.generate.engine import Request
@@ -41,14 +41,6 @@ class Adapter(NamedTuple):
         return f"{self.name}:{self.scale:g}"
 
 
-class Origin(NamedTuple):
-    """Where a base model's files are found."""
-
-    source: str
-    revision: str | None
-    variant: str | None
-
-
 def run(
     *,
     out: str | Path,
@@ -66,21 +58,24 @@ def run(
     height: int | None = None,
     count: int = 1,
     registry: str = "./registry",
+    workers: int | str | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Draw `count` pictures of every prompt into `out`; returns the files, the grid last.
 
     Picture i of a prompt has seed `seed` + i. Every PNG carries what it was made with. Of several pictures there is a
-    grid too, one row a prompt.
+    grid too, one row a prompt. With `workers`, a number or "auto", they are drawn on a Ray cluster; see `spread`.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
     """
     if count < 1:
         raise UserError(f"--count: {count}: expected 1 or more")
+    number = None if workers is None else read_workers(workers)
     out = Path(out)
     lines = read_prompts(prompt, None if prompts is None else Path(prompts))
-    chosen = find_adapters(Registry(registry), adapters)
+    shelf = Registry(registry)
+    chosen = find_adapters(shelf, adapters)
     check_writable(out)
     origin = choose_base(model, chosen, revision, variant)
     family, fingerprint = open_model(origin, chosen)
@@ -96,7 +91,28 @@ def run(
         "adapters": [str(adapter) for adapter in chosen],
         "gtl": __version__,
     }
-    return draw(family, requests, chosen, out, recipe, columns=count if len(lines) > 1 else None, progress=progress)
+    columns = count if len(lines) > 1 else None
+    if number is None:
+        return draw_here(family, requests, chosen, out, recipe, columns, progress)
+    published = tuple(Published(shelf.store.root, adapter.name, adapter.scale) for adapter in chosen)
+    return draw_on_cluster(Model(origin, fingerprint, published), requests, number, out, recipe, columns, progress)
+
+
+def read_workers(asked: int | str) -> int | Literal["auto"]:
+    """What `--workers` says.
+
+    Raises:
+        UserError: neither a number nor "auto".
+    """
+    if asked == "auto":
+        return "auto"
+    try:
+        number = int(asked)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"--workers: {asked}: expected 1 or more, or auto")
+    return number
 
 
 def find_adapters(registry: Registry, references: Sequence[str]) -> list[Adapter]:
@@ -193,38 +209,53 @@ def writing(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: cannot be written to: {error.strerror or error}") from error
 
 
-def draw(
-    family: DiffusionFamily,
-    requests: Sequence[Request],
-    adapters: Sequence[Adapter],
-    out: Path,
-    recipe: Mapping[str, Any],
-    *,
-    columns: int | None = None,
-    progress: Progress | None = None,
-) -> list[Path]:
-    """Draw and save; pictures are on disk as soon as they are done. `columns` None: a square grid."""
+def draw_here(
+    family: DiffusionFamily, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
+    recipe: Mapping[str, Any], columns: int | None, progress: Progress | None,
+) -> list[Path]:  # fmt: skip
+    """Draw in this process and save."""
     import torch
 
     from gtl.generate.images import generate
-    from gtl.images import grid, save_png
+    from gtl.images import encode_png
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     recipe = {**recipe, "dtype": str(dtype).removeprefix("torch.")}
-    paths = [out / f"{index:04d}.png" for index in range(len(requests))]
-    shown: dict[int, Image.Image] = {}
     folders = [(adapter.folder, adapter.scale) for adapter in adapters]
-    for index, image in generate(family, requests, folders, device=device, dtype=dtype, progress=progress):
+    drawn = generate(family, requests, folders, device=device, dtype=dtype, progress=progress)
+    files = ((index, encode_png(image, {**dataclasses.asdict(requests[index]), **recipe})) for index, image in drawn)
+    return save(files, requests, out, recipe, columns)
+
+
+def draw_on_cluster(
+    model: Model, requests: Sequence[Request], workers: int | Literal["auto"], out: Path, recipe: Mapping[str, Any],
+    columns: int | None, progress: Progress | None,
+) -> list[Path]:  # fmt: skip
+    """Draw with so many workers and save."""
+    with session() as cluster:
+        model = dataclasses.replace(model, dtype="bf16" if cluster.gpus else "fp32")
+        recipe = {**recipe, "dtype": DTYPES[model.dtype]}
+        orders = [Order(model, request, recipe) for request in requests]
+        with closing(spread(orders, workers=None if workers == "auto" else workers, progress=progress)) as files:
+            return save(files, requests, out, recipe, columns)
+
+
+def save(
+    files: Iterable[tuple[int, bytes]], requests: Sequence[Request], out: Path, recipe: Mapping[str, Any],
+    columns: int | None,
+) -> list[Path]:  # fmt: skip
+    """Write PNG files as they come, then the grid; `columns` None: a square one."""
+    from gtl.images import decode, grid, save_png, write_png
+
+    paths = [out / f"{index:04d}.png" for index in range(len(requests))]
+    for index, png in files:
         with writing(out):
-            save_png(image, paths[index], {**dataclasses.asdict(requests[index]), **recipe})
-        if index < GRID:
-            shown[index] = image
+            write_png(png, paths[index])
+    shown = paths[:GRID]
     if len(shown) > 1:
+        whole = grid([decode(path) for path in shown], columns or math.ceil(math.sqrt(len(shown))))
+        pictures = [dataclasses.asdict(request) for request in requests[:GRID]]
         paths.append(out / "grid.png")
-        columns = columns or math.ceil(math.sqrt(len(shown)))
-        whole = grid([shown[index] for index in sorted(shown)], columns)
-        pictures = [dataclasses.asdict(requests[index]) for index in sorted(shown)]
         with writing(out):
             save_png(whole, paths[-1], {**recipe, "pictures": pictures})
     return paths

@@ -42,16 +42,27 @@ def generate(
         check(request, family)
     if not requests:
         return
+    (progress or quiet)("load", 0, 0)
+    parts = load_parts(family, adapters, device=device, dtype=dtype)
+    yield from draw(Engine(family, parts, device, dtype, max_batch), requests, progress)
+
+
+def draw(
+    engine: Engine, requests: Sequence[Request], progress: Progress | None = None
+) -> Iterator[tuple[int, Image.Image]]:
+    """Draw the requests on an engine that has no others; see `generate`.
+
+    Raises:
+        UserError: a request is wrong.
+    """
     show = progress or quiet
-    show("load", 0, 0)
-    engine = Engine(family, load_parts(family, adapters, device=device, dtype=dtype), device, dtype, max_batch)
     waiting = iter(enumerate(requests))
     positions: dict[int, int] = {}
     done = 0
     show("draw", done, len(requests))
     while True:
         # A few more than fit, so that one that waits takes the place of one that is through.
-        while len(engine) < 2 * max_batch and (following := next(waiting, None)) is not None:
+        while len(engine) < 2 * engine.max_batch and (following := next(waiting, None)) is not None:
             positions[engine.add(following[1])] = following[0]
         if not len(engine):
             return

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gtl.config import Recipe
 from gtl.config.objectives import DenoiseObjective, PriorPreservation
-from gtl.session import get
 from gtl.storage import Store
-from gtl.train.board import make_board
-from gtl.types import DTYPES, Progress
+from gtl.types import Progress
 
 if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
@@ -46,7 +44,8 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
     extra = None
     if prior is not None:
         check_sources(recipe.data)
-        extra = (draw_on_cluster(family, prior, cache, dtype, gpus, check, progress), prior.prompt, prior.weight)
+        folder = draw_class_images(recipe, family, prior, dtype, gpus, check, progress)
+        extra = (folder, prior.prompt, prior.weight)
     shown = recipe.evaluate
     prompts = [family.negative_text(shown.negative_prompt)]
     if isinstance(shown.prompts, list):
@@ -57,42 +56,22 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
     )  # fmt: skip
 
 
-def draw_on_cluster(
-    family: DiffusionFamily, prior: PriorPreservation, cache: str, dtype: str, gpus: int, check: Callable[[], None],
-    progress: Progress,
+def draw_class_images(
+    recipe: Recipe, family: DiffusionFamily, prior: PriorPreservation, dtype: str, gpus: int,
+    check: Callable[[], None], progress: Progress,
 ) -> str:  # fmt: skip
-    """Draw the class images that are missing where the GPUs are, after a check; the folder's URL."""
-    import ray
-    import torch
+    """Draw the class images that are missing, after a check; the folder's URL."""
+    from gtl.generate.class_images import class_folder, class_images, missing_images
+    from gtl.generate.spread import Origin
 
-    from gtl.generate.class_images import class_folder, missing_images
+    cache = Store(recipe.storage.cache)
+    folder = class_folder(family, prior, cache, dtype)
+    if missing_images(folder, prior):
+        check()
 
-    folder = class_folder(family, prior, Store(cache), getattr(torch, DTYPES[dtype]))
-    if not missing_images(folder, prior):
-        return folder.url()
-    check()
-    board = make_board()
-    task = ray.remote(num_cpus=1, num_gpus=gpus)(draw).remote(family, prior, cache, dtype, board)
-    ended = False
-    while not ended:
-        ended = bool(ray.wait([task], timeout=0.25)[0])
-        for row in ray.get(board.take.remote())[-1:]:
-            progress("class images", row["done"], row["total"])
-    url: str = get(task)
-    return url
+        def show(phase: str, done: int, total: int, detail: str = "") -> None:
+            progress("class images", done, total, detail)
 
-
-def draw(family: DiffusionFamily, prior: PriorPreservation, cache: str, dtype: str, board: Any) -> str:
-    """The task behind `draw_on_cluster`."""
-    import ray
-    import torch
-
-    from gtl.generate.class_images import class_images
-
-    def post(phase: str, done: int, total: int, detail: str = "") -> None:
-        if phase == "draw":
-            ray.get(board.push.remote({"done": done, "total": total}))
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_dtype = getattr(torch, DTYPES[dtype])
-    return class_images(family, prior, Store(cache), device=device, dtype=torch_dtype, progress=post).url()
+        origin = Origin(recipe.model.source, recipe.model.revision, recipe.model.variant)
+        class_images(family, origin, prior, cache, dtype=dtype, gpus=gpus, progress=show)
+    return folder.url()

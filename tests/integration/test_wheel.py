@@ -26,7 +26,7 @@ print(json.dumps({
     "recipes": [str(file.relative_to(root)) for file in recipes if load_recipe(file)],
     "page": render([Run("dog", "v1", "runs/dog/v1", {}, "", [{"step": 1.0, "loss": 2.0}], None, None, [], 0)])[:15],
     "typed": (root / "py.typed").is_file(),
-    "built in": sorted(str(file.relative_to(root)) for file in root.glob("families/builtin/**/*") if file.is_file()),
+    "built in": sorted(str(file.relative_to(root)) for file in root.glob("*/builtin/**/*") if file.is_file()),
 }))
 """
 
@@ -68,7 +68,7 @@ def test_the_wheel_has_recipes_model_and_types(python: Path, tmp_path: Path) -> 
     assert answer["recipes"] == ours
     assert answer["typed"]
     assert answer["page"] == "<!DOCTYPE html>"
-    files = (file for file in (ROOT / "gtl").glob("families/builtin/**/*") if file.is_file())
+    files = (file for file in (ROOT / "gtl").glob("*/builtin/**/*") if file.is_file())
     assert answer["built in"] == sorted(str(file.relative_to(ROOT / "gtl")) for file in files)
 
 

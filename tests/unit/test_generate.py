@@ -16,11 +16,12 @@ from gtl.adapters.card import Base, base_of
 from gtl.adapters.formats import LoraExport, write_lora
 from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
-from gtl.generate.class_images import class_images
+from gtl.generate.class_images import class_folder
 from gtl.generate.command import Adapter, choose_base, run
 from gtl.generate.engine import Engine, Finished, Request
 from gtl.generate.images import generate, load_parts, to_image
 from gtl.generate.prompts import Prompt, read_prompts
+from gtl.generate.spread import Model, Order, Origin, cut
 from gtl.images import read_recipe
 from gtl.storage import Store
 from gtl.types import UserError
@@ -385,6 +386,8 @@ def test_a_relative_path_is_the_model_of_the_card(tmp_path, monkeypatch):
         ({"prompt": "a", "prompts": Path("x")}, "--prompt: both of --prompt and --prompts given; expected one of them"),
         ({"prompt": "a", "model": None}, "--model: missing; give a model, or an --adapter whose card names its base"),
         ({"prompt": "a", "count": 0}, "--count: 0: expected 1 or more"),
+        ({"prompt": "a", "workers": 0}, "--workers: 0: expected 1 or more, or auto"),
+        ({"prompt": "a", "workers": "many"}, "--workers: many: expected 1 or more, or auto"),
         ({"prompt": "a", "steps": 0}, "--steps: 0: expected 1 to 999"),
         ({"prompt": "a", "guidance": -2.0}, "--guidance: -2: expected a number >= 0; 1 and below is no guidance"),
         ({"prompt": "a", "width": 60}, "--width: 60: expected a multiple of 16, such as 48 or 64"),
@@ -439,35 +442,23 @@ def test_the_command_is_imported_without_torch():
     assert shown.stdout.strip() == "[]"
 
 
-def test_class_images_are_drawn_once_and_completed(sd, parts, tmp_path):
-    family, cache = open_family(str(sd)), Store(tmp_path)
-    prior = PriorPreservation(prompt="a photo of a dog", images=3, steps=2)
-    drawn = []
+def test_batches_are_of_one_model_and_leave_no_worker_without():
+    base, other = (Model(Origin(source), "f" * 64) for source in ("base", "other"))
+    orders = [Order(model, DOG) for model in (base, base, other, base, other, base, base)]
 
-    def make(prior: PriorPreservation) -> Store:
-        drawn.clear()
+    def positions(workers: int, max_batch: int) -> list[list[int]]:
+        return [batch.positions for batch in cut(orders, workers, max_batch)]
 
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase == "draw":
-                drawn.append(done)
+    assert positions(1, 4) == [[0, 1, 3, 5], [6], [2, 4]]
+    assert positions(4, 4) == [[0, 1], [3, 5], [6], [2, 4]]
+    assert positions(7, 4) == [[0], [1], [3], [5], [6], [2], [4]]
 
-        return class_images(family, prior, cache, device="cpu", dtype=torch.float32, progress=progress)
 
-    folder = make(prior)
-    assert [key for key, _, _ in folder.list()] == ["00000.png", "00001.png", "00002.png"]
-    assert drawn == [0, 1, 2, 3]
-    request = Request("a photo of a dog", 64, 64, seed=1, steps=2)
-    (expected,) = draw(Engine(family, parts), request)
-    file = Path(folder.url("00001.png"))
-    assert channel_difference(Image.open(file), to_image(expected)) <= 1
-    assert (read_recipe(file)["prompt"], read_recipe(file)["seed"]) == ("a photo of a dog", 1)
-    before = Image.open(file).copy()
+def test_class_images_of_another_prior_are_others(sd, tmp_path):
+    family, prior = open_family(str(sd)), PriorPreservation(prompt="a photo of a dog", images=3, steps=2)
 
-    assert make(prior).root == folder.root
-    assert drawn == []
-    file.unlink()
-    make(prior)
-    assert drawn == [0, 1]
-    assert channel_difference(Image.open(file), before) <= 1
-    assert make(prior.model_copy(update={"weight": 0.5})).root == folder.root, "the weight draws no other pictures"
-    assert make(prior.model_copy(update={"steps": 1})).root != folder.root
+    def folder(dtype: str = "fp32", **changes: object) -> str:
+        return class_folder(family, prior.model_copy(update=changes), Store(tmp_path), dtype).root
+
+    assert folder(weight=0.5) == folder(), "the weight draws no other pictures"
+    assert len({folder(), folder("bf16"), folder(steps=1), folder(images=4), folder(prompt="a dog")}) == 5

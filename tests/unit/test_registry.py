@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from gtl.adapters import Card, Registry
 from gtl.adapters.card import Base, DatasetInfo, File, Lineage, Training, parse_card
 from gtl.adapters.commands import list_adapters, promote_adapter, remove_adapter, show_adapter
+from gtl.storage import Store
 from gtl.types import UserError
 
 V1, V2 = "20260101-000000-000-aaaaaa", "20260102-000000-000-bbbbbb"
@@ -246,6 +248,24 @@ def test_bucket_copy_is_downloaded_once_and_mended(s3, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=rf"^s3://.*/animals/{V1}/adapter_model.safetensors: damaged: sha256 "):
         registry.fetch("animals")
     assert not folder.exists()
+
+
+def test_a_bucket_copy_is_downloaded_once_by_all_workers_of_a_machine(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = f"{s3}/{tmp_path.name}"
+    Registry(url).publish("animals", V1, make_files(tmp_path / "a"), make_card())
+    loaded, download = [], Store.download
+
+    def count(store, key, target):
+        loaded.append(key)
+        return download(store, key, target)
+
+    monkeypatch.setattr(Store, "download", count)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: Registry(url).fetch("animals"), range(4)))
+    assert len(folders) == 1
+    files = ("adapter.json", "adapter_model.safetensors", "text_encoder/adapter_model.safetensors")
+    assert sorted(loaded) == [f"animals/{V1}/{file}" for file in files]
 
 
 def test_refused_names(tmp_path):

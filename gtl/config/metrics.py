@@ -1,0 +1,65 @@
+"""Which metrics there are, which way each is better and what it is computed from: the one table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from gtl.types import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number about a model."""
+
+    higher_is_better: bool
+    needs: Mapping[str, int]
+    """What it is computed from, by the argument of its function in `gtl.evaluate.scores` -> the fewest rows of it.
+
+    `real`, `fake`: features of real and of generated images. `logits`: a classifier's, of generated images.
+    `image_features`, `text_features`: embeddings of generated images and their prompts in one space.
+    `right`: [M, 1], 1 for each generated image that shows what its prompt says and 0 for the others.
+    `samples`, `train`, `held_out`: features of generated images, of those trained on and of those kept from training.
+    """
+    extractor: Literal["backbone", "clip", "reader"] = "backbone"
+    """What makes the features: what the recipe's `evaluate` names by that key, or the reader of the built-in scenes."""
+
+
+METRICS: dict[str, Metric] = {
+    "val_loss": Metric(higher_is_better=False, needs={}),  # measured beside training, in gtl.evaluate.validation
+    "fid": Metric(higher_is_better=False, needs={"real": 100, "fake": 100}),
+    "kid": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
+    "inception_score": Metric(higher_is_better=True, needs={"logits": 100}),
+    "clip_score": Metric(higher_is_better=True, needs={"image_features": 1, "text_features": 1}, extractor="clip"),
+    "cmmd": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}, extractor="clip"),
+    "precision": Metric(higher_is_better=True, needs={"real": 5, "fake": 5}),
+    "recall": Metric(higher_is_better=True, needs={"real": 5, "fake": 5}),
+    "density": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
+    "coverage": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
+    "diversity": Metric(higher_is_better=True, needs={"fake": 3}),
+    "prompt_accuracy": Metric(higher_is_better=True, needs={"right": 1}, extractor="reader"),
+    "memorization": Metric(higher_is_better=False, needs={"samples": 1, "train": 1, "held_out": 1}),
+}
+
+
+def metric(name: str) -> Metric:
+    """The table's row.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    found = METRICS.get(name)
+    if found is None:
+        raise UserError(f"evaluate.metrics: {name!r}: no such metric; there are {', '.join(METRICS)}")
+    return found
+
+
+def check_name(name: str) -> str:
+    """Refuse a metric that there is none of, in a recipe, where the key is named already."""
+    if name not in METRICS:
+        raise ValueError(f"no such metric; there are {', '.join(METRICS)}")
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(check_name)]

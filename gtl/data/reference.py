@@ -1,0 +1,81 @@
+"""Images as metrics look at them: their centre squares, cut as for training, none of them encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gtl.config.recipe import Data
+from gtl.data.buckets import Size, bucket_sizes, variant_key, variants
+from gtl.data.dataset import PIXEL_SPACE, Cuts, Dataset
+from gtl.data.fill import ImageWork
+from gtl.data.prepare import check_usable, make_entry, name_broken, scan_all
+from gtl.storage import Store
+from gtl.types import Progress, quiet
+
+if TYPE_CHECKING:
+    from gtl.families.base import DiffusionFamily
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The images of a recipe's data, each once, without class images."""
+
+    size: Size
+    """(height, width) of all squares, in pixels."""
+    trained: tuple[ImageWork, ...]
+    """Those that are trained on, in the order of their hashes, which is as good as a shuffled one."""
+    held_out: tuple[ImageWork, ...]
+    """Those that `data.validation` keeps from training."""
+    captions: tuple[str, ...]
+    """All captions of all of them, image by image, held-out ones first."""
+
+
+def reference(data: Data, family: DiffusionFamily, cache_url: str, progress: Progress = quiet) -> Reference:
+    """Find the images; an unchanged source costs a listing.
+
+    Args:
+        data: The recipe's section.
+        family: The opened model, which says what sizes it takes.
+        cache_url: Root of the cache, which remembers what was found in files.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: a source or a caption is not what it has to be, or too many images are broken.
+    """
+    cache = Store(cache_url)
+    found = scan_all(data, cache, None, progress)
+    check_usable(found, data)
+    name_broken(found.broken)
+    (size,) = bucket_sizes(data.resolution, family.multiple, 1.0, family.max_size)
+    cuts = Cuts(1, False, data.seed)
+    places = {located.record.sha256: located.place for located in found.images}
+    whole = Dataset(cache, [make_entry(located, (size,), cuts) for located in found.images], PIXEL_SPACE, None, cuts)
+    trained, held_out = whole.split(data.validation)
+
+    def works(side: Dataset) -> tuple[ImageWork, ...]:
+        records = {entry.record.sha256: entry.record for entry in side.entries}
+        return tuple(
+            ImageWork(record.uri, sha256, places[sha256], size, {
+                variant_key(sha256, size, variant): variant
+                for variant in variants(sha256, record.size, size, **vars(cuts))
+            })
+            for sha256, record in sorted(records.items())
+        )  # fmt: skip
+
+    return Reference(size, works(trained), works(held_out), captions_of(held_out, trained))
+
+
+def captions_of(*sides: Dataset) -> tuple[str, ...]:
+    """Every image's captions, in the order of the images' hashes."""
+    found: list[str] = []
+    for side in sides:
+        records = {entry.record.sha256: entry.record for entry in side.entries}
+        found += (caption for _, record in sorted(records.items()) for caption in record.captions)
+    return tuple(found)
+
+
+def keys_of(works: Sequence[ImageWork]) -> list[str]:
+    """Of each square, what its features are kept by: it depends on the image's bytes and the cut."""
+    return [next(iter(work.variants)) for work in works]

@@ -1,0 +1,207 @@
+"""What an evaluation leaves behind, and how two of them compare."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gtl import __version__
+from gtl.report.text import columns
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from gtl.evaluate.estimate import Difference, Estimate
+
+
+class Part(BaseModel):
+    """A part of the file. A reader skips keys that a newer gtl added within the same schema."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Score(Part):
+    """One metric's number, with what it depends on."""
+
+    value: float
+    low: float | None
+    """Of the 95 % interval; None, like `high`, where none would be honest."""
+    high: float | None
+    higher_is_better: bool
+    num_fake: int
+    """Generated samples."""
+    num_real: int | None
+    """Real images; None where the score is not computed from any."""
+    extractor: str
+    """What made the features."""
+    resize: str
+    """How it sees pictures of another size."""
+    dtype: str
+    """Of the features."""
+    note: str = ""
+    fake: list[float]
+    """Influence of each sample, from which differences of two evaluations get their intervals."""
+    real: list[float] | None = None
+    """Of each real image."""
+
+
+class Sampling(Part):
+    """How the samples were drawn."""
+
+    prompts: list[str]
+    """Sample i is of prompt i modulo their number, with seed `seed` + i."""
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    dtype: str
+
+
+class Copy(Part):
+    """A sample and the training image that it is nearest to."""
+
+    sample: int
+    uri: str
+    distance: float
+    """Cosine distance of their features."""
+
+
+class Evaluation(Part):
+    """The scores of a model, with an adapter or without one."""
+
+    schema_: int = Field(default=1, alias="schema")
+    adapter: str | None
+    """NAME@VERSION; None for the model alone."""
+    base: dict[str, Any]
+    """The model's source and fingerprint."""
+    images: int
+    """Real images that are compared with, of which so many are held out:"""
+    held_out: int
+    sampling: Sampling
+    scores: dict[str, Score]
+    nearest: list[Copy] = []
+    """The samples that are nearest to images trained on, nearest first."""
+    samples: str
+    """URL of the folder of the samples."""
+    code: str = __version__
+    created: datetime.datetime = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc))
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, populate_by_name=True)
+
+    @property
+    def key(self) -> str:
+        """Hash of what decides the scores: the same evaluation done again takes the place of the first."""
+        decided = {
+            "adapter": self.adapter, "base": self.base, "images": self.images, "sampling": self.sampling.model_dump(),
+            "scores": {name: [score.extractor, score.num_real, score.num_fake] for name, score in self.scores.items()},
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.adapter or "the model alone"
+
+    def to_json(self) -> bytes:
+        """The bytes of the file."""
+        return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n").encode()
+
+
+def parse(data: bytes, where: str) -> Evaluation:
+    """Read an evaluation's file.
+
+    Raises:
+        UserError: it is damaged; `where` is named.
+    """
+    try:
+        return Evaluation.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UserError(f"{where}: not an evaluation that gtl {__version__} reads: {key}: {first['msg']}") from None
+
+
+def make_score(estimate: Estimate, facts: Mapping[str, str]) -> Score:
+    """The file's form of an estimate, with what its features come from."""
+    real = None if estimate.real is None else estimate.real.tolist()
+    return Score.model_validate({**estimate.facts(), **facts, "fake": estimate.fake.tolist(), "real": real})
+
+
+def estimate_of(name: str, score: Score) -> Estimate:
+    """The estimate that a score was made of."""
+    import torch
+
+    from gtl.evaluate.estimate import Estimate
+
+    real = None if score.real is None else torch.tensor(score.real, dtype=torch.float64)
+    fake = torch.tensor(score.fake, dtype=torch.float64)
+    return Estimate(name, score.value, score.low, score.high, fake, real, score.num_real, score.note)
+
+
+def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
+    """Of every metric that both have: the second less the first.
+
+    Raises:
+        UserError: they were drawn or measured in other ways.
+    """
+    from gtl.evaluate.estimate import difference
+
+    mine, theirs = first.sampling.model_dump(), second.sampling.model_dump()
+    if other := [key for key in mine if mine[key] != theirs[key]]:
+        raise UserError(
+            f"{first.title} and {second.title}: drawn with other {', '.join(other)}; evaluate both with one recipe"
+        )
+    found = []
+    for name, score in first.scores.items():
+        if name in second.scores:
+            one, two = estimate_of(name, second.scores[name]), estimate_of(name, score)
+            if score.extractor == second.scores[name].extractor:
+                found.append(difference(one, two))
+    return found
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
+    """The scores for a terminal, then how the other models differ from the first."""
+    parts = [scores_table(evaluation) for evaluation in evaluations]
+    parts += [differences_table(evaluations[0], other) for other in evaluations[1:]]
+    return "\n\n".join(parts)
+
+
+def scores_table(evaluation: Evaluation) -> str:
+    """One model's scores, each with its interval and what it depends on."""
+    rows = [["metric", "value", "95 % interval", "better", "samples", "extractor"]]
+    notes = []
+    for name, score in evaluation.scores.items():
+        counted = f"{score.num_fake} drawn" + (f", {score.num_real} real" if score.num_real is not None else "")
+        rows.append([
+            name, short(score.value), interval(score.low, score.high), "higher" if score.higher_is_better else "lower",
+            counted, score.extractor,
+        ])  # fmt: skip
+        if score.note:
+            notes.append(f"{name}: {score.note}")
+    return "\n".join([evaluation.title, columns(rows), *notes])
+
+
+def differences_table(first: Evaluation, other: Evaluation) -> str:
+    """What of another model's scores differs from the first's by more than chance explains."""
+    rows = [["metric", "difference", "95 % interval", "better"]]
+    for found in compare(first, other):
+        better = {None: "cannot be told", 0: other.title, 1: first.title}[found.better]
+        rows.append([found.metric, f"{found.value:+.4g}", interval(found.low, found.high), better])
+    return "\n".join([f"{other.title} less {first.title}", columns(rows)])
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """For people."""
+    return "none" if low is None or high is None else f"{short(low)} to {short(high)}"
+
+
+def short(value: float) -> str:
+    """Four digits that count."""
+    return f"{value:.4g}"

@@ -1,0 +1,144 @@
+"""`gtl evaluate` on a real Ray cluster: samples are drawn once, scored, kept beside the adapter, and compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gtl.adapters import Card, Registry
+from gtl.adapters.card import base_of
+from gtl.adapters.formats import LoraExport, write_lora
+from gtl.cli import main
+from gtl.config import Recipe, parse_recipe
+from gtl.evaluate.result import compare, parse
+from gtl.evaluate.run import evaluate
+from gtl.families import open_family
+from gtl.types import UserError
+from tests.loras import load_unet, random_lora
+from tests.tiny import make_sd, write_pictures
+
+METRICS = ["kid", "diversity", "precision", "recall", "memorization"]
+SAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a registry with a LoRA of it, and twelve pictures."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_sd(folder / "model")
+    write_lora(random_lora(load_unet(folder / "model"), "unet"), folder / "lora", config=LoraExport(rank=4, alpha=4))
+    base = base_of(open_family(str(folder / "model")), str(folder / "model"))
+    card = Card(name="dog", version="v1", base=base, tuner={"type": "lora"})
+    Registry(folder / "registry").publish("dog", "v1", folder / "lora", card)
+    write_pictures(folder / "images", [(64, 64)] * 9 + [(96, 64)] * 3)
+    return folder
+
+
+def make_recipe(place: Path, **asked: Any) -> Recipe:
+    return parse_recipe({
+        "model": {"source": str(place / "model")},
+        "data": {"source": str(place / "images"), "resolution": 64, "validation": 0.25},
+        "evaluate": {"metrics": METRICS, "samples": SAMPLES, "steps": 2, "seed": 3, **asked},
+        "storage": {name: str(place / name) for name in ("runs", "cache", "registry")},
+    })
+
+
+class Told:
+    """The phases that progress was told of, each with its last numbers."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        self.phases[phase] = done, total
+
+
+def test_an_adapter_beside_the_model_alone(ray_cluster: None, place: Path) -> None:
+    told = Told()
+    alone, dog = evaluate(make_recipe(place), [None, "dog"], progress=told)
+    assert told.phases["draw"] == (2 * SAMPLES, 2 * SAMPLES)
+    assert (alone.adapter, dog.adapter) == (None, "dog@v1")
+    assert alone.sampling == dog.sampling
+    assert (dog.images, dog.held_out, len(dog.sampling.prompts)) == (12, 3, SAMPLES)
+    for evaluation in (alone, dog):
+        assert list(evaluation.scores) == METRICS
+        counted = {name: (score.num_fake, score.num_real) for name, score in evaluation.scores.items()}
+        assert counted == {
+            "kid": (8, 12), "diversity": (8, None), "precision": (8, 12), "recall": (8, 12), "memorization": (8, 3)
+        }  # fmt: skip
+        assert {score.extractor for score in evaluation.scores.values()} == {"builtin:backbone"}
+        assert evaluation.scores["memorization"].note == (
+            "samples are farther from training images than held-out images are"
+        )
+        assert sorted(match.sample for match in evaluation.nearest) == list(range(SAMPLES))
+    (kept,) = Registry(place / "registry").evaluations("dog").values()
+    assert parse(kept, "it") == dog
+    found = {difference.metric: difference.value for difference in compare(alone, dog)}
+    assert found == pytest.approx({
+        name: dog.scores[name].value - alone.scores[name].value for name in METRICS
+    })  # fmt: skip
+    assert found["diversity"] != 0
+
+
+def test_samples_are_drawn_once_and_more_go_beside_them(
+    ray_cluster: None, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (before,) = evaluate(make_recipe(place), ["dog@v1"])
+    told = Told()
+    (again,) = evaluate(make_recipe(place, metrics=["kid"]), ["dog@v1"], progress=told)
+    assert told.phases["draw"] == (SAMPLES, SAMPLES)
+    assert again.scores["kid"] == before.scores["kid"]
+    file = place / "recipe.yaml"
+    file.write_text(json.dumps(make_recipe(place, metrics=["diversity"]).model_dump(mode="json")))
+    monkeypatch.setattr(sys, "argv", ["gtl", "evaluate", str(file), "--adapter", "dog", "--base",
+                                      "--json", str(place / "scores.json")])  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "the model alone" and lines[4] == "dog@v1" and lines[8] == "dog@v1 less the model alone"
+    assert lines[1].split() == ["metric", "value", "95", "%", "interval", "better", "samples", "extractor"]
+    alone, dog = json.loads((place / "scores.json").read_text())
+    assert dog["scores"]["diversity"]["value"] == pytest.approx(before.scores["diversity"].value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "adapter", "message"),
+    [
+        ({"prompts": []}, None, "evaluate.prompts: []: there is nothing to draw"),
+        ({"metrics": ["clip_score"]}, None, "evaluate.clip: null: clip_score needs a CLIP model"),
+        ({"metrics": ["fid"]}, None, "evaluate.samples: 8: fid needs at least 100"),
+        ({"metrics": ["fid"], "samples": 100}, None, "evaluate.metrics: fid: needs 100 images (real), there are 12"),
+        ({"metrics": ["val_loss"]}, None, "evaluate.metrics: val_loss: is measured while a run goes on"),
+        ({"backbone": "/nowhere"}, None, "/nowhere"),
+        ({}, "cat", "adapter 'cat': not in the registry"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    ray_cluster: None, place: Path, asked: dict[str, Any], adapter: str | None, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        evaluate(make_recipe(place, **asked), [adapter])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_metric_is_named() -> None:
+    with pytest.raises(UserError, match=r"evaluate\.metrics.*fdi"):
+        parse_recipe({"model": {"source": "a/b"}, "data": {"source": "c"}, "evaluate": {"metrics": ["fdi"]}})
+
+
+def test_prompts_of_scenes_are_read_off_their_pictures(ray_cluster: None, place: Path) -> None:
+    values = make_recipe(place, metrics=["prompt_accuracy"], samples=2, steps=10, guidance=3.0).model_dump(mode="json")
+    values["model"]["source"] = "builtin:tiny"
+    values["evaluate"]["prompts"] = ["a large red circle on a white background"]
+    (found,) = evaluate(parse_recipe(values))
+    score = found.scores["prompt_accuracy"]
+    assert (score.value, score.low, score.num_fake, score.extractor) == (1.0, None, 2, "builtin:reader")
+    values["evaluate"]["prompts"] = ["a portrait"]
+    with pytest.raises(UserError, match=r"^evaluate\.metrics: prompt_accuracy: 'a portrait': no caption of"):
+        evaluate(parse_recipe(values))
