@@ -13,16 +13,17 @@ from gtl.adapters import Registry
 from gtl.config import Recipe
 from gtl.config.metrics import METRICS
 from gtl.data.reference import Reference, reference
-from gtl.evaluate.extract import Facts, extractor
+from gtl.evaluate.extract import Facts, extractor, load_square
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score, make_score
 from gtl.evaluate.scenes import is_right
 from gtl.generate.spread import Model, Order, Origin, Published, spread
-from gtl.images import decode
+from gtl.images import decode, encode_png, grid
 from gtl.session import session
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from gtl.families.base import DiffusionFamily
@@ -36,6 +37,8 @@ MAX_REAL = 10_000
 """Real images that are looked at, of more by the order of their hashes."""
 NEAREST = 16
 """Samples that are named with the training images they are nearest to."""
+COLUMNS, SIDE = 8, 192
+"""Of the picture of those: pairs in a row, and the longest side of a cell in pixels."""
 
 
 def evaluate(
@@ -86,7 +89,9 @@ def evaluate(
             scores=scores, nearest=nearest, samples=drawing.folder.url(),
         )  # fmt: skip
         if name is not None:
-            shelf.add_evaluation(name, evaluation.key, evaluation.to_json())
+            shelf.add_evaluation(name, f"{evaluation.key}.json", evaluation.to_json())
+            if nearest:
+                shelf.add_evaluation(name, f"{evaluation.key}.png", pairs(nearest, drawing, images))
         found.append(evaluation)
     return found
 
@@ -306,3 +311,24 @@ def copies(features: Mapping[str, Tensor], images: Reference) -> list[Copy]:
 
     matches = memorization(features["samples"], features["train"], features["held_out"]).matches
     return [Copy(sample=m.sample, uri=images.trained[m.train].uri, distance=m.distance) for m in matches[:NEAREST]]
+
+
+def pairs(nearest: Sequence[Copy], drawing: Drawing, images: Reference) -> bytes:
+    """A picture of samples, each above the image trained on that it is nearest to, with the distance; a PNG file.
+
+    Raises:
+        UserError: an image is gone.
+    """
+    works = {work.uri: work for work in images.trained}
+    columns = min(COLUMNS, len(nearest))
+    shown = nearest[: len(nearest) // columns * columns]
+    cells: list[Image] = []
+    labels: list[str] = []
+    for start in range(0, len(shown), columns):
+        row = shown[start : start + columns]
+        cells += [decode(drawing.folder.read(drawing.keys[match.sample])) for match in row]
+        cells += [load_square(works[match.uri]) for match in row]
+        labels += [f"sample {match.sample}" for match in row] + [f"{match.distance:.3f}" for match in row]
+    for cell in cells:
+        cell.thumbnail((SIDE, SIDE))
+    return encode_png(grid(cells, columns, labels), {"nearest": [match.model_dump() for match in shown]})
