@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gtl.adapters import Registry
 from gtl.config import Recipe
 from gtl.config.metrics import METRICS
+from gtl.config.names import parse_reference
 from gtl.data.reference import Reference, reference
 from gtl.evaluate.extract import Facts, extractor, load_square
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score, make_score
@@ -51,7 +52,7 @@ def evaluate(
 
     Args:
         recipe: See `gtl.load_recipe`; its `evaluate` says what is measured, its `data` what is compared with.
-        adapters: NAME, NAME@VERSION or NAME@ALIAS; None is the model alone.
+        adapters: NAME[@VERSION|@ALIAS][:SCALE]; None is the model alone.
         progress: Is called as it goes on.
 
     Raises:
@@ -74,24 +75,25 @@ def evaluate(
             Drawing(
                 recipe.storage.cache, sampling,
                 Model(Origin(origin.source, origin.revision, origin.variant), base,
-                      () if name is None else (Published(recipe.storage.registry, name),), dtype),
+                      () if adapter is None else (adapter,), dtype),
                 recipe.evaluate.samples,
             )
-            for name in chosen
+            for adapter in chosen
         ]  # fmt: skip
         draw(drawings, family, progress)
         measured = [measure(recipe, drawing, images, progress) for drawing in drawings]
     found = []
-    for name, drawing, (scores, nearest) in zip(chosen, drawings, measured, strict=True):
+    for adapter, drawing, (scores, nearest) in zip(chosen, drawings, measured, strict=True):
         evaluation = Evaluation(
-            adapter=name, base={"source": origin.source, "fingerprint": base},
-            images=len(images.trained) + len(images.held_out), held_out=len(images.held_out), sampling=sampling,
-            scores=scores, nearest=nearest, samples=drawing.folder.url(),
+            adapter=None if adapter is None else title(adapter), base={"source": origin.source, "fingerprint": base},
+            dataset=images.fingerprint, images=len(images.trained) + len(images.held_out),
+            held_out=len(images.held_out), sampling=sampling, scores=scores, nearest=nearest,
+            samples=drawing.folder.url(),
         )  # fmt: skip
-        if name is not None:
-            shelf.add_evaluation(name, f"{evaluation.key}.json", evaluation.to_json())
+        if adapter is not None:
+            shelf.add_evaluation(adapter.name, f"{evaluation.key}.json", evaluation.to_json())
             if nearest:
-                shelf.add_evaluation(name, f"{evaluation.key}.png", pairs(nearest, drawing, images))
+                shelf.add_evaluation(adapter.name, f"{evaluation.key}.png", pairs(nearest, drawing, images))
         found.append(evaluation)
     return found
 
@@ -134,8 +136,8 @@ def check_images(recipe: Recipe, images: Reference) -> None:
                 )
 
 
-def find(shelf: Registry, adapter: str, base: str) -> str:
-    """NAME@VERSION of an adapter.
+def find(shelf: Registry, adapter: str, base: str) -> Published:
+    """The version that a reference means, with its scale.
 
     Raises:
         UserError: there is none, its files are damaged, or it was made for another model.
@@ -146,8 +148,14 @@ def find(shelf: Registry, adapter: str, base: str) -> str:
             f"--adapter {adapter}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
             f"the recipe's model is another one ({base[:12]})"
         )
-    shelf.fetch(f"{card.name}@{version}")
-    return f"{card.name}@{version}"
+    name = f"{card.name}@{version}"
+    shelf.fetch(name)  # a damaged one is known now
+    return Published(shelf.store.root, name, parse_reference(adapter).scale)
+
+
+def title(adapter: Published) -> str:
+    """As people write it."""
+    return adapter.name if adapter.scale == 1 else f"{adapter.name}:{adapter.scale:g}"
 
 
 def plan(recipe: Recipe, images: Reference, dtype: str) -> Sampling:
