@@ -143,26 +143,26 @@ class Registry:
             self._download(key, folder, card)
         return folder
 
-    def add_evaluation(self, reference: str, key: str, data: bytes) -> str:
-        """Keep an evaluation of a version beside its files, in place of one with that key; returns where it is.
+    def add_evaluation(self, reference: str, file: str, data: bytes) -> str:
+        """Keep a file of an evaluation of a version beside it, in place of one with that name; returns where it is.
 
         Raises:
             UserError: there is no such adapter, or the registry cannot be written.
         """
         name, version = self.locate(reference)
-        place = f"{name}/{version}/{EVALUATIONS}/{key}.json"
+        place = f"{name}/{version}/{EVALUATIONS}/{file}"
         self.store.write(place, data)
         return self.store.url(place)
 
     def evaluations(self, reference: str) -> dict[str, bytes]:
-        """A version's evaluations by their keys.
+        """The files of a version's evaluations by their names.
 
         Raises:
             UserError: there is no such adapter.
         """
         name, version = self.locate(reference)
         keys = [key for key, _, _ in self.store.list(f"{name}/{version}/{EVALUATIONS}", recursive=False)]
-        return {key.rpartition("/")[2].removesuffix(".json"): self.store.read(key) for key in keys}
+        return {key.rpartition("/")[2]: self.store.read(key) for key in keys}
 
     def promote(self, reference: str, alias: str) -> str:
         """Point an alias at a version, replacing where it pointed; returns the version.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gtl.backbones.extractor import BATCH, Extractor, exact
-from gtl.imports import uncollected
+from gtl.imports import light
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def open_pretrained(spec: str) -> Extractor:
             f"{spec}: no such folder; a backbone is builtin:backbone, inception:FILE, or a folder or hub id of a "
             "transformers model that sees"
         )
-    with uncollected():
+    with light():
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     source = str(path) if path.is_dir() else spec

@@ -155,7 +155,9 @@ def generate(
 @app.command()
 def evaluate(
     recipe: RecipeFile,
-    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS]", help="Repeat it.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]", help="Each is scored alone; repeat it.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Also the model alone; it is, without an adapter.")] = False,
     set_: Set = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores here.")] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +32,12 @@ class Reference:
     """Those that `data.validation` keeps from training."""
     captions: tuple[str, ...]
     """All captions of all of them, image by image, held-out ones first."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the squares and of which are held out."""
+        sides = [keys_of(self.trained), keys_of(self.held_out)]
+        return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
 
 
 def reference(data: Data, family: DiffusionFamily, cache_url: str, progress: Progress = quiet) -> Reference:

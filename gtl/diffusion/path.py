@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from gtl.imports import uncollected
+from gtl.imports import light
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def make_scheduler(config: Mapping[str, Any]) -> Any:
     Raises:
         UserError: diffusers has none of this name.
     """
-    with uncollected():
+    with light():
         import diffusers
 
     name = str(config.get("_class_name"))

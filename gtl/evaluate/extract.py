@@ -59,13 +59,7 @@ class Extractor:
             UserError: an image is gone or broken.
         """
 
-        def read(position: int) -> Image:
-            crops, error = load_crops(works[position])
-            if error:
-                raise UserError(f"{works[position].uri}: {error}")
-            return next(iter(crops.values()))
-
-        return features_of(self._backbone, keys_of(works), read, self._cache)
+        return features_of(self._backbone, keys_of(works), lambda position: load_square(works[position]), self._cache)
 
     def drawn(self, folder: Store, keys: Sequence[str]) -> Rows:
         """Of pictures in a folder."""
@@ -137,6 +131,18 @@ class Features:
         progress("features", total, total)
         logits = [part for _, part in parts if part is not None]
         return torch.cat([rows for rows, _ in parts]), torch.cat(logits) if logits else None
+
+
+def load_square(work: ImageWork) -> Image:
+    """A real image as metrics look at it.
+
+    Raises:
+        UserError: it is gone or broken.
+    """
+    crops, error = load_crops(work)
+    if error:
+        raise UserError(f"{work.uri}: {error}")
+    return next(iter(crops.values()))
 
 
 def pieces(rows: Sequence[Any]) -> list[Sequence[Any]]:

@@ -80,8 +80,10 @@ class Evaluation(Part):
     """NAME@VERSION; None for the model alone."""
     base: dict[str, Any]
     """The model's source and fingerprint."""
+    dataset: str
+    """Hash of the real images that are compared with."""
     images: int
-    """Real images that are compared with, of which so many are held out:"""
+    """How many these are, of which so many are held out:"""
     held_out: int
     sampling: Sampling
     scores: dict[str, Score]
@@ -98,7 +100,7 @@ class Evaluation(Part):
     def key(self) -> str:
         """Hash of what decides the scores: the same evaluation done again takes the place of the first."""
         decided = {
-            "adapter": self.adapter, "base": self.base, "images": self.images, "sampling": self.sampling.model_dump(),
+            "adapter": self.adapter, "base": self.base, "dataset": self.dataset, "sampling": self.sampling.model_dump(),
             "scores": {name: [score.extractor, score.num_real, score.num_fake] for name, score in self.scores.items()},
         }  # fmt: skip
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
@@ -148,15 +150,13 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
     """Of every metric that both have: the second less the first.
 
     Raises:
-        UserError: they were drawn or measured in other ways.
+        UserError: they were drawn in other ways, or compared with other images.
     """
     from gtl.evaluate.estimate import difference
 
-    mine, theirs = first.sampling.model_dump(), second.sampling.model_dump()
+    mine, theirs = ({**e.sampling.model_dump(), "dataset": e.dataset} for e in (first, second))
     if other := [key for key in mine if mine[key] != theirs[key]]:
-        raise UserError(
-            f"{first.title} and {second.title}: drawn with other {', '.join(other)}; evaluate both with one recipe"
-        )
+        raise UserError(f"{first.title}, {second.title}: differ in {', '.join(other)}; evaluate both with one recipe")
     found = []
     for name, score in first.scores.items():
         if name in second.scores:

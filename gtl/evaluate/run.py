@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 from gtl.adapters import Registry
 from gtl.config import Recipe
 from gtl.config.metrics import METRICS
+from gtl.config.names import parse_reference
 from gtl.data.reference import Reference, reference
-from gtl.evaluate.extract import Facts, extractor
+from gtl.evaluate.extract import Facts, extractor, load_square
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score, make_score
 from gtl.evaluate.scenes import is_right
 from gtl.generate.spread import Model, Order, Origin, Published, spread
-from gtl.images import decode
+from gtl.images import decode, encode_png, grid
 from gtl.session import session
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from gtl.families.base import DiffusionFamily
@@ -36,6 +38,8 @@ MAX_REAL = 10_000
 """Real images that are looked at, of more by the order of their hashes."""
 NEAREST = 16
 """Samples that are named with the training images they are nearest to."""
+COLUMNS, SIDE = 8, 192
+"""Of the picture of those: pairs in a row, and the longest side of a cell in pixels."""
 
 
 def evaluate(
@@ -48,7 +52,7 @@ def evaluate(
 
     Args:
         recipe: See `gtl.load_recipe`; its `evaluate` says what is measured, its `data` what is compared with.
-        adapters: NAME, NAME@VERSION or NAME@ALIAS; None is the model alone.
+        adapters: NAME[@VERSION|@ALIAS][:SCALE]; None is the model alone.
         progress: Is called as it goes on.
 
     Raises:
@@ -71,22 +75,25 @@ def evaluate(
             Drawing(
                 recipe.storage.cache, sampling,
                 Model(Origin(origin.source, origin.revision, origin.variant), base,
-                      () if name is None else (Published(recipe.storage.registry, name),), dtype),
+                      () if adapter is None else (adapter,), dtype),
                 recipe.evaluate.samples,
             )
-            for name in chosen
+            for adapter in chosen
         ]  # fmt: skip
         draw(drawings, family, progress)
         measured = [measure(recipe, drawing, images, progress) for drawing in drawings]
     found = []
-    for name, drawing, (scores, nearest) in zip(chosen, drawings, measured, strict=True):
+    for adapter, drawing, (scores, nearest) in zip(chosen, drawings, measured, strict=True):
         evaluation = Evaluation(
-            adapter=name, base={"source": origin.source, "fingerprint": base},
-            images=len(images.trained) + len(images.held_out), held_out=len(images.held_out), sampling=sampling,
-            scores=scores, nearest=nearest, samples=drawing.folder.url(),
+            adapter=None if adapter is None else title(adapter), base={"source": origin.source, "fingerprint": base},
+            dataset=images.fingerprint, images=len(images.trained) + len(images.held_out),
+            held_out=len(images.held_out), sampling=sampling, scores=scores, nearest=nearest,
+            samples=drawing.folder.url(),
         )  # fmt: skip
-        if name is not None:
-            shelf.add_evaluation(name, evaluation.key, evaluation.to_json())
+        if adapter is not None:
+            shelf.add_evaluation(adapter.name, f"{evaluation.key}.json", evaluation.to_json())
+            if nearest:
+                shelf.add_evaluation(adapter.name, f"{evaluation.key}.png", pairs(nearest, drawing, images))
         found.append(evaluation)
     return found
 
@@ -129,8 +136,8 @@ def check_images(recipe: Recipe, images: Reference) -> None:
                 )
 
 
-def find(shelf: Registry, adapter: str, base: str) -> str:
-    """NAME@VERSION of an adapter.
+def find(shelf: Registry, adapter: str, base: str) -> Published:
+    """The version that a reference means, with its scale.
 
     Raises:
         UserError: there is none, its files are damaged, or it was made for another model.
@@ -141,8 +148,14 @@ def find(shelf: Registry, adapter: str, base: str) -> str:
             f"--adapter {adapter}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
             f"the recipe's model is another one ({base[:12]})"
         )
-    shelf.fetch(f"{card.name}@{version}")
-    return f"{card.name}@{version}"
+    name = f"{card.name}@{version}"
+    shelf.fetch(name)  # a damaged one is known now
+    return Published(shelf.store.root, name, parse_reference(adapter).scale)
+
+
+def title(adapter: Published) -> str:
+    """As people write it."""
+    return adapter.name if adapter.scale == 1 else f"{adapter.name}:{adapter.scale:g}"
 
 
 def plan(recipe: Recipe, images: Reference, dtype: str) -> Sampling:
@@ -306,3 +319,24 @@ def copies(features: Mapping[str, Tensor], images: Reference) -> list[Copy]:
 
     matches = memorization(features["samples"], features["train"], features["held_out"]).matches
     return [Copy(sample=m.sample, uri=images.trained[m.train].uri, distance=m.distance) for m in matches[:NEAREST]]
+
+
+def pairs(nearest: Sequence[Copy], drawing: Drawing, images: Reference) -> bytes:
+    """A picture of samples, each above the image trained on that it is nearest to, with the distance; a PNG file.
+
+    Raises:
+        UserError: an image is gone.
+    """
+    works = {work.uri: work for work in images.trained}
+    columns = min(COLUMNS, len(nearest))
+    shown = nearest[: len(nearest) // columns * columns]
+    cells: list[Image] = []
+    labels: list[str] = []
+    for start in range(0, len(shown), columns):
+        row = shown[start : start + columns]
+        cells += [decode(drawing.folder.read(drawing.keys[match.sample])) for match in row]
+        cells += [load_square(works[match.uri]) for match in row]
+        labels += [f"sample {match.sample}" for match in row] + [f"{match.distance:.3f}" for match in row]
+    for cell in cells:
+        cell.thumbnail((SIDE, SIDE))
+    return encode_png(grid(cells, columns, labels), {"nearest": [match.model_dump() for match in shown]})

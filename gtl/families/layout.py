@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gtl.families.files import INDEX, components, hash_files, patterns, read_json, weight_files
 from gtl.families.loading import fill, parameters_on_meta, read_tensors, ties_of
 from gtl.families.targets import find_encoder_targets
-from gtl.imports import absent, uncollected
+from gtl.imports import absent, light
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class DiffusersLayout:
     def build(self, part: str) -> nn.Module:
         """The part from its config, with whatever weights the surrounding device context gives."""
         library, name = self.classes[part]
-        with uncollected():
+        with light():
             model: Any = getattr(importlib.import_module(library), name)
         config = dict(self.config(part))
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from gtl.config.load import read_yaml
 from gtl.config.names import parse_reference
 from gtl.images import BrokenImage, preview, read_recipe
+from gtl.report.evaluations import Scores, read_scores
 from gtl.storage import Store
 from gtl.types import UserError
 
@@ -57,6 +58,8 @@ class Run:
     """By step."""
     num_pictures: int
     """Grids in the folder, of which `pictures` may be a part."""
+    scores: list[Scores]
+    """Evaluations of the published adapter, the newest first."""
 
     @property
     def title(self) -> str:
@@ -108,9 +111,11 @@ def read_run(folder: Store) -> Run:
         raise UserError(f"run {name}@{version}: no metrics yet in {folder.url()}; they come with its first steps")
     text = folder.read("recipe.yaml").decode()
     pictures, total = read_pictures(folder)
+    recipe, card = read_yaml(text), read_json(folder, "adapter.json")
+    scores = read_scores(recipe["storage"]["registry"], name, version) if card else []
     return Run(
-        name, version, folder.url(), read_yaml(text), text, rows, read_json(folder, "result.json"),
-        read_json(folder, "adapter.json"), pictures, total,
+        name, version, folder.url(), recipe, text, rows, read_json(folder, "result.json"), card, pictures, total,
+        scores,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ TUNERS: dict[str, dict[str, Any]] = {
     "full": {},
     "freeze": {"freeze_depth": 0.5},
 }
+DTYPES = {"lora": "fp32", "lora-deep": "bf16", "full": "bf16", "freeze": "fp32"}
+"""That a tuner is looked at in, in any test but the long ones."""
 BY_LENGTH = ("qwen_image", "z_image")
 """Models that read each prompt only as long as it is; a plan is for the longest, so it is above what others keep."""
 Opened = Callable[[str], tuple[DiffusionFamily, DiffusionFamily]]
@@ -60,6 +62,11 @@ def opened(written: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
         return open_family(str(written(model))), open_family(str(folder), weights=False)
 
     return open_both
+
+
+def is_usual(model: str, tuner: str, dtype: str) -> bool:
+    """Whether a case is one of those that stand for all: every tuner on each family, one on its variants."""
+    return DTYPES[tuner] == dtype and (model not in VARIANTS or tuner == "lora-deep")
 
 
 def make_recipe(family: DiffusionFamily, tuner: str, *parts: str) -> Recipe:
@@ -104,8 +111,8 @@ def footprint(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Footprint:
 @pytest.mark.parametrize(
     ("model", "tuner", "dtype"),
     [
-        (model, tuner, dtype) for model in MODELS for tuner in TUNERS for dtype in ("fp32", "bf16")
-        if model not in VARIANTS or (tuner, dtype) == ("lora-deep", "bf16")
+        pytest.param(model, tuner, dtype, marks=() if is_usual(model, tuner, dtype) else pytest.mark.soak)
+        for model in MODELS for tuner in TUNERS for dtype in ("fp32", "bf16")
     ],
 )  # fmt: skip
 def test_the_sizes_of_a_model_without_its_weights(

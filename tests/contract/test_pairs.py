@@ -36,7 +36,11 @@ CASES = [
     *((tuner, "denoise", True) for tuner in ("lora", "full")),
 ]
 """Every pair, and again with the text encoders trained too."""
-WALK = [(model, *case) for case in CASES for model in MODELS if model not in VARIANTS or case == CASES[0]]
+WALK = [
+    pytest.param(model, *case, marks=pytest.mark.soak if case == CASES[-1] or (model in VARIANTS and i) else ())
+    for i, case in enumerate(CASES) for model in MODELS
+]  # fmt: skip
+"""Of variants the first pair, and of pairs all but the full tuning of everything; the rest is for the long tests."""
 CAPTIONS = ("a photo of a dog", "a photo of a cat")
 TOKEN_LIMITS = {
     "sd3": {"text_encoder_3": 32}, "flux": {"text_encoder_2": 32}, "flux2": {"text_encoder": 144},

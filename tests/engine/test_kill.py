@@ -57,7 +57,6 @@ def check(folder: Path, undisturbed: Any, stage: int, tuner: dict[str, Any], kil
 @pytest.mark.parametrize(
     ("stage", "tuner", "kills"),
     [
-        (0, LORA, [Kill(1, "step", 6)]),
         (0, LORA, [Kill(0, "step", 1), Kill(0, "write", 2), Kill(0, "commit", 1)]),
         (2, FULL, [Kill(0, "commit", 2)]),
         (3, LORA, [Kill(1, "step", 8)]),
@@ -95,8 +94,14 @@ def test_what_stands_after_a_kill_is_the_newest_finished_checkpoint(tmp_path: Pa
     assert [step for step, *_ in series(job)] == [float(step) for step in range(1, 10)]
 
 
-@pytest.mark.parametrize("tuner", [LORA, FULL], ids=lambda tuner: tuner["type"])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("workers", "tuner"),
+    [
+        pytest.param(1, FULL, id="1-full"), pytest.param(3, LORA, id="3-lora"),
+        pytest.param(1, LORA, id="1-lora", marks=pytest.mark.soak),
+        pytest.param(3, FULL, id="3-full", marks=pytest.mark.soak),
+    ],
+)  # fmt: skip
 def test_a_run_goes_on_with_other_workers(
     tmp_path: Path, undisturbed: Any, workers: int, tuner: dict[str, Any]
 ) -> None:

@@ -17,6 +17,7 @@ from gtl.config import Recipe, parse_recipe
 from gtl.evaluate.result import compare, parse
 from gtl.evaluate.run import evaluate
 from gtl.families import open_family
+from gtl.images import decode
 from gtl.types import UserError
 from tests.loras import load_unet, random_lora
 from tests.tiny import make_sd, write_pictures
@@ -75,8 +76,10 @@ def test_an_adapter_beside_the_model_alone(ray_cluster: None, place: Path) -> No
             "samples are farther from training images than held-out images are"
         )
         assert sorted(match.sample for match in evaluation.nearest) == list(range(SAMPLES))
-    (kept,) = Registry(place / "registry").evaluations("dog").values()
-    assert parse(kept, "it") == dog
+    kept = Registry(place / "registry").evaluations("dog")
+    assert set(kept) == {f"{dog.key}.json", f"{dog.key}.png"}
+    assert parse(kept[f"{dog.key}.json"], "it") == dog
+    assert decode(kept[f"{dog.key}.png"]).size == (8 * 64, 2 * (64 + 16))
     found = {difference.metric: difference.value for difference in compare(alone, dog)}
     assert found == pytest.approx({
         name: dog.scores[name].value - alone.scores[name].value for name in METRICS

@@ -36,9 +36,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_recipe(place: Path, **train: Any) -> Recipe:
+PRIOR = {"prompt": "a photo of a bird", "images": 3, "steps": 2, "weight": 0.5}
+
+
+def make_recipe(place: Path, prior: dict[str, Any] | None = PRIOR, **train: Any) -> Recipe:
     return parse_recipe({
         "model": {"source": str(place / "model")},
+        "objective": {"prior": prior},
         "tuner": {"type": "lora", "rank": 4, "alpha": 8, "targets": "attention+ff"},
         "data": {"source": str(place / "images"), "resolution": 64},
         "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "workers": 2, **train},
@@ -56,11 +60,21 @@ def losses(place: Path, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
 
 
+Told = list[tuple[Any, ...]]
+
+
 @pytest.fixture(scope="module")
-def one_worker(place: Path) -> list[float]:
+def told_by_one() -> Told:
+    """What the run on one worker tells."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def one_worker(place: Path, told_by_one: Told) -> list[float]:
+    """Losses of a run on one worker, named one."""
     from gtl.train.launch import train
 
-    train(make_recipe(place, workers=1), "one", progress=silent)
+    train(make_recipe(place, workers=1), "one", progress=lambda *row: told_by_one.append(row))
     return losses(place, "one")
 
 
@@ -102,7 +116,6 @@ def distance(a: Image.Image, b: Image.Image) -> float:
 
 
 PROMPTS = ["a photo of a dog", "two unknown words", "a cat"]
-Told = list[tuple[Any, ...]]
 
 
 @pytest.fixture(scope="module")
@@ -173,24 +186,24 @@ def test_plain_diffusers_draws_what_gtl_learned_from_photographs(
     assert distance(Image.open(base), theirs) > 3
 
 
-def test_class_images_are_drawn_once_and_learned_beside_the_subject(place: Path) -> None:
-    from gtl.train.launch import fill_cache, train
+def test_class_images_are_drawn_once_and_learned_beside_the_subject(
+    place: Path, one_worker: list[float], told_by_one: Told
+) -> None:
+    from gtl.train.launch import fill_cache
 
-    values = make_recipe(place, workers=1, steps=4).model_dump(mode="json")
-    values["objective"]["prior"] = {"prompt": "a photo of a bird", "images": 3, "steps": 2, "weight": 0.5}
-    values["train"] |= {"activation_checkpointing": True, "compile": False, "micro_batch": 2}
-    seen: list[tuple[str, int]] = []
-    recipe = parse_recipe(values)
-    train(recipe, "prior", progress=lambda phase, done, total, detail="": seen.append((phase, done)))
-    again = fill_cache(recipe, lambda phase, done, total, detail="": seen.append((phase, done)))
-    card = Registry(place / "registry").show("prior")
+    told: Told = []
+    again = fill_cache(make_recipe(place, workers=1), lambda *row: told.append(row))
+    card = Registry(place / "registry").show("one")
     assert card.dataset is not None and card.dataset.images == 10
     assert card.dataset.fingerprint == again.fingerprint
+    assert sum(entry.record.is_class_image for entry in again.entries) == PRIOR["images"]
     pictures = sorted((place / "cache").rglob("class_images/*/*.png"))
     assert [picture.name for picture in pictures] == ["00000.png", "00001.png", "00002.png"]
-    assert seen.count(("class images", 3)) == 1
+    assert [row[:3] for row in told_by_one].count(("class images", 3, 3)) >= 1
+    assert {row[0] for row in told} == {"model"}
 
 
+@pytest.mark.soak  # the same without Ray is in tests/engine/test_store_faults.py
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(place: Path, small_disk: Path) -> None:
     from gtl.train.launch import train
 
@@ -384,7 +397,7 @@ def test_a_truncated_file_of_the_model_is_one_line(
     shutil.copytree(place / "model", tmp_path / "model")
     file = tmp_path / "model" / part / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    recipe = make_recipe(place)
+    recipe = make_recipe(place, prior=None)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"source": str(tmp_path / "model")})})
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert run(monkeypatch, "train", str(tmp_path / "r.yaml"), "--name", "truncated") == 2
@@ -407,13 +420,14 @@ def test_a_damaged_checkpoint_is_one_line(
     assert said.endswith("remove this checkpoint to go on from the one before")
 
 
+@pytest.mark.soak
 def test_a_flow_matching_transformer_learns_at_stage_3_and_is_drawn(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
     from diffusers import FluxPipeline
 
-    values = make_recipe(place, zero={"stage": 3}, steps=3).model_dump(mode="json")
+    values = make_recipe(place, prior=None, zero={"stage": 3}, steps=3).model_dump(mode="json")
     values["model"]["source"] = str(make_flux(tmp_path / "flux"))
     (tmp_path / "r.yaml").write_text(dump_recipe(parse_recipe(values)))
     assert run(monkeypatch, "train", str(tmp_path / "r.yaml"), "--name", "flux") == 0
@@ -462,7 +476,7 @@ def test_a_mistake_is_one_line(place: Path, change: dict[str, dict[str, Any]], m
 def test_a_tuner_that_does_not_fit_is_refused_before_anything_is_encoded(place: Path, tmp_path: Path) -> None:
     from gtl.train.launch import train
 
-    values = make_recipe(place, workers=1).model_dump(mode="json")
+    values = make_recipe(place, prior=None, workers=1).model_dump(mode="json")
     values["storage"]["cache"], values["tuner"]["freeze_depth"] = str(tmp_path / "cache"), 99
     phases = []
     with pytest.raises(UserError, match=r"^tuner\.freeze_depth: 99"):

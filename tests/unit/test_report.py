@@ -19,7 +19,7 @@ from PIL import Image
 
 from gtl.cli import main
 from gtl.config import Recipe, parse_recipe
-from gtl.images import save_png
+from gtl.images import encode_png, save_png
 from gtl.report.chart import MAX_POINTS, Series, draw, linear_ticks, log_ticks, short, smooth
 from gtl.report.command import report
 from gtl.report.demo import Panel, render_demo
@@ -78,6 +78,41 @@ def make_look(step: int) -> dict[str, float]:
 def add_picture(run: Store, folder: Path, step: int, prompts: list[str], size: tuple[int, int] = (128, 64)) -> None:
     save_png(Image.new("RGB", size, (step % 256, 80, 160)), folder / "grid.png", {"prompts": prompts, "steps": step})
     run.upload(folder / "grid.png", f"samples/{step:08d}.png")
+
+
+def add_scores(registry: Path, created: str, value: float, note: str = "") -> None:
+    """An evaluation as `gtl evaluate` leaves it beside dog@v1."""
+    score = {"value": value, "low": None, "high": None, "higher_is_better": False, "num_fake": 8, "num_real": 12,
+             "extractor": "inception", "resize": "bicubic to 299 x 299", "dtype": "fp32", "note": note}  # fmt: skip
+    sampling = {"prompts": ["a", "b"], "steps": 25, "guidance": 7.5, "width": 64, "height": 64, "dtype": "fp32",
+                "seed": 3}  # fmt: skip
+    values = {"created": created, "images": 12, "held_out": 3, "sampling": sampling, "scores": {
+        "kid": score, "recall": {**score, "low": 0.25, "high": 0.5, "higher_is_better": True, "num_real": None},
+    }}  # fmt: skip
+    store = Store(registry / "dog" / "v1" / "evaluations")
+    store.write(f"{created[:4]}.json", json.dumps(values).encode())
+    store.write(f"{created[:4]}.png", encode_png(Image.new("RGB", (128, 64), "red"), {}))
+
+
+def test_scores_stand_with_what_they_depend_on(tmp_path: Path) -> None:
+    run = make_run(Store(tmp_path / "runs"))
+    text = run.read("recipe.yaml").decode().replace("/the registry", str(tmp_path / "registry"))
+    run.write("recipe.yaml", text.encode())
+    for created, value in (("2026-01-02T03:04:05Z", 0.5), ("2027-01-02T03:04:05Z", 0.25)):
+        add_scores(tmp_path / "registry", created, value, note=EVIL)
+    first, second = read_run(run).scores
+    assert first.title == (
+        "2027-01-02 03:04 UTC: 8 samples of 2 prompts, 25 steps, guidance 7.5, 64x64, fp32, seeds from 3; "
+        "12 real images, 3 of them held out"
+    )
+    assert first.rows[1] == {
+        "metric": "recall", "value": "0.25", "95 % interval": "0.25 to 0.5", "better": "higher", "drawn": "8",
+        "real": "", "extractor": "inception (bicubic to 299 x 299, fp32)",
+    }  # fmt: skip
+    assert (second.rows[0]["value"], second.rows[0]["95 % interval"]) == ("0.5", "none")
+    page = make_page(run)
+    assert f"kid: {EVIL}" in page.text
+    assert sum(tag == "img" and "nearest" in values["alt"] for tag, values in page.elements) == 2
 
 
 class Page(HTMLParser):

@@ -1,0 +1,81 @@
+"""What `gtl evaluate` left beside an adapter, for a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gtl.config.names import check_name
+from gtl.images import BrokenImage, preview
+from gtl.report.chart import short
+from gtl.storage import Store
+
+MOST = 5
+"""Evaluations on a page: the newest."""
+SIDE = 1600
+"""Longest side, in pixels, of the picture of samples beside training images."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation."""
+
+    title: str
+    """When it was made, and of what samples."""
+    rows: list[dict[str, str]]
+    """A metric each."""
+    notes: list[str]
+    """What a reader has to know of them."""
+    nearest: str | None
+    """The samples that are nearest to images trained on, above those: a data: URI."""
+
+
+def read_scores(registry: str, name: str, version: str) -> list[Scores]:
+    """The newest evaluations of a version.
+
+    Raises:
+        UserError: the registry is out of reach.
+    """
+    folder = Store(f"{registry}/{check_name(name)}/{version}/evaluations")
+    keys = [key for key, _, _ in folder.list(recursive=False)]
+    found = [(json.loads(folder.read(key)), key.removesuffix(".json")) for key in keys if key.endswith(".json")]
+    found.sort(key=lambda pair: str(pair[0]["created"]), reverse=True)
+    return [make_scores(values, read_pairs(folder, f"{key}.png")) for values, key in found[:MOST]]
+
+
+def read_pairs(folder: Store, key: str) -> str | None:
+    """A picture as a data: URI, if it is there and whole."""
+    if not folder.exists(key):
+        return None
+    try:
+        return preview(folder.read(key), SIDE)[0]
+    except BrokenImage:
+        return None
+
+
+def make_scores(values: dict[str, Any], nearest: str | None) -> Scores:
+    """The tables of an evaluation's file."""
+    how, scores = values["sampling"], values["scores"]
+    samples = max(score["num_fake"] for score in scores.values())
+    title = (
+        f"{values['created'][:16].replace('T', ' ')} UTC: {samples} samples of {len(how['prompts'])} prompts, "
+        f"{how['steps']} steps, guidance {short(how['guidance'])}, {how['width']}x{how['height']}, {how['dtype']}, "
+        f"seeds from {how['seed']}; {values['images']} real images, {values['held_out']} of them held out"
+    )
+    rows = [
+        {
+            "metric": name, "value": short(score["value"]),
+            "95 % interval": interval(score["low"], score["high"]),
+            "better": "higher" if score["higher_is_better"] else "lower",
+            "drawn": str(score["num_fake"]), "real": "" if score["num_real"] is None else str(score["num_real"]),
+            "extractor": f"{score['extractor']} ({score['resize']}, {score['dtype']})",
+        }
+        for name, score in scores.items()
+    ]  # fmt: skip
+    return Scores(title, rows, [f"{name}: {score['note']}" for name, score in scores.items() if score["note"]], nearest)
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """For people."""
+    return "none" if low is None or high is None else f"{short(low)} to {short(high)}"
