@@ -103,13 +103,13 @@ def report(
 def cache(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|gc", help="A recipe file, or gc.")], set_: Set = None
 ) -> None:
-    """Encode a recipe's images and captions into the cache; `gc` removes what no dataset uses."""
+    """Encode a recipe's images and captions into the cache; `gc` removes what nothing used for a month."""
     if recipe == "gc":
         from gtl.data.garbage import collect_garbage
         from gtl.storage import Store
 
         removed, freed = collect_garbage(Store(os.environ.get("GTL_CACHE", "./cache")))
-        print(f"removed {removed} shards, {freed / 2**20:.1f} MiB")
+        print(f"removed {removed} files, {freed / 2**20:.1f} MiB")
         return
     from gtl.config import load_recipe
     from gtl.train.launch import fill_cache

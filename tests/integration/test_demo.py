@@ -16,7 +16,9 @@ from PIL import Image
 from gtl.builtin import make
 from gtl.config import load_recipe
 from gtl.data.scenes.sets import SceneSet
-from gtl.demo import ADAPTERS, GOALS, OLD, SCRATCH, demo, open_recipe
+from gtl.demo import ADAPTERS, GOALS, OLD, SCRATCH, choose_prompts, demo, open_recipe
+from gtl.evaluate.result import compare
+from gtl.evaluate.run import evaluate
 from gtl.evaluate.scenes import Drawing, draw, new_prompts, score
 from gtl.families import open_family
 from gtl.families.source import builtin_folder
@@ -89,6 +91,14 @@ def test_the_demo_reaches_its_goals(ray_cluster: None, tmp_path: Path) -> None:
         assert outcome.scores[name][name].share >= GOALS["new"], outcome.scores[name]
         assert outcome.kept(name) >= GOALS["kept"], outcome.scores[OLD]
         assert outcome.scores[name]["scratch"].right < outcome.scores[name][name].right
+    # The concept's own scores say so too, by more than chance explains.
+    prompts = json.dumps(list(choose_prompts(256)[0].prompts))
+    recipe = open_recipe("concept", tmp_path, [
+        "data.source=builtin:scenes?concept=blick", f"evaluate.prompts={prompts}", "evaluate.guidance=3",
+        "evaluate.metrics=[prompt_accuracy, kid]",
+    ])  # fmt: skip
+    found = compare(*evaluate(recipe, [None, "demo-concept"]))
+    assert {difference.metric: difference.better for difference in found} == {"prompt_accuracy": 0, "kid": 0}
 
 
 def start_demo(out: Path) -> subprocess.Popen[str]:

@@ -256,6 +256,18 @@ def test_garbage_is_what_no_recent_dataset_needs(tmp_path: Path) -> None:
         Dataset.load(store, gone.fingerprint)
 
 
+def test_samples_and_features_stay_for_a_while(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for key in ("samples/a/000000.png", "samples/a/000001.png", "features/b/c.safetensors"):
+        store.write(key, b"1234")
+    assert collect_garbage(store, grace_days=0) == (0, 0)
+    old = time.time() - 31 * 86400
+    for key in ("samples/a/000001.png", "features/b/c.safetensors"):
+        os.utime(tmp_path / key, (old, old))
+    assert collect_garbage(store) == (2, 8)
+    assert [key for key, _, _ in store.list("samples")] == ["samples/a/000000.png"]
+
+
 def test_prompts_that_a_run_asked_for_are_no_garbage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     dataset = make_dataset(store, [(16, 16)])

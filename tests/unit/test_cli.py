@@ -138,7 +138,7 @@ def test_data_check_and_garbage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         "pictures: 1 images", "", "captions: 1 distinct", "      1 x a red square",
     ]  # fmt: skip
     assert run(monkeypatch, "cache", "gc") == 0
-    assert capsys.readouterr().out == "removed 0 shards, 0.0 MiB\n"
+    assert capsys.readouterr().out == "removed 0 files, 0.0 MiB\n"
 
 
 def test_init_writes_a_recipe_and_what_to_type_next(
