@@ -254,6 +254,8 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("train.zero.hpz=2", "train.zero.hpz: 2: it is about weights in shares; set train.zero.stage: 3"),
         ("train.checkpoints=5", "train.checkpoints: 5: should be a section with the keys every, keep"),
         ("train.steps=0", "train.steps: 0: should be greater than or equal to 1"),
+        ("train.steps=true", "train.steps: True: should not be true or false"),
+        ("train.workers=yes", "train.workers: True: should not be true or false"),
         ("train.batch_size=0", "train.batch_size: 0: should be greater than or equal to 1"),
         ("train.micro_batch=0", "train.micro_batch: 0: should be greater than or equal to 1 or 'auto'"),
         ("train.workers=x", "train.workers: 'x': should be a whole number or 'auto'"),
