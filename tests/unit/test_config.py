@@ -236,7 +236,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
          "tuner.freeze_depth: 1.0: should be a fraction in [0, 1), or a whole number of blocks, which is written 1"),
         ("tuner.freeze_depth=12.5",
          "tuner.freeze_depth: 12.5: should be a fraction in [0, 1), or a whole number of blocks, which is written 12"),
-        ("tuner.freeze_depth=true", "tuner.freeze_depth: True: should be a whole number or a number"),
+        ("tuner.freeze_depth=true", "tuner.freeze_depth: True: should not be true or false"),
         ("objective.type=autoencod", "objective.type: 'autoencod': should be 'denoise' or 'autoencode'"),
         ("objective.type=", "objective.type: 'None': should be 'denoise' or 'autoencode'"),
         ("objective={type: autoencode, kl: -1}", "objective.kl: -1: should be greater than or equal to 0"),
