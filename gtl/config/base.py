@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -17,6 +17,14 @@ class Section(BaseModel):
     def _empty_means_defaults(cls, values: Any) -> Any:
         """YAML reads a section with nothing below it as null."""
         return {} if values is None else values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python, and Pydantic with it, takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("should not be true or false")
+        return value
 
 
 def type_of(default: str) -> Callable[[Any], str]:
