@@ -1,4 +1,4 @@
-"""What makes large libraries import sooner."""
+"""What makes large libraries import sooner, and work without a word."""
 
 import gc
 import sys
@@ -39,3 +39,19 @@ def light() -> Iterator[None]:
     """
     with uncollected(), absent("bitsandbytes"):
         yield
+
+
+@contextmanager
+def quieted() -> Iterator[None]:
+    """Within it transformers shows no bars, and no reports of weights that are left out."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

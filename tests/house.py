@@ -59,7 +59,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "accelerate": ("gtl/data/spread.py",),
     "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py"),
     "diffusers.schedulers": ("gtl/families", "gtl/diffusion"),
-    "transformers": ("gtl/families", "gtl/backbones"),
+    "transformers": ("gtl/families", "gtl/backbones", "gtl/imports.py"),
     "huggingface_hub": ("gtl/families", "gtl/backbones", "gtl/doctor.py"),
     "ray": RAY,
     "ray.data": ("gtl/data",),

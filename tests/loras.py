@@ -5,6 +5,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gtl.adapters import Card, Registry
+from gtl.adapters.card import base_of
+from gtl.adapters.formats import LoraExport, write_lora
+from gtl.families import open_family
+from tests.tiny import make_sd
+
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -88,3 +94,12 @@ def merged_delta(tensors, module: str) -> torch.Tensor:
     """B A of a layer in its weight's shape."""
     a, b = tensors[f"unet.{module}.lora_A.weight"], tensors[f"unet.{module}.lora_B.weight"]
     return (b.flatten(1) @ a.flatten(1)).reshape(b.shape[0], *a.shape[1:])
+
+
+def publish_dog(folder: Path) -> Path:
+    """A tiny `model`, and a `registry` with a LoRA of it, dog@v1; returns the folder of both."""
+    model = make_sd(folder / "model")
+    write_lora(random_lora(load_unet(model), "unet"), folder / "lora", config=LoraExport(rank=4, alpha=4))
+    card = Card(name="dog", version="v1", base=base_of(open_family(str(model)), str(model)), tuner={"type": "lora"})
+    Registry(folder / "registry").publish("dog", "v1", folder / "lora", card)
+    return folder

@@ -154,16 +154,6 @@ class Registry:
         self.store.write(place, data)
         return self.store.url(place)
 
-    def evaluations(self, reference: str) -> dict[str, bytes]:
-        """The files of a version's evaluations by their names.
-
-        Raises:
-            UserError: there is no such adapter.
-        """
-        name, version = self.locate(reference)
-        keys = [key for key, _, _ in self.store.list(f"{name}/{version}/{EVALUATIONS}", recursive=False)]
-        return {key.rpartition("/")[2]: self.store.read(key) for key in keys}
-
     def promote(self, reference: str, alias: str) -> str:
         """Point an alias at a version, replacing where it pointed; returns the version.
 

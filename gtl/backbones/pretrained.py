@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gtl.backbones.extractor import BATCH, Extractor, exact
-from gtl.imports import light
+from gtl.imports import light, quieted
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def open_pretrained(spec: str) -> Extractor:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     source = str(path) if path.is_dir() else spec
-    with _explained(spec, path.is_dir()), _quieted():
+    with _explained(spec, path.is_dir()), quieted():
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **_pillow())
         model, info = AutoModel.from_pretrained(
@@ -119,7 +119,7 @@ def open_pretrained(spec: str) -> Extractor:
     resize = describe(settings)
     known = {"network": _portable(config.to_dict()), "preprocessing": settings}
     if config.model_type == "clip":
-        with _explained(spec, path.is_dir()), _quieted():
+        with _explained(spec, path.is_dir()), quieted():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         limit = config.text_config.max_position_embeddings
 
@@ -173,22 +173,6 @@ def _dimensions(network: nn.Module, prepare: Callable[[Any], Tensor]) -> int:
 
     with exact():
         return int(network(prepare(np.zeros((32, 32, 3), np.uint8))[None])[0].shape[1])
-
-
-@contextmanager
-def _quieted() -> Iterator[None]:
-    """Without transformers' bars and its reports of heads that a feature extractor leaves out."""
-    from transformers.utils import logging
-
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Facts:
     dtype: str = "fp32"
 
 
-class Extractor:
+class Examiner:
     """Lives as an actor with one backbone."""
 
     def __init__(self, spec: str, device: str, cache: Store) -> None:
@@ -79,12 +79,12 @@ class Extractor:
 
 
 @contextmanager
-def extractor(spec: str, cache: Store) -> Iterator[Features]:
+def examine(spec: str, cache: Store) -> Iterator[Features]:
     """The features of a backbone, computed on the connected cluster."""
     import ray
 
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    make: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Extractor)
+    make: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Examiner)
     actor = make.remote(spec, "cuda" if gpus else "cpu", cache)
     try:
         yield Features(actor)
@@ -96,11 +96,11 @@ class Features:
     """An actor's, asked for in pieces."""
 
     def __init__(self, actor: Any) -> None:
-        """The actor is an `Extractor`."""
+        """The actor is an `Examiner`."""
         self._actor = actor
 
     def facts(self) -> Facts:
-        """See `Extractor`."""
+        """See `Examiner`."""
         found: Facts = get(self._actor.facts.remote())
         return found
 

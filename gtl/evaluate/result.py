@@ -8,20 +8,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from gtl import __version__
+from gtl.adapters.card import Part
+from gtl.report.chart import short
+from gtl.report.evaluations import interval
 from gtl.report.text import columns
 from gtl.types import UserError
 
 if TYPE_CHECKING:
     from gtl.evaluate.estimate import Difference, Estimate
-
-
-class Part(BaseModel):
-    """A part of the file. A reader skips keys that a newer gtl added within the same schema."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
 class Score(Part):
@@ -94,8 +91,6 @@ class Evaluation(Part):
     code: str = __version__
     created: datetime.datetime = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc))
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, populate_by_name=True)
-
     @property
     def key(self) -> str:
         """Hash of what decides the scores: the same evaluation done again takes the place of the first."""
@@ -113,20 +108,6 @@ class Evaluation(Part):
     def to_json(self) -> bytes:
         """The bytes of the file."""
         return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n").encode()
-
-
-def parse(data: bytes, where: str) -> Evaluation:
-    """Read an evaluation's file.
-
-    Raises:
-        UserError: it is damaged; `where` is named.
-    """
-    try:
-        return Evaluation.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{where}: not an evaluation that gtl {__version__} reads: {key}: {first['msg']}") from None
 
 
 def make_score(estimate: Estimate, facts: Mapping[str, str]) -> Score:
@@ -195,13 +176,3 @@ def differences_table(first: Evaluation, other: Evaluation) -> str:
         better = {None: "cannot be told", 0: other.title, 1: first.title}[found.better]
         rows.append([found.metric, f"{found.value:+.4g}", interval(found.low, found.high), better])
     return "\n".join([f"{other.title} less {first.title}", columns(rows)])
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """For people."""
-    return "none" if low is None or high is None else f"{short(low)} to {short(high)}"
-
-
-def short(value: float) -> str:
-    """Four digits that count."""
-    return f"{value:.4g}"

@@ -14,7 +14,7 @@ from gtl.config import Recipe
 from gtl.config.metrics import METRICS
 from gtl.config.names import parse_reference
 from gtl.data.reference import Reference, reference
-from gtl.evaluate.extract import Facts, extractor, load_square
+from gtl.evaluate.extract import Facts, examine, load_square
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score, make_score
 from gtl.evaluate.scenes import is_right
 from gtl.generate.spread import Model, Order, Origin, Published, spread
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from gtl.evaluate.memorization import Memorization
     from gtl.families.base import DiffusionFamily
     from gtl.generate.engine import Request
 
@@ -250,6 +251,7 @@ def measure(
     Raises:
         UserError: a backbone is not what it has to be, an image is gone, or features are not finite.
     """
+    from gtl.evaluate.memorization import memorization
     from gtl.evaluate.scores import score
 
     scores: dict[str, Score] = {}
@@ -267,9 +269,12 @@ def measure(
         for name in names:
             if missing := [part for part in METRICS[name].needs if part not in features]:
                 raise UserError(f"evaluate.{kind}: {spec}: gives no {' or '.join(missing)}, which {name} needs")
-            scores[name] = make_score(score(name, features), facts)
-            if name == "memorization":
-                nearest = copies(features, images)
+            if name == "memorization":  # which says more than a number
+                found = memorization(**{part: features[part] for part in METRICS[name].needs})
+                scores[name] = make_score(found.rank, facts)
+                nearest = copies(found, images)
+            else:
+                scores[name] = make_score(score(name, features), facts)
     return {name: scores[name] for name in recipe.evaluate.metrics}, nearest
 
 
@@ -278,7 +283,7 @@ def features_of(
 ) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """What metrics need of a backbone, by the names of the table of metrics, and what they have to say of it."""
     real = [*images.trained, *images.held_out][:MAX_REAL]
-    with extractor(spec, Store(drawing.cache)) as source:
+    with examine(spec, Store(drawing.cache)) as source:
         drawn, logits = source.drawn(drawing.folder, drawing.keys, progress)
         found = {"fake": drawn, "samples": drawn, "image_features": drawn}
         if logits is not None:
@@ -313,12 +318,10 @@ def read(drawing: Drawing, progress: Progress) -> tuple[dict[str, Tensor], Mappi
     return {"right": torch.tensor(right)}, asdict(Facts(READER, "as it is drawn", "exact"))
 
 
-def copies(features: Mapping[str, Tensor], images: Reference) -> list[Copy]:
+def copies(found: Memorization, images: Reference) -> list[Copy]:
     """The samples that are nearest to images trained on."""
-    from gtl.evaluate.memorization import memorization
-
-    matches = memorization(features["samples"], features["train"], features["held_out"]).matches
-    return [Copy(sample=m.sample, uri=images.trained[m.train].uri, distance=m.distance) for m in matches[:NEAREST]]
+    nearest = found.matches[:NEAREST]
+    return [Copy(sample=m.sample, uri=images.trained[m.train].uri, distance=m.distance) for m in nearest]
 
 
 def pairs(nearest: Sequence[Copy], drawing: Drawing, images: Reference) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
@@ -15,26 +14,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gtl.families.files import INDEX, components, hash_files, patterns, read_json, weight_files
 from gtl.families.loading import fill, parameters_on_meta, read_tensors, ties_of
 from gtl.families.targets import find_encoder_targets
-from gtl.imports import absent, light
+from gtl.imports import absent, light, quieted
 from gtl.types import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Within it transformers shows no progress of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class DiffusersLayout:
@@ -172,7 +157,7 @@ class DiffusersLayout:
         for pattern in patterns(wanted, self.variant):
             for path in self.folder.glob(pattern):
                 self._copy(path.relative_to(self.folder).as_posix(), folder)
-        with absent("deepspeed"), without_bars():  # accelerate would import it, and it warns where there is no GPU
+        with absent("deepspeed"), quieted():  # accelerate would import it, and it warns where there is no GPU
             for name, part in parts.items():
                 part.save_pretrained(folder / name)  # type: ignore[operator]
         gone = [name for name in components(index) if not (folder / name).is_dir()]

@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from gtl.adapters import Card, Registry
-from gtl.adapters.card import base_of
-from gtl.adapters.formats import LoraExport, write_lora
 from gtl.cli import main
 from gtl.config import Recipe, parse_recipe
-from gtl.evaluate.result import compare, parse
+from gtl.evaluate.result import Evaluation, compare
 from gtl.evaluate.run import evaluate
-from gtl.families import open_family
 from gtl.images import decode
 from gtl.types import UserError
-from tests.loras import load_unet, random_lora
-from tests.tiny import make_sd, write_pictures
+from tests.loras import publish_dog
+from tests.tiny import write_pictures
 
 METRICS = ["kid", "diversity", "precision", "recall", "memorization"]
 SAMPLES = 8
@@ -29,12 +25,7 @@ SAMPLES = 8
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a registry with a LoRA of it, and twelve pictures."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    make_sd(folder / "model")
-    write_lora(random_lora(load_unet(folder / "model"), "unet"), folder / "lora", config=LoraExport(rank=4, alpha=4))
-    base = base_of(open_family(str(folder / "model")), str(folder / "model"))
-    card = Card(name="dog", version="v1", base=base, tuner={"type": "lora"})
-    Registry(folder / "registry").publish("dog", "v1", folder / "lora", card)
+    folder = publish_dog(tmp_path_factory.mktemp("evaluate"))
     write_pictures(folder / "images", [(64, 64)] * 9 + [(96, 64)] * 3)
     return folder
 
@@ -76,10 +67,10 @@ def test_an_adapter_beside_the_model_alone(ray_cluster: None, place: Path) -> No
             "samples are farther from training images than held-out images are"
         )
         assert sorted(match.sample for match in evaluation.nearest) == list(range(SAMPLES))
-    kept = Registry(place / "registry").evaluations("dog")
-    assert set(kept) == {f"{dog.key}.json", f"{dog.key}.png"}
-    assert parse(kept[f"{dog.key}.json"], "it") == dog
-    assert decode(kept[f"{dog.key}.png"]).size == (8 * 64, 2 * (64 + 16))
+    kept = place / "registry" / "dog" / "v1" / "evaluations"
+    assert {file.name for file in kept.iterdir()} == {f"{dog.key}.json", f"{dog.key}.png"}
+    assert Evaluation.model_validate_json((kept / f"{dog.key}.json").read_bytes()) == dog
+    assert decode(kept / f"{dog.key}.png").size == (8 * 64, 2 * (64 + 16))
     found = {difference.metric: difference.value for difference in compare(alone, dog)}
     assert found == pytest.approx({
         name: dog.scores[name].value - alone.scores[name].value for name in METRICS

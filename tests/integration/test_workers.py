@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from gtl.adapters import Card, Registry
-from gtl.adapters.card import base_of
-from gtl.adapters.formats import LoraExport, write_lora
 from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
 from gtl.generate.class_images import class_folder, class_images, file_name
@@ -27,8 +24,7 @@ from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.images import encode_png, read_recipe
 from gtl.storage import Store
 from gtl.types import UserError
-from tests.loras import load_unet, random_lora
-from tests.tiny import make_sd
+from tests.loras import publish_dog
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -38,13 +34,7 @@ REQUEST = Request("a photo of a dog", 64, 64, steps=2)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and a registry with a LoRA of it."""
-    folder = tmp_path_factory.mktemp("spread")
-    make_sd(folder / "model")
-    write_lora(random_lora(load_unet(folder / "model"), "unet"), folder / "lora", config=LoraExport(rank=4, alpha=4))
-    base = base_of(open_family(str(folder / "model")), str(folder / "model"))
-    card = Card(name="dog", version="v1", base=base, tuner={"type": "lora"})
-    Registry(folder / "registry").publish("dog", "v1", folder / "lora", card)
-    return folder
+    return publish_dog(tmp_path_factory.mktemp("workers"))
 
 
 def make_order(place: Path, *adapters: str) -> Order:
