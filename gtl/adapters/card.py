@@ -70,8 +70,10 @@ class Training(Part):
     """Of the last step."""
     val_loss: float | None = None
     """Of the published weights on held-out images."""
+    scores: dict[str, float] = {}
+    """Of the published weights: what they were chosen by, where that is measured of pictures."""
     best_step: int | None = None
-    """After how many steps those weights were had, where the run could stop early."""
+    """After how many steps those weights were had, where the best ones are published."""
 
 
 class File(Part):
@@ -122,9 +124,12 @@ def parse_card(data: bytes, where: str) -> Card:
         raise UserError(f"{where}: not a card that gtl {__version__} reads: {key}: {first['msg']}") from None
 
 
-def base_of(family: Family, source: str, revision: str | None = None) -> Base:
-    """The card's entry for an opened model; what publishes and what checks an adapter against a model both use it."""
-    fingerprint = family.fingerprint()
+def base_of(family: Family, source: str, revision: str | None = None, fingerprint: str | None = None) -> Base:
+    """The card's entry for an opened model; what publishes and what checks an adapter against a model both use it.
+
+    A fingerprint that is known already is not computed again, which reads all of the model's files.
+    """
+    fingerprint = fingerprint or family.fingerprint()
     return Base(source=source, revision=revision, variant=family.variant, fingerprint=fingerprint, family=family.name)
 
 

@@ -94,9 +94,10 @@ def report(
     runs: Annotated[str, typer.Option(envvar="GTL_RUNS", help="Folder or bucket URL of runs.")] = "./runs",
 ) -> None:
     """Write a page about a run: curves, samples, recipe, lineage. One HTML file that needs nothing else."""
+    from gtl.evaluate.result import differences_of_files
     from gtl.report.command import report as write
 
-    print(write(run, compare or [], out, runs))
+    print(write(run, compare or [], out, runs, differences_of_files if compare else None))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Which metrics there are, which way each is better and what it is computed from: the one table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -25,6 +25,9 @@ class Metric:
     extractor: Literal["backbone", "clip", "reader"] = "backbone"
     """What makes the features: what the recipe's `evaluate` names by that key, or the reader of the built-in scenes."""
 
+
+REAL = ("real", "train", "held_out")
+"""What of that is about the images of the data."""
 
 METRICS: dict[str, Metric] = {
     "val_loss": Metric(higher_is_better=False, needs={}),  # measured beside training, in gtl.evaluate.validation
@@ -53,6 +56,27 @@ def metric(name: str) -> Metric:
     if found is None:
         raise UserError(f"evaluate.metrics: {name!r}: no such metric; there are {', '.join(METRICS)}")
     return found
+
+
+def check_metrics(names: Iterable[str], samples: int, clip: str | None, key: str) -> None:
+    """Refuse what a model's pictures cannot be measured by.
+
+    Args:
+        names: Of metrics.
+        samples: Pictures that are drawn.
+        clip: `evaluate.clip`.
+        key: Of the recipe, that says how many are drawn.
+
+    Raises:
+        UserError: names the key.
+    """
+    for name in names:
+        found = metric(name)
+        if found.extractor == "clip" and clip is None:
+            raise UserError(f"evaluate.clip: null: {name} needs a CLIP model; give its folder or hub id")
+        for part, fewest in found.needs.items():
+            if part not in REAL and samples < fewest:
+                raise UserError(f"{key}: {samples}: {name} needs at least {fewest}")
 
 
 def check_name(name: str) -> str:

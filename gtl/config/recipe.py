@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
-from gtl.config.metrics import MetricName
+from gtl.config.metrics import METRICS, MetricName, check_metrics
 from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import LoraTuner, Tuner
@@ -108,16 +108,19 @@ class Checkpoints(Section):
     """Steps between two."""
     keep: Annotated[int, Field(ge=1)] = 3
     """The newest that stay."""
+    best: MetricName | None = None
+    """Publish the weights that were best by this metric at a look (evaluate.every), instead of the last ones."""
 
 
 class EarlyStopping(Section):
-    """End a run that no longer gets better on held-out images, and publish its best weights (Prechelt 1998)."""
+    """End a run that no longer gets better by a metric, and publish its best weights (Prechelt 1998)."""
 
-    metric: Literal["val_loss"] = "val_loss"
+    metric: MetricName = "val_loss"
+    """val_loss needs data.validation; others are measured of pictures, as evaluate.beside says."""
     patience: Annotated[int, Field(ge=1)] = 5
-    """Validations without a new best before the run ends."""
+    """Looks without a new best before the run ends."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """By how much a new best has to be lower."""
+    """By how much a new best has to be better."""
 
 
 def default_steps(given: dict[str, Any]) -> int | None:
@@ -169,7 +172,6 @@ class Train(Section):
     """Times that the run goes on by itself, from its newest checkpoint, after a worker or its machine died. Machines
     that are taken away with notice do not count."""
     early_stopping: EarlyStopping | None = None
-    """Needs data.validation."""
     seed: int = 0
     """Initial adapter weights and dropout."""
 
@@ -180,6 +182,16 @@ class Train(Section):
         if self.steps is None and self.epochs is None:
             raise ValueError("steps and epochs are both null; give one")
         return self
+
+
+class Beside(Section):
+    """What is measured of a run at every look beside its loss on held-out images: on GPUs or CPUs that training leaves
+    free, while it goes on, or by the workers themselves, while it waits."""
+
+    metrics: list[MetricName] = []
+    """What train.early_stopping and train.checkpoints.best go by is always among them."""
+    samples: Annotated[int, Field(ge=1)] = 64
+    """Pictures that are drawn for that."""
 
 
 class Evaluate(Section):
@@ -194,6 +206,7 @@ class Evaluate(Section):
     """What `gtl evaluate` measures."""
     samples: Annotated[int, Field(ge=1)] = 256
     """Pictures that it draws for that."""
+    beside: Beside = Beside()
     backbone: ModelSource = "builtin:backbone"
     """What makes features of pictures. The built-in one knows drawn scenes; for photographs give
     inception:FILE (FID's own network, with the weights of pytorch-fid), or a hub id or folder of a vision model such as
@@ -238,6 +251,20 @@ class Recipe(Section):
         """What training reads, with the parts that the tuner moves."""
         return with_trained(self.pair.needs, self.tuner.train or ())
 
+    @property
+    def judged_by(self) -> str | None:
+        """The metric that says which weights of a run are published; None: the last ones are."""
+        stopping = self.train.early_stopping
+        return self.train.checkpoints.best if stopping is None else stopping.metric
+
+    @property
+    def at_looks(self) -> Evaluate:
+        """What a look at the run draws and measures, without the loss on held-out images."""
+        beside = self.evaluate.beside
+        names = dict.fromkeys([*beside.metrics, *([self.judged_by] if self.judged_by else [])])
+        metrics = [name for name in names if METRICS[name].needs]
+        return self.evaluate.model_copy(update={"metrics": metrics, "samples": beside.samples})
+
     @model_validator(mode="after")
     def _check_pair(self) -> "Recipe":
         stage, limit = self.train.zero.stage, self.pair.max_zero_stage
@@ -268,9 +295,33 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_stopping(self) -> "Recipe":
-        if self.train.early_stopping is not None and not self.data.validation:
-            raise ValueError("train.early_stopping: there is nothing to judge by; set data.validation, such as 0.05")
+    def _check_judge(self) -> "Recipe":
+        stopping, best = self.train.early_stopping, self.train.checkpoints.best
+        if stopping is not None and best not in (None, stopping.metric):
+            raise ValueError(
+                f"train.checkpoints.best: {best!r}: train.early_stopping publishes what is best by {stopping.metric}; "
+                "leave one of the two out"
+            )
+        if self.judged_by == "val_loss" and not self.data.validation:
+            key = "early_stopping" if stopping is not None else "checkpoints.best"
+            raise ValueError(f"train.{key}: there is nothing to judge by; set data.validation, such as 0.05")
+        return self
+
+    @model_validator(mode="after")
+    def _check_beside(self) -> "Recipe":
+        asked = self.at_looks
+        if not asked.metrics:
+            return self
+        first, beside = asked.metrics[0], self.evaluate.beside
+        if self.needs.text == "none":
+            raise ValueError(f"evaluate.beside.metrics: {first}: {self.objective.type} draws no pictures of prompts")
+        if asked.prompts == []:
+            raise ValueError(f"evaluate.prompts: []: there is nothing to draw for {first}; give prompts, or auto")
+        check_metrics(asked.metrics, beside.samples, asked.clip, "evaluate.beside.samples")
+        if not self.data.validation:
+            for name in asked.metrics:
+                if "held_out" in METRICS[name].needs:
+                    raise ValueError(f"evaluate.beside.metrics: {name}: set data.validation, such as 0.05")
         return self
 
     @model_validator(mode="after")

@@ -34,6 +34,11 @@ class Reference:
     """All captions of all of them, image by image, held-out ones first."""
 
     @property
+    def number(self) -> int:
+        """Of all of them."""
+        return len(self.trained) + len(self.held_out)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the squares and of which are held out."""
         sides = [keys_of(self.trained), keys_of(self.held_out)]

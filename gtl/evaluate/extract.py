@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from gtl.backbones import open_backbone
+from gtl.backbones.base import TextBackbone
 from gtl.backbones.features import features_of
 from gtl.data.fill import ImageWork, load_crops
 from gtl.data.reference import keys_of
@@ -20,6 +21,8 @@ from gtl.types import Progress, UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+    from gtl.backbones.base import Backbone
 
 CHUNK = 256
 """Pictures of one call: few enough for progress."""
@@ -58,7 +61,6 @@ class Examiner:
         Raises:
             UserError: an image is gone or broken.
         """
-
         return features_of(self._backbone, keys_of(works), lambda position: load_square(works[position]), self._cache)
 
     def drawn(self, folder: Store, keys: Sequence[str]) -> Rows:
@@ -67,15 +69,8 @@ class Examiner:
         return rows
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features [N, D] of texts.
-
-        Raises:
-            UserError: the backbone reads none.
-        """
-        if not hasattr(self._backbone, "encode_texts"):
-            raise UserError(f"evaluate.clip: {self._spec}: reads no text; expected a CLIP model")
-        encoded: Tensor = self._backbone.encode_texts(texts)
-        return encoded
+        """See `encode_texts`."""
+        return encode_texts(self._backbone, texts)
 
 
 @contextmanager
@@ -131,6 +126,17 @@ class Features:
         progress("features", total, total)
         logits = [part for _, part in parts if part is not None]
         return torch.cat([rows for rows, _ in parts]), torch.cat(logits) if logits else None
+
+
+def encode_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """Features [N, D] of texts.
+
+    Raises:
+        UserError: the backbone reads none.
+    """
+    if not isinstance(backbone, TextBackbone):
+        raise UserError(f"evaluate.clip: {backbone.name}: reads no text; expected a CLIP model")
+    return backbone.encode_texts(texts)
 
 
 def load_square(work: ImageWork) -> Image:

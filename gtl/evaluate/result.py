@@ -59,6 +59,10 @@ class Sampling(Part):
     width: int
     dtype: str
 
+    def prompts_of(self, number: int) -> list[str]:
+        """Of so many samples, in their order."""
+        return [self.prompts[i % len(self.prompts)] for i in range(number)]
+
 
 class Copy(Part):
     """A sample and the training image that it is nearest to."""
@@ -75,6 +79,8 @@ class Evaluation(Part):
     schema_: int = Field(default=1, alias="schema")
     adapter: str | None
     """NAME@VERSION; None for the model alone."""
+    step: int | None = None
+    """Of a run with that name and version: the optimizer steps made; None: what it published."""
     base: dict[str, Any]
     """The model's source and fingerprint."""
     dataset: str
@@ -86,8 +92,8 @@ class Evaluation(Part):
     scores: dict[str, Score]
     nearest: list[Copy] = []
     """The samples that are nearest to images trained on, nearest first."""
-    samples: str
-    """URL of the folder of the samples."""
+    samples: str | None
+    """URL of the folder of the samples; None where they were not kept."""
     code: str = __version__
     created: datetime.datetime = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc))
 
@@ -103,7 +109,8 @@ class Evaluation(Part):
     @property
     def title(self) -> str:
         """For people."""
-        return self.adapter or "the model alone"
+        after = "" if self.step is None else f" after {self.step} steps"
+        return f"{self.adapter or 'the model alone'}{after}"
 
     def to_json(self) -> bytes:
         """The bytes of the file."""
@@ -171,8 +178,27 @@ def scores_table(evaluation: Evaluation) -> str:
 
 def differences_table(first: Evaluation, other: Evaluation) -> str:
     """What of another model's scores differs from the first's by more than chance explains."""
-    rows = [["metric", "difference", "95 % interval", "better"]]
-    for found in compare(first, other):
-        better = {None: "cannot be told", 0: other.title, 1: first.title}[found.better]
-        rows.append([found.metric, f"{found.value:+.4g}", interval(found.low, found.high), better])
-    return "\n".join([f"{other.title} less {first.title}", columns(rows)])
+    rows = differences(first, other)
+    return "\n".join([f"{other.title} less {first.title}", columns([list(rows[0]), *(list(r.values()) for r in rows)])])
+
+
+def differences(first: Evaluation, other: Evaluation) -> list[dict[str, str]]:
+    """How another model's scores differ from the first's, a metric a row.
+
+    Raises:
+        UserError: they do not go together; see `compare`.
+    """
+    found = compare(first, other)
+    if not found:
+        raise UserError(f"{first.title}, {other.title}: have no metric in common")
+    better = {None: "cannot be told", 0: other.title, 1: first.title}
+    return [
+        {"metric": one.metric, "difference": f"{one.value:+.4g}", "95 % interval": interval(one.low, one.high),
+         "better": better[one.better]}
+        for one in found
+    ]  # fmt: skip
+
+
+def differences_of_files(first: dict[str, Any], other: dict[str, Any]) -> list[dict[str, str]]:
+    """`differences` of what was read from two files of evaluations."""
+    return differences(Evaluation.model_validate(first), Evaluation.model_validate(other))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 4
 
+Item = TypeVar("Item")
 
-def draw_shares(
+
+def draw_all(
     family: DiffusionFamily,
     parts: Mapping[str, nn.Module],
     requests: Sequence[Request],
@@ -29,7 +31,21 @@ def draw_shares(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Image.Image]:
-    """The requests' pictures, in their order, on rank 0; [] elsewhere. Collective.
+    """The requests' pictures, in their order, on rank 0; [] elsewhere. Collective; see `draw_share`."""
+    mine = draw_share(family, parts, requests, encoded=encoded, device=device, dtype=dtype)
+    return gather(mine, len(requests))
+
+
+def draw_share(
+    family: DiffusionFamily,
+    parts: Mapping[str, nn.Module],
+    requests: Sequence[Request],
+    *,
+    encoded: Mapping[str, Conditions] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Image.Image]:
+    """The pictures of this rank's `share` of the requests, in their order. Collective.
 
     Every rank draws its share in equally many forward passes, as weights that are spread over ranks demand.
 
@@ -41,20 +57,30 @@ def draw_shares(
         device: Where the parts are.
         dtype: Of the arithmetic; other than fp32 it runs under autocast.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    padded = [*requests, *[requests[-1]] * (-len(requests) % world)]
+    padded = [*requests, *[requests[-1]] * (-len(requests) % dist.get_world_size())]
     known = encode(family, parts, requests) if encoded is None else encoded
     engine = Engine(family, parts, device, torch.float32, MAX_BATCH, known)
-    mine = {engine.add(request): rank + world * turn for turn, request in enumerate(padded[rank::world])}
+    mine = {engine.add(request): turn for turn, request in enumerate(share(padded))}
     pictures: dict[int, Image.Image] = {}
     while len(engine):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             finished = engine.step()
         for item, pixels in zip(finished, engine.decode(finished), strict=True):
             pictures[mine[item.handle]] = to_image(pixels)
-    shares: list[dict[int, Image.Image]] = [{}] * world
-    dist.gather_object(pictures, shares if rank == 0 else None)
-    return [shares[position % world][position] for position in range(len(requests))] if rank == 0 else []
+    return [pictures[turn] for turn in range(len(share(requests)))]
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """Those that are this rank's to work on."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def gather(mine: Iterable[Item], total: int) -> list[Item]:
+    """What all ranks made of their `share` of so many, in its order, on rank 0; [] elsewhere. Collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    shares: list[list[Item]] = [[]] * world
+    dist.gather_object(list(mine), shares if rank == 0 else None)
+    return [shares[position % world][position // world] for position in range(total)] if rank == 0 else []
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 360, 216
 """Of the drawing, in its own units; near CSS pixels on a phone, so that text keeps its size."""
@@ -31,6 +31,17 @@ class Series:
     """Its place in the style's list of colours."""
     faint: bool = False
     """In the background, without a place in the legend."""
+    bounds: Sequence[tuple[float, float, float]] = ()
+    """(step, low, high): the intervals of values that have one."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A step that is pointed at."""
+
+    step: float
+    text: str
+    colour: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Line:
     parts: list[str]
     """Points of each polyline; a gap begins a new one."""
     dots: list[Dot]
+    bounds: list[tuple[float, float, float]]
+    """Where the intervals are: across, lower and upper end."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,8 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    marks: list[Mark]
+    """At their places instead of their steps."""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -108,8 +123,9 @@ class Axis:
 
 
 def draw(
-    title: str, series: Sequence[Series], *, unit: str = "", log: bool = False, zero: bool = False
-) -> Chart | None:
+    title: str, series: Sequence[Series], *, unit: str = "", log: bool = False, zero: bool = False,
+    marks: Sequence[Mark] = (),
+) -> Chart | None:  # fmt: skip
     """A chart of series over steps; None when no value is finite.
 
     Args:
@@ -118,11 +134,13 @@ def draw(
         unit: Of the values.
         log: May have a logarithmic axis; it does if the values differ enough for it.
         zero: The axis starts at zero.
+        marks: Steps to point at; those beyond the series are left out.
     """
     finite = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not finite:
         return None
     steps, values = [step for step, _ in finite], [value for _, value in finite]
+    values += [bound for one in series for _, low, high in one.bounds for bound in (low, high)]
     x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, LEFT, WIDTH - RIGHT)
     y = vertical(min(values), max(values), log, zero)
     return Chart(
@@ -130,6 +148,7 @@ def draw(
         [Tick(x.place(at), short(at)) for at in linear_ticks(x.low, x.high, 5) if at == int(at)],
         [Tick(y.place(at), short(at)) for at in (log_ticks if y.log else linear_ticks)(y.low, y.high)],
         [trace(one, x, y, unit) for one in series],
+        [replace(mark, step=x.place(mark.step)) for mark in marks if x.low <= mark.step <= x.high],
     )  # fmt: skip
 
 
@@ -153,7 +172,8 @@ def trace(series: Series, x: Axis, y: Axis, unit: str) -> Line:
             texts = (f"{series.label}, step {step:g}: {short(value)} {unit}".rstrip() for step, value in part)
             dots += [Dot(x.place(step), y.place(v), text) for (step, v), text in zip(part, texts, strict=True)]
     lines = [" ".join(f"{x.place(step):g},{y.place(value):g}" for step, value in part) for part in parts]
-    return Line(series.label, series.colour, series.faint, lines, dots)
+    bounds = [(x.place(step), y.place(low), y.place(high)) for step, low, high in series.bounds]
+    return Line(series.label, series.colour, series.faint, lines, dots, bounds)
 
 
 def unbroken(points: Sequence[Point]) -> Iterator[list[Point]]:

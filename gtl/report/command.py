@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gtl.report.page import render
+from gtl.report.page import Compare, render
 from gtl.report.run import find_run, read_run
 from gtl.storage import Store
 from gtl.types import UserError
@@ -15,7 +15,7 @@ COMPARISON = "comparison.html"
 """In the folder of the first of several runs."""
 
 
-def report(run: str, compare: Sequence[str], out: str | None, runs: str) -> str:
+def report(run: str, compare: Sequence[str], out: str | None, runs: str, compare_scores: Compare | None = None) -> str:
     """Write the page about a run and return where it is.
 
     Args:
@@ -23,24 +23,25 @@ def report(run: str, compare: Sequence[str], out: str | None, runs: str) -> str:
         compare: Further runs, to be shown beside it.
         out: File or URL of the page; None for the run's folder.
         runs: Folder or bucket URL of all runs.
+        compare_scores: Says how the scores of two evaluations differ.
 
     Raises:
         UserError: there is no such run, it has no metrics yet, or the page cannot be written.
     """
     folders = [find_run(text, runs) for text in (run, *compare)]
     if out is None:
-        return write_page(folders, folders[0], COMPARISON if compare else PAGE)
+        return write_page(folders, folders[0], COMPARISON if compare else PAGE, compare_scores)
     folder, slash, key = out.rpartition("/")
     if not key:
         raise UserError(f"--out {out}: names a folder; name the page in it, for example {out}{PAGE}")
-    return write_page(folders, Store(folder or slash or "."), key)
+    return write_page(folders, Store(folder or slash or "."), key, compare_scores)
 
 
-def write_page(folders: Sequence[Store], place: Store, key: str = PAGE) -> str:
+def write_page(folders: Sequence[Store], place: Store, key: str = PAGE, compare_scores: Compare | None = None) -> str:
     """Write the page about the runs in some folders and return where it is.
 
     Raises:
         UserError: a run has no metrics yet, or a store fails.
     """
-    place.write(key, render([read_run(folder) for folder in folders]).encode())
+    place.write(key, render([read_run(folder) for folder in folders], compare_scores).encode())
     return place.url(key)

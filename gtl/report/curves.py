@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gtl.report.chart import Chart, Series, draw, smooth
+from gtl.config.metrics import METRICS as SCORED
+from gtl.report.chart import Chart, Mark, Series, draw, smooth
 from gtl.report.run import Run
 
 
@@ -23,6 +24,7 @@ class Metric:
 
 METRICS = {
     "val_loss": Metric("Validation loss", log=True),
+    **{name: Metric(name) for name, metric in SCORED.items() if metric.needs},
     "loss": Metric("Training loss", log=True, smooth=True),
     "learning_rate": Metric("Learning rate", zero=True),
     "grad_norm": Metric("Gradient norm", log=True),
@@ -81,8 +83,18 @@ def draw_metric(key: str, metric: Metric, runs: Sequence[Run]) -> Chart | None:
             mean = f"{label}, mean of {window} steps"
             lines += [Series(label, points, colour, faint=True), Series(mean, smooth(points, window), colour)]
         elif points:
-            lines.append(Series(label, points, colour))
-    return draw(metric.title, lines, unit=metric.unit, log=metric.log, zero=metric.zero)
+            lines.append(Series(label, points, colour, bounds=run.bounds(key)))
+    marks = published(runs) if key in SCORED else []
+    return draw(metric.title, lines, unit=metric.unit, log=metric.log, zero=metric.zero, marks=marks)
+
+
+def published(runs: Sequence[Run]) -> list[Mark]:
+    """The steps whose weights were published, where those are not the last."""
+    steps = [(run, run.best_step, colour) for colour, run in enumerate(runs)]
+    return [
+        Mark(step, f"step {step}, published" + (f" as {run.title}" if len(runs) > 1 else ""), colour)
+        for run, step, colour in steps if step is not None
+    ]  # fmt: skip
 
 
 def draw_strata(keys: Sequence[str], runs: Sequence[Run]) -> list[Chart | None]:
@@ -91,7 +103,7 @@ def draw_strata(keys: Sequence[str], runs: Sequence[Run]) -> list[Chart | None]:
     if len(runs) > 1:
         return [draw_metric(key, Metric(f"{title}: {level(key, keys)}", log=True), runs) for key in keys]
     lines = [Series(level(key, keys), runs[0].series(key), colour) for colour, key in enumerate(keys)]
-    return [draw(title, lines, log=True)]
+    return [draw(title, lines, log=True, marks=published(runs))]
 
 
 def level(key: str, keys: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gtl.config.names import check_name
@@ -11,6 +11,8 @@ from gtl.images import BrokenImage, preview
 from gtl.report.chart import short
 from gtl.storage import Store
 
+LOOKS = "scores"
+"""In a run's folder: evaluations by the steps made before."""
 MOST = 5
 """Evaluations on a page: the newest."""
 SIDE = 1600
@@ -29,6 +31,8 @@ class Scores:
     """What a reader has to know of them."""
     nearest: str | None
     """The samples that are nearest to images trained on, above those: a data: URI."""
+    values: dict[str, Any]
+    """The evaluation's file."""
 
 
 def read_scores(registry: str, name: str, version: str) -> list[Scores]:
@@ -42,6 +46,18 @@ def read_scores(registry: str, name: str, version: str) -> list[Scores]:
     found = [(json.loads(folder.read(key)), key.removesuffix(".json")) for key in keys if key.endswith(".json")]
     found.sort(key=lambda pair: str(pair[0]["created"]), reverse=True)
     return [make_scores(values, read_pairs(folder, f"{key}.png")) for values, key in found[:MOST]]
+
+
+def read_looks(run: Store) -> dict[int, dict[str, Any]]:
+    """The evaluations of a run's own looks, by step."""
+    keys = [key for key, _, _ in run.list(LOOKS, recursive=False) if key.endswith(".json")]
+    return {int(key.rpartition("/")[2].removesuffix(".json")): json.loads(run.read(key)) for key in sorted(keys)}
+
+
+def read_look(run: Store, step: int, values: dict[str, Any]) -> Scores:
+    """The tables of one of them."""
+    found = make_scores(values, read_pairs(run, f"{LOOKS}/{step:08d}.png"))
+    return replace(found, title=f"After {step} steps, {found.title}")
 
 
 def read_pairs(folder: Store, key: str) -> str | None:
@@ -73,7 +89,8 @@ def make_scores(values: dict[str, Any], nearest: str | None) -> Scores:
         }
         for name, score in scores.items()
     ]  # fmt: skip
-    return Scores(title, rows, [f"{name}: {score['note']}" for name, score in scores.items() if score["note"]], nearest)
+    notes = [f"{name}: {score['note']}" for name, score in scores.items() if score["note"]]
+    return Scores(title, rows, notes, nearest, values)
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from gtl.config.metrics import METRICS
 from gtl.report.chart import short
 from gtl.report.run import Run
 
@@ -51,11 +52,13 @@ def summary(run: Run) -> Facts:
     losses = finite(run, "loss")
     if losses:
         facts["Training loss"] = f"{short(losses[-1][1])} at step {losses[-1][0]:g}"
-    looks = [point for point in finite(run, "val_loss") if point[0] > 0]
-    if looks:
-        step, best = min(looks, key=lambda point: point[1])
-        facts["Best validation loss"] = f"{short(best)} at step {step:g}"
-        facts["Last validation loss"] = f"{short(looks[-1][1])} at step {looks[-1][0]:g}"
+    for name, metric in METRICS.items():
+        looks = [point for point in finite(run, name) if point[0] > 0]
+        if looks:
+            step, best = (max if metric.higher_is_better else min)(looks, key=lambda point: point[1])
+            title = "validation loss" if name == "val_loss" else name
+            facts[f"Best {title}"] = f"{short(best)} at step {step:g}"
+            facts[f"Last {title}"] = f"{short(looks[-1][1])} at step {looks[-1][0]:g}"
     if published := value_at(run.result, "best_step"):
         facts["Published weights"] = f"of step {published}"
     facts |= speed(run)

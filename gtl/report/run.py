@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from gtl.config.load import read_yaml
 from gtl.config.names import parse_reference
 from gtl.images import BrokenImage, preview, read_recipe
-from gtl.report.evaluations import Scores, read_scores
+from gtl.report.evaluations import Scores, read_look, read_looks, read_scores
 from gtl.storage import Store
 from gtl.types import UserError
 
@@ -58,13 +58,25 @@ class Run:
     """By step."""
     num_pictures: int
     """Grids in the folder, of which `pictures` may be a part."""
+    looks: dict[int, dict[str, Any]]
+    """Evaluations of the run's own looks, by step."""
     scores: list[Scores]
-    """Evaluations of the published adapter, the newest first."""
+    """Evaluations of the published adapter, the newest first, and of the look that it was at."""
 
     @property
     def title(self) -> str:
         """NAME@VERSION."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def best_step(self) -> int | None:
+        """After how many steps the published weights were had, where they are not the last."""
+        return (self.result or {}).get("best_step")
+
+    def bounds(self, metric: str) -> list[tuple[float, float, float]]:
+        """(step, low, high) of the looks that have an interval of a metric."""
+        scores = ((step, look["scores"].get(metric, {})) for step, look in sorted(self.looks.items()))
+        return [(step, score["low"], score["high"]) for step, score in scores if score.get("low") is not None]
 
     def series(self, metric: str) -> list[tuple[float, float]]:
         """(step, value) of the rows that have a metric."""
@@ -111,12 +123,34 @@ def read_run(folder: Store) -> Run:
         raise UserError(f"run {name}@{version}: no metrics yet in {folder.url()}; they come with its first steps")
     text = folder.read("recipe.yaml").decode()
     pictures, total = read_pictures(folder)
-    recipe, card = read_yaml(text), read_json(folder, "adapter.json")
+    recipe, card, result = read_yaml(text), read_json(folder, "adapter.json"), read_json(folder, "result.json")
+    looks = read_looks(folder)
     scores = read_scores(recipe["storage"]["registry"], name, version) if card else []
+    if looks:
+        shown = (result or {}).get("best_step", max(looks))
+        scores += [read_look(folder, step, looks[step]) for step in looks if step == shown]
     return Run(
-        name, version, folder.url(), recipe, text, rows, read_json(folder, "result.json"), card, pictures, total,
+        name,
+        version,
+        folder.url(),
+        recipe,
+        text,
+        with_scores(rows, looks),
+        result,
+        card,
+        pictures,
+        total,
+        looks,
         scores,
-    )  # fmt: skip
+    )
+
+
+def with_scores(rows: Sequence[Row], looks: Mapping[int, dict[str, Any]]) -> list[Row]:
+    """Rows with what was measured of their looks, which those that were scored beside training lack."""
+    known = {int(row["step"]): row for row in rows}
+    added = {step: {name: score["value"] for name, score in look["scores"].items()} for step, look in looks.items()}
+    steps = sorted({*known, *added})
+    return [{**known.get(step, {"step": float(step)}), **added.get(step, {})} for step in steps]
 
 
 def read_json(folder: Store, key: str) -> dict[str, Any] | None:

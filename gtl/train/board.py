@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
+Wish = Literal["stop", "enough"]
+"""To save and stop, to be gone on with; or as if the last step was made."""
 
 
 class Board:
@@ -12,22 +14,22 @@ class Board:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
-        self._stop = False
+        self._wish: Wish | None = None
         self._mistake: str | None = None
 
-    def push(self, row: Row) -> bool:
-        """Post a row; whether the work should save and stop."""
+    def push(self, row: Row) -> Wish | None:
+        """Post a row; what the launcher asks of the work."""
         self._rows.append(row)
-        return self._stop
+        return self._wish
 
     def take(self) -> list[Row]:
         """Rows since the last call."""
         rows, self._rows = self._rows, []
         return rows
 
-    def stop(self) -> None:
-        """Ask the work to save and stop."""
-        self._stop = True
+    def ask(self, wish: Wish) -> None:
+        """Ask the work to save and stop; to stop stands above having enough."""
+        self._wish = "stop" if "stop" in (self._wish, wish) else wish
 
     def post_mistake(self, message: str) -> None:
         """Post what the user has to mend."""

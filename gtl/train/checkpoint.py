@@ -242,14 +242,6 @@ def latest(store: Store, prefix: str) -> str | None:
     return next(reversed(complete(store, prefix)), None)
 
 
-def forget_after(store: Store, prefix: str, step: int) -> None:
-    """Remove the checkpoints of later steps, which a resumed run will make again."""
-    for name in store.folders(prefix):
-        if f"{prefix}/{name}" > step_key(prefix, step):
-            store.delete(f"{prefix}/{name}/{MANIFEST}")
-            store.delete_folder(f"{prefix}/{name}")
-
-
 def prune(store: Store, prefix: str, keep: int) -> None:
     """Remove all but the newest `keep` finished checkpoints, and what crashes left before the newest."""
     finished = complete(store, prefix)

@@ -11,7 +11,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,19 @@ from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
+from gtl.config.metrics import METRICS
 from gtl.config.names import Reference, new_version
-from gtl.data.plan import num_fills
+from gtl.report.chart import short
 from gtl.report.command import write_page
-from gtl.session import Cluster, session
+from gtl.session import session
 from gtl.storage import Store
+from gtl.train.beside import Beside, choose_best, is_beside, real_images
 from gtl.train.board import Row, make_board
-from gtl.train.plan import check_groups, choose, repeats_of
 from gtl.train.prepare import prepare
+from gtl.train.resources import Resources, choose_resources, describe
 from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
 from gtl.train.services import Services
+from gtl.train.weights import BEST, CANDIDATES
 from gtl.train.worker import RESULT, Job, main
 from gtl.types import Progress, UserError, quiet
 
@@ -47,18 +51,6 @@ so that several which come one by one are better taken in together."""
 STOP_S = 60.0
 """That Ray Train may take to end a run with a mistake in it, which workers that it starts once more leave at once: to
 shut Ray down in the midst of a run can crash the process."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one run takes from the cluster."""
-
-    workers: int | tuple[int, int]
-    """So many, or the fewest and the most."""
-    gpus_per_worker: int
-    cpus_per_worker: float
-    dtype: str
-    """Of the frozen weights and the arithmetic: fp32 or bf16."""
 
 
 def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Progress = quiet) -> Reference:
@@ -92,11 +84,20 @@ def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Pr
         dataset = prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
         values = recipe.model_dump(mode="json")
         job = Job(values, name, version, dataset.fingerprint, base.fingerprint, resources.dtype)
+        job = replace(job, beside=is_beside(job.run, recipe, resources, cluster, progress))
         check_unchanged(job)
         job.run.write("recipe.yaml", dump_recipe(recipe).encode())
-        if not job.run.exists(RESULT):
+        images = real_images(recipe, family, progress)
+        if job.beside and images is not None:
+            with Beside(recipe, job, family, images) as beside:
+                run_workers(job, resources, progress, beside)
+                beside.finish(progress)
+                choose_best(job, beside.best())
+        else:
             run_workers(job, resources, progress)
     published = publish(job, recipe, base, count_learned(dataset, recipe.data.validation))
+    for folder in (BEST, CANDIDATES):
+        job.run.delete_folder(folder)
     report(job.run)
     return published
 
@@ -153,38 +154,14 @@ def open_model(recipe: Recipe, progress: Progress) -> DiffusionFamily:
     return open_family(model.source, model.family, revision=model.revision, variant=model.variant)
 
 
-def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
-    """Resolve `auto` against the cluster.
+def run_workers(job: Job, resources: Resources, progress: Progress, beside: Beside | None = None) -> None:
+    """Run the job's workers to the end, unless they were there before; Ctrl-C and SIGTERM let them save first.
 
-    Raises:
-        UserError: the cluster can never hold the workers, train.zero does not suit them, or a library is missing.
-    """
-    asked = recipe.train
-    gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
-    workers = (max(int(cluster.gpus), 1) if gpus else 1) if asked.workers == "auto" else asked.workers
-    fewest = workers[0] if isinstance(workers, tuple) else workers
-    if fewest * gpus > cluster.gpus:
-        raise UserError(
-            f"train.workers: {fewest} workers with {gpus} GPU each need {fewest * gpus} GPUs; the cluster has "
-            f"{cluster.gpus:g} (train.gpus_per_worker: 0 trains on CPUs)"
-        )
-    if fewest * asked.cpus_per_worker > cluster.cpus:
-        raise UserError(
-            f"train.workers: {fewest} workers with {asked.cpus_per_worker:g} CPUs each need "
-            f"{fewest * asked.cpus_per_worker:g} CPUs; the cluster has {cluster.cpus:g}"
-        )
-    check_groups(asked.zero.hpz, workers)
-    if recipe.model.quantization is not None:  # before hours of encoding
-        from gtl.train.quantize import check_library
-
-        check_library(recipe.model.quantization)
-    dtype = recipe.model.dtype
-    resolved = ("bf16" if gpus else "fp32") if dtype == "auto" else dtype
-    return Resources(workers, gpus, asked.cpus_per_worker, resolved)
-
-
-def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
-    """Run the job's workers to the end, with progress; Ctrl-C and SIGTERM let them save first.
+    Args:
+        job: The run.
+        resources: Of the workers.
+        progress: Is called as it goes on.
+        beside: What scores looks meanwhile.
 
     Raises:
         UserError: a worker met a mistake of the user's.
@@ -193,7 +170,12 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
     """
     import ray
 
+    if job.run.exists(RESULT):
+        return
     board = make_board()
+    if beside is not None:
+        beside.on_enough = lambda: board.ask.remote("enough")
+        beside.on_mistake = partial(give_up, board)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -205,10 +187,11 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
 
     progress("workers", 0, 0, f"starting {describe(parse_recipe(job.recipe), resources)}")
     thread = threading.Thread(target=fit, daemon=True)
-    with stop_signals(lambda: board.stop.remote()) as stopped:
+    with stop_signals(lambda: board.ask.remote("stop")) as stopped:
         thread.start()
         with closing(Services(job, progress)) as services:
             for rows in follow(thread, lambda: ray.get(board.take.remote())):
+                rows += beside.take() if beside is not None else []
                 show(rows, progress)
                 services.log(rows)
                 if mistake := ray.get(board.mistake.remote()):
@@ -216,6 +199,9 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
                     thread.join(STOP_S)
                     raise UserError(mistake)
             services.is_finished = job.run.exists(RESULT)
+            if services.is_finished and beside is not None:
+                beside.finish(progress)
+                services.log(beside.take())
     if failures:
         raise RuntimeError(f"{job.run.url()}: a worker failed; what it saved stands, --resume goes on") from failures[0]
     if not job.run.exists(RESULT):
@@ -223,23 +209,10 @@ def run_workers(job: Job, resources: Resources, progress: Progress) -> None:
         raise KeyboardInterrupt(message) if stopped else RuntimeError(message)
 
 
-def describe(recipe: Recipe, resources: Resources) -> str:
-    """How many workers, and what becomes of a batch that they cannot share out evenly.
-
-    On GPUs `train.micro_batch: auto` is settled by the workers, who know their memory; the least is told here.
-    """
-    batch_size, asked, workers = recipe.train.batch_size, recipe.train.micro_batch, resources.workers
-    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
-    is_settled = not resources.gpus_per_worker or asked != "auto"
-
-    def fills(number: int) -> int:
-        micro_batch = choose(recipe, workers=number, steps_per_epoch=1).micro_batch if is_settled else 1
-        return num_fills(batch_size, number, micro_batch)
-
-    spare = max(fills(number) for number in range(fewest, most + 1))
-    bound = "at least " if not is_settled else "up to " if fewest < most else ""
-    filled = f", whose batches of {batch_size} are filled up with {bound}{repeats_of(spare)}" if spare else ""
-    return f"{fewest} to {most}{filled}" if fewest < most else f"{fewest}{filled}"
+def give_up(board: Any, mistake: str) -> None:
+    """Let a run end because of what the user has to mend."""
+    board.post_mistake.remote(mistake)
+    board.ask.remote("stop")
 
 
 def follow(thread: threading.Thread, take: Callable[[], list[Row]]) -> Iterator[list[Row]]:
@@ -316,10 +289,11 @@ def stop_signals(ask: Any) -> Iterator[list[int]]:
 def show(rows: list[Row], progress: Progress) -> None:
     """Progress of the newest row."""
     for row in rows:
-        if "val_loss" in row:
-            progress("validate", 0, 0, f"step {int(row['step'])}  val_loss {row['val_loss']:.4f}")
-    if rows and "loss" in rows[-1]:
-        row = rows[-1]
+        if "said" in row:
+            progress("score", 0, 0, row["said"])
+        elif measured := [f"{name} {short(row[name])}" for name in METRICS if name in row]:
+            progress("look", 0, 0, "  ".join([f"step {int(row['step'])}", *measured]))
+    if row := next((row for row in reversed(rows) if "loss" in row), {}):
         detail = f"loss {row['loss']:.4f}  {row['images_per_second']:.2f} images/s"
         progress("train", int(row["step"]), int(row["steps"]), detail)
 

@@ -1,24 +1,36 @@
-"""What a run shows of itself as it goes on: loss on held-out images, a grid of pictures, when to stop early."""
+"""What a run shows of itself as it goes on: loss on held-out images, a grid of pictures, scores of pictures."""
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gtl.config.recipe import EarlyStopping, Evaluate
+import torch
+import torch.distributed as dist
+
+from gtl.config.recipe import Evaluate
+from gtl.data.cache import prompt_key
+from gtl.evaluate.measure import pairs
+from gtl.evaluate.result import Evaluation
+from gtl.evaluate.samples import draw_all
+from gtl.generate.engine import Request
+from gtl.images import grid, save_png
 from gtl.storage import Store
+from gtl.train.best import Best
+from gtl.train.scores import write_scores
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
 
     from gtl.data.dataset import Dataset
+    from gtl.evaluate.turn import Turn
     from gtl.evaluate.validation import Validation
+    from gtl.families.base import Conditions
     from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
 
@@ -29,51 +41,11 @@ COLUMNS = 4
 
 
 @dataclass
-class Stopping:
-    """Counts validations since the best one."""
+class Pictures:
+    """Draws with the model that is being trained."""
 
-    config: EarlyStopping
-    best: float = math.inf
-    step: int = 0
-    """Of the best."""
-    waited: int = 0
-
-    def replay(self, rows: Iterable[Mapping[str, Any]], done: int, kept: Collection[int]) -> None:
-        """Take in what a run that is resumed after `done` steps had measured, and `kept` checkpoints of which steps.
-
-        A best one without its checkpoint is forgotten, since it could not be published: a later one took its place
-        before the run was cut off, and will not come again if it was after the last save.
-        """
-        for row in rows:
-            if row["step"] <= done and self.config.metric in row:
-                self.take(int(row["step"]), row[self.config.metric])
-        if self.step not in kept:
-            self.best, self.step = math.inf, 0
-
-    def take(self, step: int, value: float) -> bool:
-        """Whether the value is a new best. A model that has learned nothing yet, at step 0, does not count."""
-        if step == 0:
-            return False
-        if value < self.best - self.config.min_delta:
-            self.best, self.step, self.waited = value, step, 0
-            return True
-        self.waited += 1
-        return False
-
-    @property
-    def enough(self) -> bool:
-        """Whether patience is used up."""
-        return self.waited >= self.config.patience
-
-
-@dataclass
-class Grid:
-    """The pictures of one look."""
-
-    config: Evaluate
-    prompts: list[str]
-    size: int
-    """Height and width in pixels."""
+    asked: Evaluate
+    """How, and what is measured of what."""
     trainee: Trainee
     dataset: Dataset
     """Holds the conditions of the prompts, unless the text encoders are trained."""
@@ -81,22 +53,33 @@ class Grid:
     dtype: torch.dtype
     """Of the arithmetic."""
 
-    def draw(self, run: Store, done: int) -> None:
-        """Draw and keep them under `samples/`. Collective; rank 0 writes."""
-        import torch
-
-        from gtl.data.cache import prompt_key
-        from gtl.evaluate.samples import draw_shares
-        from gtl.generate.engine import Request
-        from gtl.images import grid, save_png
-
-        shown, family, encoded = self.config, self.trainee.family, None
-        parts = dict(self.trainee.parts)
-        if family.codec and family.codec not in parts:  # which training has no use for, so its memory is given back
+    def parts(self) -> dict[str, nn.Module]:
+        """What drawing takes: also the codec, which training may have no use for, so its memory is given back."""
+        family, parts = self.trainee.family, dict(self.trainee.parts)
+        if family.codec and family.codec not in parts:
             parts[family.codec] = family.load(family.codec, torch.float32, str(self.device))
-        if self.dataset.prompts is not None:
-            texts = {*self.prompts, family.negative_text(shown.negative_prompt)}
-            encoded = {text: self.dataset.prompts.read(prompt_key(text)) for text in sorted(texts)}
+        return parts
+
+    def encoded(self, prompts: Iterable[str]) -> dict[str, Conditions] | None:
+        """Conditions of prompts; None where the text encoders are among the parts."""
+        if self.dataset.prompts is None:
+            return None
+        texts = {*prompts, self.trainee.family.negative_text(self.asked.negative_prompt)}
+        return {text: self.dataset.prompts.read(prompt_key(text)) for text in sorted(texts)}
+
+
+@dataclass
+class Grid:
+    """The pictures of one look."""
+
+    pictures: Pictures
+    prompts: list[str]
+    size: int
+    """Height and width in pixels."""
+
+    def draw(self, parts: Mapping[str, nn.Module], run: Store, done: int) -> None:
+        """Draw and keep them under `samples/`. Collective; rank 0 writes."""
+        shown, how = self.pictures.asked, self.pictures
         requests = [
             Request(
                 prompt, self.size, self.size, negative_prompt=shown.negative_prompt, seed=shown.seed + i,
@@ -104,13 +87,41 @@ class Grid:
             )
             for i, prompt in enumerate(self.prompts)
         ]  # fmt: skip
-        images = draw_shares(family, parts, requests, encoded=encoded, device=self.device, dtype=self.dtype)
+        encoded = how.encoded(self.prompts)
+        images = draw_all(how.trainee.family, parts, requests, encoded=encoded, device=how.device, dtype=how.dtype)
         if images:
             recipe = {"prompts": self.prompts, "seed": shown.seed, "steps": done}
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "grid.png")
                 save_png(grid(images, COLUMNS), file, recipe)
                 run.upload(file, f"{SAMPLES}/{done:08d}.png")
+
+
+@dataclass
+class InTurn:
+    """The scores of one look, which training waits for."""
+
+    pictures: Pictures
+    turn: Turn
+    title: str
+    """NAME@VERSION of the run."""
+    base: dict[str, Any]
+    """The model's source and fingerprint."""
+
+    def score(self, parts: Mapping[str, nn.Module], run: Store, done: int) -> dict[str, float]:
+        """Measure, keep the evaluation under `scores/`, return the values on every rank. Collective."""
+        turn = self.turn
+        scores, nearest, sample = turn.score(parts, self.pictures.encoded(turn.sampling.prompts))
+        if dist.get_rank() == 0:
+            evaluation = Evaluation(
+                adapter=self.title, step=done, base=self.base, dataset=turn.images.fingerprint,
+                images=turn.images.number, held_out=len(turn.images.held_out), sampling=turn.sampling, scores=scores,
+                nearest=nearest, samples=None,
+            )  # fmt: skip
+            write_scores(run, evaluation, pairs(nearest, sample, turn.images) if nearest else None)
+        values = [{name: score.value for name, score in scores.items()}]
+        dist.broadcast_object_list(values, src=0, device=turn.device)
+        return values[0]
 
 
 @dataclass
@@ -125,14 +136,18 @@ class Watch:
     validation: Validation
     device: torch.device
     grid: Grid | None
-    stopping: Stopping | None
-    keep_best: Callable[[int], None]
-    """Saves the state after that many steps as the best one. Called on every rank."""
+    scoring: InTurn | None
+    best: Best | None
+    """What is judged at once; what others measure meanwhile they judge too."""
+    keep: Callable[[int, bool], None]
+    """Keeps the weights after that many steps, as the best ones or for others to measure. Called on every rank."""
+    beside: bool
+    """Whether others measure every look's weights."""
     seen: dict[str, float] = field(default_factory=dict)
-    """The newest validation; of a run that is resumed, that of the step it goes on from."""
+    """What the newest look measured; of a run that is resumed, that of the step it goes on from."""
 
     def __call__(self, done: int) -> Mapping[str, float]:
-        """Validation losses, when it is time for them. Collective."""
+        """What was measured, when it is time for that. Collective."""
         if done % self.every and done != self.last:
             return {}
         player = next(iter(self.engines.values()))
@@ -140,23 +155,29 @@ class Watch:
             for engine in self.engines.values():
                 stack.enter_context(engine.evaluating())
             self.seen = self.validation.run(player, self.device)
+            drawing = self.scoring or self.grid
+            parts = drawing.pictures.parts() if drawing is not None else {}
             if self.grid is not None:
-                self.grid.draw(self.run, done)
-        if self.stopping is not None and self.stopping.take(done, self.seen[self.stopping.config.metric]):
-            self.keep_best(done)
+                self.grid.draw(parts, self.run, done)
+            if self.scoring is not None:
+                self.seen |= self.scoring.score(parts, self.run, done)
+        if self.beside:
+            self.keep(done, False)
+        if self.best is not None and self.best.take(done, self.seen[self.best.metric]):
+            self.keep(done, True)
         return self.seen
 
     @property
-    def verdict(self) -> dict[str, float]:
-        """For the card: how good the weights that are published were on the held-out images."""
-        if self.stopping is not None and self.stopping.step:
-            return {"val_loss": self.stopping.best, "best_step": self.stopping.step}
-        return {name: self.seen[name] for name in ("val_loss",) if name in self.seen}
+    def verdict(self) -> dict[str, Any]:
+        """For the card: how good the weights that are published were."""
+        if self.best is not None and self.best.step:
+            return self.best.verdict
+        return {"val_loss": self.seen["val_loss"]} if "val_loss" in self.seen else {}
 
     @property
     def enough(self) -> bool:
         """Whether the run is to end early."""
-        return self.stopping is not None and self.stopping.enough
+        return self.best is not None and self.best.enough
 
 
 def auto_prompts(held_out: Dataset, trained: Dataset) -> list[str]:

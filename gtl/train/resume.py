@@ -21,6 +21,8 @@ HARMLESS = {
     "train.max_failures",
 }  # fmt: skip
 """Keys that may change between a run and its resumption without changing what is learned."""
+AFTERWARDS = ("evaluate.metrics", "evaluate.samples")
+"""What `gtl evaluate` goes by, and no look at a run."""
 PUBLISHED = "adapter.json"
 """In a run's folder: the card under which the registry has its adapter."""
 
@@ -107,9 +109,13 @@ def go_on(runs: Store, version: str, recipe: Recipe, progress: Progress = quiet)
 
 
 def is_harmless(key: str, recipe: Recipe) -> bool:
-    """Whether a key may change without changing what is learned."""
-    if key == "evaluate.every" and recipe.train.early_stopping is not None:
-        return False  # which counts looks, and publishes what was best at one of them
+    """Whether a key may change without changing what is learned and which weights of it are published."""
+    if key == "train.checkpoints.best":
+        return False
+    if key == "evaluate.every" and recipe.judged_by is not None:
+        return False
+    if key.startswith("evaluate.") and recipe.judged_by not in (None, "val_loss"):
+        return key in AFTERWARDS
     return any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
 
 

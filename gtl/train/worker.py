@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from gtl import __version__
 from gtl.config import Recipe, parse_recipe
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
     from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
-    from gtl.train.look import Watch
+    from gtl.train.look import InTurn, Pictures, Watch
     from gtl.train.loop import Wish
     from gtl.train.plan import TrainPlan
     from gtl.train.saver import Saver
 
 CHECKPOINTS = "checkpoints"
-BEST = "best"
-"""In a run's folder: the checkpoint with the lowest loss on held-out images, where the run may stop early."""
 RESULT = "result.json"
 """In a run's folder, written last: all steps are made and the adapter is exported."""
 
 Found = TypeVar("Found")
-Notify = Callable[[dict[str, float]], "Wish | None"]
-"""Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything."""
+Notify = Callable[[dict[str, float]], "Wish | Literal['enough'] | None"]
+"""Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything. enough: to save and stop as one
+whose last step was made."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Job:
     """Fingerprint of the base model."""
     dtype: str
     """Of the frozen weights: fp32 or bf16."""
+    beside: bool = False
+    """Whether others measure the pictures of every look's weights, instead of the workers in turn with training."""
     code: str = __version__
 
     @property
@@ -74,12 +75,12 @@ def main(config: dict[str, Any]) -> None:
     board, pending = config["board"], []
     notices: list[Any] = []
 
-    def notify(row: dict[str, float]) -> Wish | None:
+    def notify(row: dict[str, float]) -> Wish | Literal["enough"] | None:
         """Post a row without waiting; the answer to an earlier one is soon enough."""
         pending.append(board.push.remote(row))
         answered, pending[:] = ray.wait(pending, num_returns=len(pending), timeout=0)
-        if any(ray.get(answered)):
-            return "stop"
+        if wishes := [wish for wish in ray.get(answered) if wish]:
+            return wishes[-1]
         # `ray.train.get_preemption_info` asks all ranks, which takes longer than many a step; one is enough to know.
         notice = get_train_context().preemption_context.preemption_info
         if notice is None or notice in notices:
@@ -115,6 +116,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     from gtl.train.loop import Lane, stop_on_signals, train
     from gtl.train.saver import Saver
     from gtl.train.track import Tracker
+    from gtl.train.weights import keep
 
     if job.code != __version__:
         raise UserError(f"gtl {__version__} on a worker, {job.code} where the run was started; install one version")
@@ -132,19 +134,23 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
 
     saver = Saver()
 
-    def keep_best(step: int) -> None:
-        save(engines, job, plan, step, device_hours(), BEST, 1, saver)
+    def keep_weights(step: int, is_best: bool) -> None:
+        keep(engines, job, trainee, step, is_best, saver)
 
-    look = make_watch(job, recipe, trainee, engines, plan, (dataset, held_out), device, done, keep_best)
+    look = make_watch(job, recipe, trainee, engines, plan, (dataset, held_out), device, done, keep_weights)
+    has_enough = False
     with ExitStack() as stack:
         tracker = stack.enter_context(Tracker(job.run, done)) if dist.get_rank() == 0 else None
         stack.enter_context(saver)
 
         def report(row: dict[str, float]) -> Wish | None:
+            nonlocal has_enough
             assert tracker is not None
             saver.check()
             tracker.log(row)
-            return notify({**row, "steps": plan.steps})
+            wish = notify({**row, "steps": plan.steps})
+            has_enough |= wish == "enough"
+            return "stop" if wish == "enough" else wish
 
         def save_all(step: int) -> None:
             if tracker is not None:
@@ -157,7 +163,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
         with stop_on_signals(lane):
             done = train(engines, loader, lane)
     dist.barrier()  # rank 0 has written everything
-    if done < plan.steps and not look.enough:
+    if done < plan.steps and not look.enough and not of_first(lambda: has_enough, device):
         return
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     result = {"steps": done, "device": kind, "device_hours": device_hours(), **look.verdict}
@@ -232,37 +238,62 @@ def make_loader(
 
 def make_watch(
     job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], plan: TrainPlan,
-    sides: tuple[Dataset, Dataset], device: torch.device, done: int, keep_best: Callable[[int], None],
+    sides: tuple[Dataset, Dataset], device: torch.device, done: int, keep: Callable[[int, bool], None],
 ) -> Watch:  # fmt: skip
     """What looks at the model from time to time; `sides` are the images it learns from and those it does not."""
     import torch
     import torch.distributed as dist
 
     from gtl.evaluate.validation import Validation
-    from gtl.train.checkpoint import complete, forget_after
-    from gtl.train.look import Grid, Stopping, Watch, auto_prompts
+    from gtl.train.best import best_of
+    from gtl.train.look import Grid, Pictures, Watch, auto_prompts
+    from gtl.train.scores import forget_scores
     from gtl.train.track import read_rows
+    from gtl.train.weights import BEST, CANDIDATES, forget, kept
 
     trained, held_out = sides
     validation = Validation(
         held_out, trainee.objective, batch_size=plan.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
         seed=recipe.data.seed,
     )  # fmt: skip
-    shown, grid, stopping = recipe.evaluate, None, None
+    shown, grid, scoring, best = recipe.evaluate, None, None, best_of(recipe)
     rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
-    seen = next(({"val_loss": row["val_loss"]} for row in rows if row["step"] == done and "val_loss" in row), {})
+    measured = ("val_loss", *recipe.at_looks.metrics)
+    seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
     if recipe.needs.text != "none":
+        pictures = Pictures(recipe.at_looks, trainee, trained, device, getattr(torch, DTYPES[job.dtype]))
         prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
         size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
-        dtype = getattr(torch, DTYPES[job.dtype])
-        grid = Grid(shown, prompts, size, trainee, trained, device, dtype) if prompts else None
-    if recipe.train.early_stopping is not None:
-        stopping = Stopping(recipe.train.early_stopping)
-        kept = of_first(lambda: complete(job.run, BEST), device)
-        stopping.replay(rows, done, [int(key.rpartition("/")[2]) for key in kept])
-        if dist.get_rank() == 0:
-            forget_after(job.run, BEST, done)
-    return Watch(shown.every, plan.steps, job.run, engines, validation, device, grid, stopping, keep_best, seen)
+        grid = Grid(pictures, prompts, size) if prompts else None
+        if recipe.at_looks.metrics and not job.beside:
+            scoring = make_scoring(job, recipe, pictures)
+    if job.beside and best is not None and best.metric != "val_loss":
+        best = None  # others judge
+    if best is not None:
+        best.replay(rows, done, of_first(lambda: kept(job.run, BEST), device))
+    if dist.get_rank() == 0:
+        for folder in (BEST, CANDIDATES):
+            forget(job.run, folder, lambda step: step <= done)
+        forget_scores(job.run, done)
+    return Watch(
+        shown.every, plan.steps, job.run, engines, validation, device, grid, scoring, best, keep,
+        job.beside and bool(recipe.at_looks.metrics), seen,
+    )  # fmt: skip
+
+
+def make_scoring(job: Job, recipe: Recipe, pictures: Pictures) -> InTurn:
+    """What measures pictures while training waits. Collective."""
+    from gtl.data.reference import reference
+    from gtl.evaluate.sampling import plan
+    from gtl.evaluate.turn import Turn
+    from gtl.train.look import InTurn
+
+    family, cache, asked = pictures.trainee.family, recipe.storage.cache, recipe.at_looks
+    images = of_first(lambda: reference(recipe.data, family, cache), pictures.device)
+    sampling = plan(asked, images, job.dtype)
+    turn = Turn(asked, family, images, sampling, Store(cache), pictures.device, pictures.dtype)
+    base = {"source": recipe.model.source, "fingerprint": job.base}
+    return InTurn(pictures, turn, f"{job.name}@{job.version}", base)
 
 
 def of_first(find: Callable[[], Found], device: torch.device) -> Found:
@@ -321,24 +352,23 @@ def finish(
     """Export what was learned and write the run's result, which marks it as finished. Collective; rank 0 writes."""
     import torch.distributed as dist
 
-    from gtl.train.checkpoint import latest, load
     from gtl.train.track import read_rows
+    from gtl.train.weights import BEST, take
 
     tensors: dict[str, Any] = {}
-    best = of_first(lambda: latest(job.run, BEST), device)
+    best = result.get("best_step")
     for engine in engines.values() if best is None else ():
         tensors |= engine.weights(ema=recipe.train.ema is not None)
     if dist.get_rank() != 0:
         return
     if best is not None:
-        kind = "weight" if recipe.train.ema is None else "ema"
-        checkpoint = load(job.run, best, {name: engine.shapes for name, engine in engines.items()})
-        tensors = {key: kinds[kind] for player in engines for key, kinds in checkpoint.tensors(player)}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        with explained(temporary):
-            trainee.tuner.export(tensors, folder)
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
+        take(job.run, BEST, best)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            with explained(temporary):
+                trainee.tuner.export(tensors, folder)
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
     result = {**result, "final_loss": read_rows(job.run)[-1].get("loss")}
     job.run.write(RESULT, json.dumps(result).encode())

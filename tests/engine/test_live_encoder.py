@@ -13,7 +13,7 @@ from torch import nn
 
 from gtl.config import parse_recipe
 from gtl.config.objectives import DenoiseObjective
-from gtl.evaluate.samples import draw_shares
+from gtl.evaluate.samples import draw_all
 from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.objectives import make_objective
@@ -160,7 +160,7 @@ def draw_together(folder: Path, stage: int) -> list[bytes]:
     parts = {**trainee.parts, "vae": trainee.family.load("vae")}
     requests = [Request(prompt, 64, 64, steps=2, seed=i) for i, prompt in enumerate(("a dog", "a cat", "a dog"))]
     with engine.evaluating():
-        images = draw_shares(
+        images = draw_all(
             trainee.family, parts, requests, encoded=None, device=torch.device("cpu"), dtype=torch.float32
         )
     return [image.tobytes() for image in images]

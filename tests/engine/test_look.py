@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gtl.config.recipe import EarlyStopping
-from gtl.train.look import Stopping
+from gtl.train.best import Best
 from gtl.train.loop import Lane, train
 from tests.engine.group import Group
 from tests.engine.toy import Toy, batches, collate, global_batch, make_engine, make_train
@@ -58,30 +57,30 @@ class Staged:
     """Answers with given losses, one a step."""
 
     losses: list[float]
-    stopping: Stopping
+    best: Best
     asked: list[int] = field(default_factory=list)
 
     def __call__(self, done: int) -> Mapping[str, float]:
         self.asked.append(done)
         if done == 0:
             return {"val_loss": 9.0}
-        self.stopping.take(done, self.losses[done - 1])
+        self.best.take(done, self.losses[done - 1])
         return {"val_loss": self.losses[done - 1]}
 
     @property
     def enough(self) -> bool:
-        return self.stopping.enough
+        return self.best.enough
 
 
 def stop_early(losses: list[float], patience: int, done: int = 0) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     saved: list[int] = []
-    look = Staged(losses, Stopping(EarlyStopping(patience=patience)))
-    look.stopping.replay(({"step": i + 1, "val_loss": loss} for i, loss in enumerate(losses)), done, range(done + 1))
+    look = Staged(losses, Best("val_loss", patience=patience))
+    look.best.replay(({"step": i + 1, "val_loss": loss} for i, loss in enumerate(losses)), done, range(done + 1))
     lane = Lane(1, 100, saved.append, rows.append, look, done=done)
     steps = train({"toy": make_engine(Toy(), make_train(), 0)}, batches(done, 10), lane)
     return {"steps": steps, "saved": saved, "rows": [(row["step"], row.get("val_loss")) for row in rows],
-            "best": look.stopping.step, "asked": look.asked}  # fmt: skip
+            "best": look.best.step, "asked": look.asked}  # fmt: skip
 
 
 def test_a_run_ends_when_patience_is_used_up_and_saves(duo: Group) -> None:
@@ -101,12 +100,21 @@ def test_a_resumed_run_counts_on(duo: Group) -> None:
     assert (ended["steps"], ended["asked"], ended["saved"]) == (6, [], [])
 
 
-def test_a_better_value_has_to_be_lower_by_the_minimum() -> None:
-    stopping = Stopping(EarlyStopping(patience=2, min_delta=0.1))
-    assert [stopping.take(step, value) for step, value in ((0, 0.1), (1, 1.0), (2, 0.95), (3, 0.8))] == [
+def test_a_better_value_has_to_be_better_by_the_minimum() -> None:
+    best = Best("val_loss", min_delta=0.1, patience=2)
+    assert [best.take(step, value) for step, value in ((0, 0.1), (1, 1.0), (2, 0.95), (3, 0.8))] == [
         False, True, False, True,
     ]  # fmt: skip
-    assert (stopping.best, stopping.step, stopping.enough) == (0.8, 3, False)
-    assert not stopping.take(4, float("nan"))
-    assert not stopping.take(5, 0.75)
-    assert stopping.enough
+    assert (best.value, best.step, best.enough) == (0.8, 3, False)
+    assert not best.take(4, float("nan"))
+    assert not best.take(5, 0.75)
+    assert best.enough
+
+
+def test_a_score_that_is_to_be_high_is_best_where_it_is_highest() -> None:
+    best = Best("prompt_accuracy")
+    assert [best.take(step, value) for step, value in ((0, 1.0), (1, 0.0), (2, 0.5), (3, 0.25), (4, 0.5))] == [
+        False, True, True, False, False,
+    ]  # fmt: skip
+    assert (best.value, best.step, best.waited, best.enough) == (0.5, 2, 2, False)
+    assert best.verdict == {"scores": {"prompt_accuracy": 0.5}, "best_step": 2}

@@ -46,7 +46,7 @@ def watch_again(folder: Path, job: Job, done: int) -> dict[str, float]:
     recipe = parse_recipe(job.recipe)
     plan = TrainPlan(steps=STEPS, stage=0, micro_batch=1, accumulation=1)
     trainee = assemble(recipe, "fp32")
-    watch = make_watch(job, recipe, trainee, {}, plan, sides, torch.device("cpu"), done, lambda step: None)
+    watch = make_watch(job, recipe, trainee, {}, plan, sides, torch.device("cpu"), done, lambda step, is_best: None)
     return watch.verdict
 
 
@@ -70,9 +70,9 @@ def test_a_best_is_known_if_its_weights_are_kept(
     job = make_job(tmp_path, early_stopping={"patience": 3})
     write_rows(job.run, {2: 4.0, 4: 2.0, 6: 3.0, 8: 1.0})
     for step in best:
-        job.run.write(f"best/{step:08d}/manifest.json", b"{}")
+        job.run.write(f"best/dog/{step:08d}/adapter.json", b"{}")
     assert solo.run(watch_again, tmp_path, job, done) == [verdict]
-    assert job.run.folders("best") == [f"{step:08d}" for step in best if step <= done]
+    assert job.run.folders("best/dog") == [f"{step:08d}" for step in best if step <= done]
 
 
 @pytest.mark.parametrize(("done", "verdict"), [(8, {"val_loss": 1.0}), (7, {}), (0, {})])

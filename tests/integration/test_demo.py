@@ -24,7 +24,7 @@ from gtl.families import open_family
 from gtl.families.source import builtin_folder
 from gtl.images import read_recipe
 from gtl.session import Cluster
-from gtl.train.launch import Resources, choose_resources
+from gtl.train.resources import Resources, choose_resources
 
 MODEL = "builtin:tiny"
 SHORT = ["train.steps=4", "train.batch_size=4", "train.checkpoints.every=2", "train.workers=1", "evaluate.steps=2"]

@@ -18,6 +18,7 @@ from PIL import Image
 from gtl.adapters import Registry
 from gtl.config import Recipe, parse_recipe
 from gtl.config.load import dump_recipe
+from gtl.report.chart import short
 from gtl.types import UserError
 from tests.tiny import make_flux, make_sd, write_pictures
 
@@ -152,7 +153,7 @@ def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path, shown: tu
     assert card.dataset is not None and card.dataset.images == 3
     assert card.training.steps < 40
     assert card.training.val_loss == looks[best]["val_loss"]
-    assert ("validate", 0, 0, f"step {best}  val_loss {looks[best]['val_loss']:.4f}") in told
+    assert ("look", 0, 0, f"step {best}  val_loss {short(looks[best]['val_loss'])}") in told
     assert {path.stem for path in (run / "samples").iterdir()} == {f"{step:08d}" for step in looks}
     requests = [Request(p, 64, 64, seed=5 + i, steps=4, guidance=3.0) for i, p in enumerate(PROMPTS)]
     family, folder = open_family(str(place / "model")), Registry(place / "registry").fetch("shown")

@@ -12,12 +12,15 @@ from pydantic import ValidationError
 
 from gtl.config import Recipe, load_recipe, parse_recipe
 from gtl.config.load import dump_recipe, set_key
+from gtl.config.metrics import METRICS
 from gtl.config.names import Reference, check_name, new_version, parse_reference
 from gtl.config.pairs import PAIRS, Needs, Pair, pair
 from gtl.storage import Store
 from gtl.types import UserError
 
 BASE: dict[str, Any] = {"model": {"source": "org/name"}, "data": {"source": "s3://bucket/photos"}}
+
+KNOWN = ", ".join(METRICS)
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -252,7 +255,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("train={zero: {offload: cpu}, optimizer: {type: adamw_8bit}}",
          "train.zero.offload: cpu: adamw_8bit steps on a GPU only; take adamw"),
         ("train.zero.hpz=2", "train.zero.hpz: 2: it is about weights in shares; set train.zero.stage: 3"),
-        ("train.checkpoints=5", "train.checkpoints: 5: should be a section with the keys every, keep"),
+        ("train.checkpoints=5", "train.checkpoints: 5: should be a section with the keys every, keep, best"),
         ("train.steps=0", "train.steps: 0: should be greater than or equal to 1"),
         ("train.steps=true", "train.steps: True: should not be true or false"),
         ("train.workers=yes", "train.workers: True: should not be true or false"),
@@ -271,7 +274,17 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("train.micro_batch=[1]", "train.micro_batch: [1]: should be a whole number or 'auto'"),
         ("train.early_stopping=3",
          "train.early_stopping: 3: should be a section with the keys metric, patience, min_delta"),
-        ("train.early_stopping.metric=fid", "train.early_stopping.metric: 'fid': should be 'val_loss'"),
+        ("train.early_stopping.metric=fdi", f"train.early_stopping.metric: 'fdi': no such metric; there are {KNOWN}"),
+        ("train.early_stopping={metric: fid}", "evaluate.beside.samples: 64: fid needs at least 100"),
+        ("train.checkpoints.best=val_loss",
+         "train.checkpoints.best: there is nothing to judge by; set data.validation, such as 0.05"),
+        ("train.checkpoints.best=clip_score",
+         "evaluate.clip: null: clip_score needs a CLIP model; give its folder or hub id"),
+        ("evaluate.beside.metrics=[memorization]",
+         "evaluate.beside.metrics: memorization: set data.validation, such as 0.05"),
+        ("evaluate={prompts: [], beside: {metrics: [kid]}}",
+         "evaluate.prompts: []: there is nothing to draw for kid; give prompts, or auto"),
+        ("evaluate.beside.metrics=[kdi]", f"evaluate.beside.metrics.0: 'kdi': no such metric; there are {KNOWN}"),
         ("train.early_stopping.patience=0",
          "train.early_stopping.patience: 0: should be greater than or equal to 1"),
         ("train.early_stopping.min_delta=-0.1",

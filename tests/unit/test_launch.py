@@ -18,7 +18,8 @@ from gtl.config.names import Reference
 from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.board import Board
-from gtl.train.launch import Resources, choose_resources, describe, follow, train_once
+from gtl.train.launch import follow, train_once
+from gtl.train.resources import Resources, choose_resources, describe
 from gtl.train.resume import go_on, pin_init, unfinished, was_of
 from gtl.types import UserError
 from tests.tiny import make_sd

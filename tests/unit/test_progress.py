@@ -42,7 +42,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     for step in range(100, 201):  # a run that goes on after 100 steps, and makes one in two seconds
         bar("train", step, 200, DETAIL)
         clock[0] += 2
-    bar("validate", 0, 0, "step 200  val_loss 0.5")
+    bar("look", 0, 0, "step 200  val_loss 0.5")
     bar.close()
     lines = log.getvalue().splitlines()
     assert lines[:4] == [
@@ -54,7 +54,7 @@ def test_a_log_gets_a_line_now_and_then_with_the_time_left(
     assert lines[-3:] == [
         f"train 196/200 {DETAIL}  8.0 s left",
         f"train 200/200 {DETAIL}",
-        "validate step 200  val_loss 0.5",
+        "look step 200  val_loss 0.5",
     ]
     assert len(lines) == 1 + 1 + 16 + 1 + 1
 

@@ -74,7 +74,7 @@ def test_card_on_disk_is_schema_1(url, tmp_path):
         "source": "some/model", "revision": "main", "variant": None, "fingerprint": "f" * 64, "family": "sd",
     }  # fmt: skip
     assert values["training"] == {"steps": 20, "device": "cpu", "device_hours": 0.5, "final_loss": 0.25,
-                                  "val_loss": None, "best_step": None}  # fmt: skip
+                                  "val_loss": None, "scores": {}, "best_step": None}  # fmt: skip
     assert {"torch", "diffusers", "peft", "ray"} <= set(values["libraries"])
     age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(values["created"])
     assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=1)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from gtl.cli import main
 from gtl.config import Recipe, parse_recipe
+from gtl.evaluate.result import Evaluation, Sampling, Score, differences_of_files
 from gtl.images import encode_png, save_png
 from gtl.report.chart import MAX_POINTS, Series, draw, linear_ticks, log_ticks, short, smooth
 from gtl.report.command import report
@@ -26,6 +27,7 @@ from gtl.report.demo import Panel, render_demo
 from gtl.report.facts import incomparable, next_commands, state
 from gtl.report.run import MAX_PICTURES, read_run
 from gtl.storage import Store
+from gtl.train.scores import write_scores
 from gtl.types import UserError
 
 EVIL = "<script>alert(1)</script>\" onerror='alert(2)' & </pre></style>"
@@ -113,6 +115,50 @@ def test_scores_stand_with_what_they_depend_on(tmp_path: Path) -> None:
     page = make_page(run)
     assert f"kid: {EVIL}" in page.text
     assert sum(tag == "img" and "nearest" in values["alt"] for tag, values in page.elements) == 2
+
+
+def add_look(run: Store, step: int, kid: float, seed: int = 0) -> None:
+    """An evaluation of a look, as a run leaves it."""
+    influence = [kid * ((i * 7 + seed) % 5 - 2) for i in range(20)]
+    score = Score(value=kid, low=kid - 0.1, high=kid + 0.1, higher_is_better=False, num_fake=20, num_real=None,
+                  extractor="builtin:backbone", resize="none", dtype="fp32", fake=influence)  # fmt: skip
+    sampling = Sampling(prompts=["a"], negative_prompt="", seed=0, steps=2, guidance=1, height=64, width=64,
+                        dtype="fp32")  # fmt: skip
+    look = Evaluation(adapter="dog@v1", step=step, base={}, dataset="d", images=3, held_out=0, sampling=sampling,
+                      scores={"kid": score}, samples=None)  # fmt: skip
+    write_scores(run, look, None)
+
+
+def test_looks_have_intervals_and_the_one_that_is_published_is_marked(runs: Store) -> None:
+    run = make_run(runs, stopping="{metric: kid, patience: 2}")
+    for step, kid in ((0, 5.0), (6, 1.0), (8, 2.0), (10, 3.0)):
+        add_look(run, step, kid)
+    found = read_run(run)
+    assert found.series("kid") == [(0, 5.0), (6, 1.0), (8, 2.0), (10, 3.0)]
+    assert found.bounds("kid")[1] == (6, 0.9, 1.1)
+    assert state(found) == "stopped early"
+    page = make_page(run)
+    assert page.charts[:2] == ["Validation loss", "Validation loss by noise level"] and "kid" in page.charts
+    marks = [values for tag, values in page.elements if tag == "line" and values["class"].startswith("mark")]
+    assert len(marks) == 3  # on the validation losses and on kid
+    assert sum(values.get("class", "").startswith("bound") for _, values in page.elements) == 4
+    told = re.sub(r"\s+", " ", page.text)
+    for fact in ("Best kid 1 at step 6", "Last kid 3 at step 10", "6, published", "1 (0.9 to 1.1)",
+                 "dashed: step 6, published", "After 6 steps, "):  # fmt: skip
+        assert fact in told
+    assert "After 8 steps, " not in told
+
+
+def test_scores_of_two_runs_differ_by_more_than_chance_or_not(runs: Store) -> None:
+    one, two, other = (make_run(runs, name) for name in ("dog", "cat", "bird"))
+    add_look(one, 6, 1.0)
+    add_look(two, 6, 5.0, seed=1)
+    page = Page(Path(report("dog", ["cat", "bird"], None, runs.url(), differences_of_files)).read_text())
+    told = re.sub(r"\s+", " ", page.text)
+    assert "How the scores differ cat@v1 less dog@v1 metric difference 95 % interval better kid +4 " in told
+    assert re.search(r"kid \+4 3\.\d+ to 4\.\d+ dog@v1 after 6 steps ", told)
+    assert "bird@v1 less dog@v1 Not compared: not scored both" in told
+    assert read_run(other).scores == []
 
 
 class Page(HTMLParser):

@@ -1,0 +1,42 @@
+"""Which pictures a model is judged by: the same prompts, seeds and sampler for every one that is compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gtl.config.recipe import Evaluate
+from gtl.data.reference import Reference
+from gtl.evaluate.result import Sampling
+from gtl.types import UserError
+
+if TYPE_CHECKING:
+    from gtl.generate.engine import Request
+
+
+def plan(asked: Evaluate, images: Reference, dtype: str) -> Sampling:
+    """The prompts and how they are drawn.
+
+    Raises:
+        UserError: they are to be the images' captions, and no image has one.
+    """
+    prompts = list(images.captions) if asked.prompts == "auto" else list(asked.prompts)
+    if not prompts:
+        raise UserError("evaluate.prompts: auto: no image has a caption; give prompts")
+    height, width = images.size
+    return Sampling(
+        prompts=prompts[: asked.samples], negative_prompt=asked.negative_prompt, seed=asked.seed, steps=asked.steps,
+        guidance=asked.guidance, height=height, width=width, dtype=dtype,
+    )  # fmt: skip
+
+
+def requests(how: Sampling, number: int) -> list[Request]:
+    """Of so many samples, in their order."""
+    from gtl.generate.engine import Request
+
+    return [
+        Request(
+            prompt, how.height, how.width, negative_prompt=how.negative_prompt, seed=how.seed + i, steps=how.steps,
+            guidance=how.guidance,
+        )
+        for i, prompt in enumerate(how.prompts_of(number))
+    ]  # fmt: skip
