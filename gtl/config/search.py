@@ -12,19 +12,20 @@ Reduction = Annotated[float, Field(gt=1)]
 class Asha(Section):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934): stop whatever is behind at a rung.
 
-    Rungs are at grace_period, grace_period * reduction_factor and so on, in optimizer steps. A trial goes on at one if
-    it is among the best 1 / reduction_factor of those that were there before it, so nobody waits for anybody.
+    Rungs are at grace_period, grace_period * reduction_factor and so on, in optimizer steps; none is in the second half
+    of a run, where stopping saves little. A trial goes on at one if it is among the best 1 / reduction_factor of those
+    that were there before it, so nobody waits for anybody.
 
     The defaults are for fine-tuning. Rates that are too high show in the first tenth of a run, while ranks and freeze
-    depths part late, and a single look at few pictures is noisy: so there are two rungs, at a ninth and a third of the
-    run, and none near its end, where stopping saves nothing. Of 9 trials 3 pass each, not Ray's 1 of 4. One bracket is
-    the paper's own advice (section 4.1): others only start with rungs left out.
+    depths part late, and a look at few pictures is noisy: so there are two rungs, at a ninth and a third, and of 9
+    trials 3 pass each instead of Ray's 1 of 4. One bracket: others only leave out rungs, and the paper found none
+    better than the one that stops most (section 4.1).
     """
 
     type: Literal["asha"] = "asha"
     grace_period: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Steps before any trial is stopped. auto: a ninth of the longest run (with another reduction_factor: 1 / its
-    square), and at least one look (evaluate.every) and the warm-up."""
+    """Steps before any trial is stopped. auto: the look (evaluate.every) nearest to a ninth of the longest run (with
+    another reduction_factor: 1 / its square), and none in the warm-up."""
     reduction_factor: Reduction = 3
     """One in so many passes a rung."""
     brackets: Annotated[int, Field(ge=1)] = 1

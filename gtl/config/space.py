@@ -162,9 +162,10 @@ class Domain(Section):
         drawn = low * (high / low) ** share if self.is_log else low + share * (high - low)
         return self.snap(drawn)
 
-    def snap(self, number: float) -> Any:
-        """The value of a range that is nearest to a number."""
-        assert self.bounds is not None
+    def snap(self, number: Any) -> Any:
+        """The value of a range that is nearest to a number; what is listed, as it is."""
+        if self.bounds is None:
+            return number
         low, high = self.bounds
         inside = min(max(float(number), low), high)
         return inside if self.step is None else self._on_step(round((inside - low) / self.step))
@@ -247,8 +248,10 @@ def applies(space: Space, key: str, values: Mapping[str, Any]) -> bool:
 
 
 def applying(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of those keys that are part of the configuration, in the space's order."""
-    return {key: values[key] for key in space if key in values and applies(space, key, values)}
+    """The values of those keys that are part of the configuration, in the space's order, on the steps of ranges."""
+    found = {key: values[key] for key in space if key in values}
+    on_steps = {key: value if value is None else space[key].snap(value) for key, value in found.items()}
+    return {key: value for key, value in on_steps.items() if applies(space, key, on_steps)}
 
 
 def parents_first(space: Space) -> list[str]:

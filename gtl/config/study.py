@@ -159,7 +159,7 @@ class Study(Section):
         return self.recipe_of({})
 
     def configuration(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a trial's values those that are keys of the space and apply, in the space's order."""
+        """Of a trial's values those that are keys of the space and apply, in its order, numbers inside their ranges."""
         return applying(self.space, values)
 
     def recipe_of(self, values: Mapping[str, Any]) -> Recipe:

@@ -133,8 +133,9 @@ def check_looks(study: Study) -> None:
     name, first = ("grace_period", scheduler.grace_period) if isinstance(scheduler, Asha) else ("interval", "auto")
     if isinstance(scheduler, Pbt):
         first = scheduler.interval
-    if isinstance(first, int) and first >= steps:
-        raise UserError(f"scheduler.{name}: {first}: is not before the end; the longest run has {steps} steps")
+    last = (steps - 1) // every * every
+    if isinstance(first, int) and first > last:
+        raise UserError(f"scheduler.{name}: {first}: is behind the last look before the end, at step {last} of {steps}")
 
 
 def longest(study: Study) -> int | None:
