@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -133,9 +133,10 @@ def of_type(sections: list[type[BaseModel]], node: Any) -> list[type[BaseModel]]
     return [s for s in sections if s.model_fields["type"].default == wanted]
 
 
-def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a type is made of: itself, the members of a union, the elements of a list."""
+def sections_in(annotation: Any, *, elements: bool = True) -> Iterator[type[BaseModel]]:
+    """The sections that a type is made of: itself, the members of a union, the elements of a list if these count."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    for argument in get_args(annotation):
-        yield from sections_in(argument)
+    if elements or get_origin(annotation) is not list:
+        for argument in get_args(annotation):
+            yield from sections_in(argument, elements=elements)

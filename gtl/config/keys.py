@@ -16,6 +16,8 @@ LENGTHS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 """Of two keys of which a recipe has one, each the other."""
 NEAR = 3
 """Keys that a message proposes at most."""
+ALIKE = 0.75
+"""From here on two spellings are alike, in `difflib`'s measure."""
 
 
 def put(values: dict[str, Any], path: Sequence[str], value: Any, where: str) -> None:
@@ -61,10 +63,10 @@ def over(values: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> d
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key that a file of this kind may have, sections too, those of every kind of section."""
+    """Every key that a file of this kind may have, sections too, those of every kind of section; none inside lists."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for section in sections_in(field.annotation):
+        for section in sections_in(field.annotation, elements=False):
             yield from keys_of(section, f"{prefix}{name}.")
 
 
@@ -82,12 +84,12 @@ def check_key(key: str, model: type[BaseModel], where: str) -> None:
 
 
 def near(key: str, known: Sequence[str]) -> list[str]:
-    """The keys of the same name in other sections, else those that are spelled alike."""
+    """The keys of the same name in other sections, else the one that is spelled alike, else those of a name like it."""
+    last = {other: other.rpartition(".")[2] for other in known}
     name = key.rpartition(".")[2]
-    same = [other for other in known if other.rpartition(".")[2] == name]
-    names = list(dict.fromkeys(other.rpartition(".")[2] for other in known))
-    alike = difflib.get_close_matches(key, known, NEAR, 0.75) or [
-        other for close in difflib.get_close_matches(name, names, 1, 0.75) for other in known
-        if other.rpartition(".")[2] == close
-    ]  # fmt: skip
-    return (same or alike)[:NEAR]
+    if same := [other for other in known if last[other] == name]:
+        return same[:NEAR]
+    if alike := difflib.get_close_matches(key, known, 1, ALIKE):
+        return alike
+    names = difflib.get_close_matches(name, list(last.values()), 1, ALIKE)
+    return [other for other in known if last[other] in names][:NEAR]

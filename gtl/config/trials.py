@@ -156,8 +156,23 @@ def check_trials(study: Study) -> None:
         try:
             check_measured(study.recipe_of(values), study.measured)
         except UserError as error:
+            check_kind(study, values, str(error))
             shown = ", ".join(f"{key}: {label(value)}" for key, value in values.items())
             raise UserError(f"space: {error} (with {shown})") from None
+
+
+def check_kind(study: Study, values: Mapping[str, Any], error: str) -> None:
+    """Refuse a key of the space that is one of another kind of section than a trial's.
+
+    Raises:
+        UserError: says so, where the recipe's error is that it does not know the key.
+    """
+    for key in values:
+        if error.startswith(f"{key}: unknown key"):
+            decides = f"{key.partition('.')[0]}.type"
+            kind = values.get(decides) or study.base.model_dump()[key.partition(".")[0]]["type"]
+            advice = f"add when: {{{decides}: ...}}" if decides in study.space else f"set {decides}, or leave it out"
+            raise UserError(f"space.{key}: with {decides}: {kind} there is no such key; {advice}")
 
 
 def probes(space: Space) -> Iterator[Mapping[str, Any]]:
