@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gtl.config import Study
@@ -114,7 +115,7 @@ def make_population(config: Pbt, study: Study, *, steps: int, every: int) -> Tri
         STEP, metric, mode, perturbation_interval=interval, burn_in_period=interval,
         hyperparam_mutations=mutations(study), quantile_fraction=config.quantile,
         resample_probability=config.resample, perturbation_factors=config.factors,
-        custom_explore_fn=keep_inside(study),
+        custom_explore_fn=partial(keep_inside, study.space),
     )  # fmt: skip
 
 
@@ -174,5 +175,8 @@ def make_optuna(config: OptunaSearch, study: Study) -> Searcher:
     metrics, modes = list(study.directions), [str(mode) for mode in study.directions.values()]
     one = len(metrics) == 1
     return Search(
-        define_by_run(study), metric=metrics[0] if one else metrics, mode=modes[0] if one else modes, sampler=sampler
+        partial(define_by_run, study.space),  # Ray Tune pickles it with the searcher's state
+        metric=metrics[0] if one else metrics,
+        mode=modes[0] if one else modes,
+        sampler=sampler,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gtl.config import Study
-from gtl.config.space import Domain, applies, applying, label, parents_first, points
+from gtl.config.space import Domain, Space, applies, applying, label, parents_first, points
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -64,34 +65,29 @@ def param_space(study: Study) -> dict[str, Any]:
     """Ray Tune's search space of a random or a grid study: the list of its configurations, one trial each.
 
     A trial's config is flat: its number under `trial`, and every key of the space, None where it does not apply;
-    `Study.configuration` and `Study.recipe_of` know which do.
+    `Study.configuration` and `Study.recipe_of` know which do. In a population (pbt), who takes over another's weights
+    takes over its number too.
     """
     from ray import tune
 
     found = configurations(study)
-
-    def reader(key: str) -> Callable[[Any], Any]:
-        return lambda spec: found[spec.config[TRIAL]].get(key)
-
-    chosen = {key: tune.sample_from(reader(key)) for key in study.space}
+    chosen = {key: tune.sample_from(partial(look_up, found, key)) for key in study.space}
     return {TRIAL: tune.grid_search(list(range(len(found)))), **chosen}
 
 
-def define_by_run(study: Study) -> Callable[[Trial], dict[str, Any]]:
-    """Optuna's search space: asks for a key only where it applies, so that no model is fitted to values of no effect.
+def look_up(found: list[dict[str, Any]], key: str, given: Mapping[str, Any]) -> Any:
+    """A key's value in the configuration of the trial whose config is given, or something that has it as `config`."""
+    return found[given.get("config", given)[TRIAL]].get(key)
 
-    What the function returns has the real values; of a list or a section Optuna itself is told a label.
-    """
-    order = parents_first(study.space)
 
-    def suggest(trial: Trial) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key in order:
-            if applies(study.space, key, values):
-                values[key] = suggest_one(trial, key, study.space[key])
-        return {key: values[key] for key in study.space if key in values}
-
-    return suggest
+def define_by_run(space: Space, trial: Trial) -> dict[str, Any]:
+    """Draw a configuration with Optuna, which is asked for a key only where it applies: no model is fitted to values
+    of no effect. What is returned has the real values; of a list or a section Optuna itself is told a label."""
+    values: dict[str, Any] = {}
+    for key in parents_first(space):
+        if applies(space, key, values):
+            values[key] = suggest_one(trial, key, space[key])
+    return applying(space, values)
 
 
 def suggest_one(trial: Trial, key: str, domain: Domain) -> Any:
@@ -131,12 +127,7 @@ def mutations(study: Study) -> dict[str, Any]:
     return {key: list(domain.values) if domain.is_list else tune_domain(domain) for key, domain in study.space.items()}
 
 
-def keep_inside(study: Study) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Put back into its range, and onto its step, what a factor took out of it."""
-    space = study.space
-
-    def explore(config: dict[str, Any]) -> dict[str, Any]:
-        inside = {key: space[key].snap(config[key]) for key in space if space[key].bounds is not None}
-        return {**config, **inside}
-
-    return explore
+def keep_inside(space: Space, config: dict[str, Any]) -> dict[str, Any]:
+    """A trial's config with what a factor took out of its range put back into it, and onto its step."""
+    inside = {key: domain.snap(config[key]) for key, domain in space.items() if domain.bounds is not None}
+    return {**config, **inside}
