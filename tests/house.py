@@ -65,6 +65,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray.data": ("gtl/data",),
     "ray.train": ("gtl/train/launch.py", "gtl/train/worker.py"),
     "ray.tune": ("gtl/search",),
+    "optuna": ("gtl/search",),
     "ray.job_submission": ("gtl/jobs",),
     "ray.serve": ("serve",),
     "fastapi": ("serve",),

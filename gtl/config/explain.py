@@ -1,13 +1,16 @@
-"""What is wrong with a recipe, in one line: the key, what was found, what would be right."""
+"""What is wrong with a recipe or a study, in one line: the key, what was found, what would be right."""
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from gtl.types import UserError
+
 Key = tuple[str | int, ...]
+Model = TypeVar("Model", bound=BaseModel)
 
 LONGEST = 80
 """Characters of a value that a message shows."""
@@ -24,10 +27,23 @@ WORDINGS = {
     "string_too_short": "should not be empty",
     "list_type": "should be a list",
     "tuple_type": "should be a list",
+    "dict_type": "should be a section with keys",
     "too_short": "should have at least {min_length} in its list",
     "too_long": "should have at most {max_length} in its list",
 }
 """pydantic's kinds of mistake, where its own words speak of Python."""
+
+
+def parse(model: type[Model], values: dict[str, Any]) -> Model:
+    """Check a file's values, given as nested dicts.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, values, model)) from None
 
 
 def explain(error: ValidationError, values: Any, model: type[BaseModel]) -> str:
@@ -47,7 +63,7 @@ def explain(error: ValidationError, values: Any, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         return f"{name}: unknown key; {hint(key, model, values)}"
     if first["type"] == "missing":
-        return f"{name}: missing; a recipe needs it"
+        return f"{name}: missing; a {model.__name__.lower()} needs it"
     words = dict.fromkeys(wording(m, key, model, values) for m in alternatives(mistakes, key, values))
     message = " or ".join(words).replace(" or should be ", " or ").replace(" or should ", " or ")
     if not name:
@@ -103,7 +119,9 @@ def known_keys(key: Key, model: type[BaseModel], values: Any) -> list[str]:
         node = node[part]
         if isinstance(part, str):
             fields = [s.model_fields[part] for s in sections if part in s.model_fields]
-            sections = of_type([found for field in fields for found in sections_in(field.annotation)], node)
+            if fields:  # else it is an entry of a mapping, whose sections are all of one kind
+                sections = [found for field in fields for found in sections_in(field.annotation)]
+            sections = of_type(sections, node)
     return list(dict.fromkeys(name for section in sections for name in section.model_fields))
 
 
@@ -115,9 +133,10 @@ def of_type(sections: list[type[BaseModel]], node: Any) -> list[type[BaseModel]]
     return [s for s in sections if s.model_fields["type"].default == wanted]
 
 
-def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a type is made of: itself, the members of a union, the elements of a list."""
+def sections_in(annotation: Any, *, elements: bool = True) -> Iterator[type[BaseModel]]:
+    """The sections that a type is made of: itself, the members of a union, the elements of a list if these count."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    for argument in get_args(annotation):
-        yield from sections_in(argument)
+    if elements or get_origin(annotation) is not list:
+        for argument in get_args(annotation):
+            yield from sections_in(argument, elements=elements)

@@ -1,15 +1,17 @@
-"""Reading and writing a recipe: YAML and `--set a.b=c`."""
+"""Reading and writing recipes and studies: YAML and `--set a.b=c`."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
 
-from gtl.config.explain import explain
+from gtl.config.base import is_url
+from gtl.config.explain import parse
+from gtl.config.keys import put
 from gtl.config.recipe import Recipe
+from gtl.config.study import Study
 from gtl.storage import Store
 from gtl.types import UserError
 
@@ -22,21 +24,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file or a key is wrong; the message is one line.
     """
+    values = read_sections(path, "recipe")
+    for override in overrides:
+        set_key(values, override)
+    return parse_recipe(values)
+
+
+def read_sections(path: str | Path, kind: Literal["recipe", "study"]) -> dict[str, Any]:
+    """What is in a YAML file, or a bucket URL of one, whose outermost level is one of keys.
+
+    Raises:
+        UserError: there is no such file, or it is something else.
+    """
     try:
         values = read_yaml(read_bytes(str(path)).decode())
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # that of a bucket is long
-        raise UserError(f"recipe {path}: {reason}; expected a YAML file") from error
+        raise UserError(f"{kind} {path}: {reason}; expected a YAML file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path}: not text in UTF-8 ({error})") from error
+        raise UserError(f"{kind} {path}: not text in UTF-8 ({error})") from error
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: not valid YAML: {explain_yaml(error)}") from error
+        raise UserError(f"{kind} {path}: not valid YAML: {explain_yaml(error)}") from error
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        raise UserError(f"recipe {path}: expected sections such as `model:` and `data:`, found {found}")
-    for override in overrides:
-        set_key(values, override)
-    return parse_recipe(values)
+        expected = "`model:` and `data:`" if kind == "recipe" else "`recipe:` and `space:`"
+        raise UserError(f"{kind} {path}: expected sections such as {expected}, found {found}")
+    return values
 
 
 def read_bytes(place: str) -> bytes:
@@ -58,15 +71,79 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         UserError: a key or value is wrong.
     """
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(error, values, Recipe)) from None
+    return parse(Recipe, values)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to the same value."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study file, or a bucket URL of one, apply `key=value` overrides, check it.
+
+    A relative path of its recipe is looked for in the study's folder first, then in the working directory; other
+    relative paths are relative to the working directory. `--set recipe.train.steps=10` changes the recipe, be it a
+    path or inline, `--set set.train.steps=10` what is set over it, and `--set space.tuner.rank.choice=[4, 8]` how a key
+    is drawn.
+
+    Raises:
+        UserError: the file or a key is wrong; the message is one line.
+    """
+    values = read_sections(path, "study")
+    for override in overrides:
+        set_study_key(values, override, str(path))
+    return parse_study(with_recipe(values, str(path)))
+
+
+def parse_study(values: dict[str, Any]) -> Study:
+    """Check a study given as nested dicts, its recipe among them, and make paths absolute.
+
+    Raises:
+        UserError: a key or value is wrong.
+    """
+    return parse(Study, values)
+
+
+def dump_study(study: Study) -> str:
+    """The resolved study as YAML that `load_study` reads back to the same value; its recipe is in it."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def with_recipe(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """A study's values with its recipe read, if they have its path.
+
+    Raises:
+        UserError: there is no such file, or it is something else.
+    """
+    recipe = values.get("recipe")
+    if not isinstance(recipe, str):
+        return values
+    if not is_url(recipe) and not os.path.isabs(recipe):
+        beside = f"{path.rpartition('/')[0] or '.'}/{recipe}" if "://" in path else str(Path(path).parent / recipe)
+        recipe = beside if "://" in path or Path(beside).exists() else recipe
+    return {**values, "recipe": read_sections(recipe, "recipe")}
+
+
+def set_study_key(values: dict[str, Any], override: str, path: str) -> None:
+    """Like `set_key`. What is below `set`, and the first part of what is below `space`, is one dotted key.
+
+    Raises:
+        UserError: it has no `=`, a section on the way is none, or the value is not YAML.
+    """
+    (first, *rest), value = read_override(override)
+    if first == "recipe" and rest:
+        values.update(with_recipe(values, path))
+    if first == "set" and rest:
+        rest = [".".join(rest)]
+    if first == "space" and rest:
+        dotted, known = ".".join(rest), values.get("space") or {}
+        inside = [key for key in known if dotted.startswith(f"{key}.")]
+        key = max(inside, key=len, default=dotted)
+        below = dotted.removeprefix(key).removeprefix(".")
+        kind, _, parent = below.partition(".")
+        rest = [key, *(part for part in (kind, parent) if part)]
+    put(values, [first, *rest], value, f"--set {override}")
 
 
 def set_key(values: dict[str, Any], override: str) -> None:
@@ -75,19 +152,22 @@ def set_key(values: dict[str, Any], override: str) -> None:
     Raises:
         UserError: it has no `=`, a section on the way is none, or the value is not YAML.
     """
+    path, value = read_override(override)
+    put(values, path, value, f"--set {override}")
+
+
+def read_override(override: str) -> tuple[list[str], Any]:
+    """The key of `a.b=c`, part by part, and the value.
+
+    Raises:
+        UserError: it has no `=`, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
-    *parents, last = key.strip().split(".")
-    if not equals or not all([*parents, last]):
+    path = key.strip().split(".")
+    if not equals or not all(path):
         raise UserError(f"--set {override}: expected KEY=VALUE, for example train.steps=100")
-    node: Any = values
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {parent} is {node!r}, not a section with keys")
     try:
-        node[last] = read_yaml(text)
+        return path, read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {explain_yaml(error)}") from error
 

@@ -1,0 +1,1 @@
+"""Which recipe is best: studies of many training runs on Ray Tune."""
