@@ -13,21 +13,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gtl.config import load_recipe
+    from gtl.config import load_recipe, load_study
     from gtl.evaluate.run import evaluate
     from gtl.generate.command import run as generate
+    from gtl.search.study import tune
     from gtl.train.launch import train
     from gtl.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "evaluate", "generate", "load_recipe", "train"]
+__all__ = ["UserError", "__version__", "evaluate", "generate", "load_recipe", "load_study", "train", "tune"]
 
 
 def __getattr__(name: str) -> Any:
     if name in ("train", "generate", "evaluate"):  # packages that can be called, see gtl/verb.py
         return importlib.import_module(f"gtl.{name}")
-    if name == "load_recipe":
-        return importlib.import_module("gtl.config").load_recipe
+    if name in ("load_recipe", "load_study"):
+        return getattr(importlib.import_module("gtl.config"), name)
+    if name == "tune":
+        return importlib.import_module("gtl.search.study").tune
     if name == "UserError":
         return importlib.import_module("gtl.types").UserError
     raise AttributeError(f"module 'gtl' has no attribute {name!r}")

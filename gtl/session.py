@@ -39,8 +39,10 @@ def get(reference: Any) -> Any:
 
 
 @contextlib.contextmanager
-def session() -> Iterator[Cluster]:
+def session(*, dashboard: bool = False) -> Iterator[Cluster]:
     """A connection for the length of a command; a local cluster that it started ends with it.
+
+    `dashboard` starts a local cluster with one: it costs seconds, and what cleans up after runs within runs needs it.
 
     Joins the cluster that RAY_ADDRESS names (auto: the one that `ray start` began here), else starts one. Without being
     told it joins none: what runs here may be another command's own, which ends with that command.
@@ -52,7 +54,7 @@ def session() -> Iterator[Cluster]:
 
     mine = not ray.is_initialized()
     if mine:
-        _initialize()
+        _initialize(dashboard)
     try:
         resources = ray.cluster_resources()
         largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
@@ -62,7 +64,7 @@ def session() -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def _initialize() -> None:
+def _initialize(dashboard: bool) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -73,5 +75,4 @@ def _initialize() -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"RAY_ADDRESS: {address!r}: no Ray cluster answers there ({error})") from error
         return
-    # The dashboard costs seconds of start-up; only a process's own throw-away cluster goes without it.
-    ray.init(address="local", include_dashboard=False, **quiet)
+    ray.init(address="local", include_dashboard=dashboard, **quiet)

@@ -176,6 +176,35 @@ def evaluate(
     print(table(found))
 
 
+@app.command()
+def tune(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, such as those in tune_configs/.")],
+    name: Annotated[str | None, typer.Option(help="Of the study, and of what it publishes; else the file's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would try and what that takes.")] = False,
+    set_: Set = None,
+) -> None:
+    """Search a recipe's settings: run trials, stop the poor ones, publish the best."""
+    from gtl.config.load import load_study
+    from gtl.config.names import check_name
+
+    loaded = load_study(study, set_ or ())
+    called = check_name(name or Path(study).stem, "study name")
+    with Bar() as bar:
+        if dry_run:
+            from gtl.search.forecast import forecast
+
+            print(forecast(loaded, progress=bar))
+            return
+        from gtl.search.study import tune as search
+
+        record = search(loaded, called, resume=resume, progress=bar)
+    print(record.table())
+    print(f"study {record.folder.url()}", file=sys.stderr)
+    for published in record.published:
+        print(f"adapter {published}")
+
+
 @data_app.command("check")
 def data_check(
     folder: Annotated[str, typer.Argument(help="Folder or bucket URL of images.")],

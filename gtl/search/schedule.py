@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gtl.config import Study
 from gtl.config.search import Asha, BohbBands, HyperBand, HyperoptSearch, OptunaSearch, Pbt
 from gtl.config.trials import longest
-from gtl.search.space import define_by_run, keep_inside, mutations, tune_domains
+from gtl.search.space import TRIAL, define_by_run, keep_inside, mutations, tune_domains
 from gtl.types import UserError
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import HyperBandScheduler, TrialScheduler
     from ray.tune.search import Searcher
+
+    from gtl.search.record import TrialRecord
 
 STEP = "step"
 """The metric that says how far a trial is: the optimizer steps it has made, also after it was resumed or took over
@@ -92,6 +96,20 @@ def make_asha(config: Asha, metric: str, mode: str, *, steps: int, every: int, w
     )  # fmt: skip
 
 
+def remember(scheduler: TrialScheduler, study: Study, trials: Sequence[TrialRecord]) -> None:
+    """Let ASHA judge by what trials had reached before a study was cut off, too: Ray Tune does not keep that."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    if not isinstance(scheduler, ASHAScheduler):
+        return
+    ((metric, mode),) = study.directions.items()
+    for trial in trials:
+        who: Any = SimpleNamespace(trial_id=f"before-{trial.trial}")
+        for look in trial.looks if trial.state in ("finished", "stopped") else ():
+            value = look[metric] if mode == "max" else -look[metric]
+            scheduler._brackets[0].on_result(who, int(look[STEP]), value)
+
+
 def make_population(config: Pbt, study: Study, *, steps: int, every: int) -> TrialScheduler:
     """Population based training that leaves a trial alone once it is at its end.
 
@@ -104,6 +122,10 @@ def make_population(config: Pbt, study: Study, *, steps: int, every: int) -> Tri
     from ray.tune.schedulers import PopulationBasedTraining
 
     class Population(PopulationBasedTraining):
+        def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            config, operations = super()._get_new_config(trial, trial_to_clone)
+            return {**config, TRIAL: trial.config[TRIAL]}, operations  # who takes over stays who it is
+
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
             if result[STEP] >= steps:
                 return str(self.CONTINUE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +61,9 @@ def draw(study: Study, number: int) -> dict[str, Any]:
     return applying(study.space, values)
 
 
-def param_space(study: Study) -> dict[str, Any]:
-    """Ray Tune's search space of a random or a grid study: the list of its configurations, one trial each.
+def param_space(study: Study, numbers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Ray Tune's search space of a random or a grid study: the list of its configurations, one trial each; all of them
+    or those with some numbers.
 
     A trial's config is flat: its number under `trial`, and every key of the space, None where it does not apply;
     `Study.configuration` and `Study.recipe_of` know which do. In a population (pbt), who takes over another's weights
@@ -72,7 +73,7 @@ def param_space(study: Study) -> dict[str, Any]:
 
     found = configurations(study)
     chosen = {key: tune.sample_from(partial(look_up, found, key)) for key in study.space}
-    return {TRIAL: tune.grid_search(list(range(len(found)))), **chosen}
+    return {TRIAL: tune.grid_search(list(range(len(found)) if numbers is None else numbers)), **chosen}
 
 
 def look_up(found: list[dict[str, Any]], key: str, given: Mapping[str, Any]) -> Any:

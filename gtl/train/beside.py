@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from gtl.report.evaluations import interval
 from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.best import Best, best_of
-from gtl.train.board import Row
+from gtl.train.board import Row, Wish
 from gtl.train.resources import Resources
 from gtl.train.scores import read_scores, scored, write_scores
 from gtl.train.weights import CANDIDATES, forget, kept, take
@@ -58,10 +58,12 @@ class Beside:
         self._rows: deque[Row] = deque()
         self._ended, self._cut = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self.on_enough: Callable[[], object] = lambda: None
-        """Is called when more looks would not be better."""
-        self.on_mistake: Callable[[str], object] = lambda message: None
-        """Is called with what the user has to mend before anything can be scored."""
+        self._ask: Callable[[Wish], object] = lambda wish: None
+        self._give_up: Callable[[str], object] = lambda mistake: None
+
+    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
+        """To ask the workers to end when more looks would not be better, or when nothing can be scored."""
+        self._ask, self._give_up = ask, give_up
 
     def __enter__(self) -> Beside:
         self._thread.start()
@@ -75,12 +77,12 @@ class Beside:
         self._ended.set()
         self._thread.join()
 
-    def take(self) -> list[Row]:
+    def follow(self, rows: Sequence[Row]) -> list[Row]:
         """What was measured since the last call: rows with their step, and with `said` for people."""
         return [self._rows.popleft() for _ in range(len(self._rows))]
 
-    def finish(self, progress: Progress) -> None:
-        """Score what is left, now that training is over."""
+    def finish(self, progress: Progress) -> list[Row]:
+        """Score what is left, now that training is over; the rows since the last call."""
         self._ended.set()
         if self._thread.is_alive():
             progress("score", 0, 0, "the look at hand")
@@ -92,6 +94,7 @@ class Beside:
             progress("score", number, len(left), f"step {step}")
             self._score(step, quiet)
             progress("score", number + 1, len(left), str(self._rows[-1]["said"]))
+        return self.follow(())
 
     def best(self) -> Best | None:
         """What is best of all, if the run is judged by what is scored here.
@@ -115,7 +118,7 @@ class Beside:
                 self._score(step, self._watched)
                 best = self._judge()
                 if best is not None and best.enough:
-                    self.on_enough()
+                    self._ask("enough")
 
     def _watched(self, phase: str, done: int, total: int, detail: str = "") -> None:
         if self._cut.is_set():
@@ -140,7 +143,7 @@ class Beside:
             self._failed[step] = " ".join(str(error).split())[:300]
             self._rows.append({"step": step, "said": f"step {step}: not scored: {self._failed[step]}"})
             if isinstance(error, UserError) and not scored(run):
-                self.on_mistake(str(error))
+                self._give_up(str(error))
             return
         values = {metric: score.value for metric, score in found.scores.items()}
         self._rows.append({"step": step, **values, "said": say(step, found)})

@@ -45,4 +45,5 @@ def make_board() -> Any:
     import ray
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, label_selector=here)(Board).remote()
+    # Named, or a board that a search's trial makes would have to fit into the trial's own sliver of the cluster.
+    return ray.remote(num_cpus=0, label_selector=here, scheduling_strategy="DEFAULT")(Board).remote()

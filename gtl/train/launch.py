@@ -9,26 +9,25 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gtl.adapters import Card, Registry
 from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Base, DatasetInfo, Lineage, Training, base_of
-from gtl.config import Recipe, parse_recipe
+from gtl.config import Recipe
 from gtl.config.load import dump_recipe
 from gtl.config.metrics import METRICS
 from gtl.config.names import Reference, new_version
 from gtl.report.chart import short
 from gtl.report.command import write_page
-from gtl.session import session
+from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.beside import Beside, choose_best, is_beside, real_images
-from gtl.train.board import Row, make_board
+from gtl.train.board import Row, Wish, make_board
 from gtl.train.prepare import prepare
 from gtl.train.resources import Resources, choose_resources, describe
 from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
@@ -75,31 +74,57 @@ def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Pr
         version = new_version(dump_recipe(recipe))
     Registry(recipe.storage.registry).versions(name)  # out of reach is better known now than when all is learned
     family = open_model(recipe, progress)
-    base = base_of(family, recipe.model.source, recipe.model.revision)
-    check_init(recipe, base)
     # Takes seconds, as starting Ray does, which is mostly waiting.
     threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
     with session() as cluster:
-        resources = choose_resources(recipe, cluster)
-        dataset = prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
-        values = recipe.model_dump(mode="json")
-        job = Job(values, name, version, dataset.fingerprint, base.fingerprint, resources.dtype)
-        job = replace(job, beside=is_beside(job.run, recipe, resources, cluster, progress))
-        check_unchanged(job)
-        job.run.write("recipe.yaml", dump_recipe(recipe).encode())
+        start = begin(recipe, name, version, family, cluster, progress)
+        beside = is_beside(start.job.run, recipe, start.resources, cluster, progress)
+        start = replace(start, job=replace(start.job, beside=beside))
         images = real_images(recipe, family, progress)
-        if job.beside and images is not None:
-            with Beside(recipe, job, family, images) as beside:
-                run_workers(job, resources, progress, beside)
-                beside.finish(progress)
-                choose_best(job, beside.best())
+        if beside and images is not None:
+            with Beside(recipe, start.job, family, images) as companion:
+                run_workers(start, progress, companion)
+                companion.finish(progress)
+                choose_best(start.job, companion.best())
         else:
-            run_workers(job, resources, progress)
-    published = publish(job, recipe, base, count_learned(dataset, recipe.data.validation))
+            run_workers(start, progress)
+    published = publish(start, Registry(recipe.storage.registry))
+    start.job.run.write(PUBLISHED, published.to_json())
     for folder in (BEST, CANDIDATES):
-        job.run.delete_folder(folder)
-    report(job.run)
-    return published
+        start.job.run.delete_folder(folder)
+    report(start.job.run)
+    return Reference(name, version, 1.0)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that is ready for its workers."""
+
+    recipe: Recipe
+    job: Job
+    resources: Resources
+    base: Base
+    images: int
+    """Of the subject that are learned from: neither class images nor those that are held out."""
+
+
+def begin(
+    recipe: Recipe, name: str, version: str, family: DiffusionFamily, cluster: Cluster, progress: Progress
+) -> Start:
+    """Fill the cache, check that nothing changed since the run was begun, and write its recipe.
+
+    Raises:
+        UserError: the recipe, the data or the cluster is not what it has to be.
+    """
+    base = base_of(family, recipe.model.source, recipe.model.revision)
+    check_init(recipe, base)
+    resources = choose_resources(recipe, cluster)
+    dataset = prepare(recipe, family, resources.dtype, resources.gpus_per_worker, progress)
+    values = recipe.model_dump(mode="json")
+    job = Job(values, name, version, dataset.fingerprint, base.fingerprint, resources.dtype)
+    check_unchanged(job)
+    job.run.write("recipe.yaml", dump_recipe(recipe).encode())
+    return Start(recipe, job, resources, base, count_learned(dataset, recipe.data.validation))
 
 
 def train_once(recipe: Recipe, name: str, *, progress: Progress = quiet) -> Reference:
@@ -154,14 +179,26 @@ def open_model(recipe: Recipe, progress: Progress) -> DiffusionFamily:
     return open_family(model.source, model.family, revision=model.revision, variant=model.variant)
 
 
-def run_workers(job: Job, resources: Resources, progress: Progress, beside: Beside | None = None) -> None:
+class Companion(Protocol):
+    """What goes along with a run's workers."""
+
+    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
+        """Takes what asks the workers for something, and what ends the run because of a mistake of the user's."""
+
+    def follow(self, rows: Sequence[Row]) -> list[Row]:
+        """Takes the rows that the workers posted; returns rows of its own."""
+
+    def finish(self, progress: Progress) -> list[Row]:
+        """All steps are made; returns the last rows of its own."""
+
+
+def run_workers(start: Start, progress: Progress, companion: Companion | None = None) -> None:
     """Run the job's workers to the end, unless they were there before; Ctrl-C and SIGTERM let them save first.
 
     Args:
-        job: The run.
-        resources: Of the workers.
+        start: The run.
         progress: Is called as it goes on.
-        beside: What scores looks meanwhile.
+        companion: Goes along.
 
     Raises:
         UserError: a worker met a mistake of the user's.
@@ -170,12 +207,17 @@ def run_workers(job: Job, resources: Resources, progress: Progress, beside: Besi
     """
     import ray
 
+    job, resources = start.job, start.resources
     if job.run.exists(RESULT):
         return
     board = make_board()
-    if beside is not None:
-        beside.on_enough = lambda: board.ask.remote("enough")
-        beside.on_mistake = partial(give_up, board)
+
+    def give_up(mistake: str) -> None:
+        board.post_mistake.remote(mistake)
+        board.ask.remote("stop")
+
+    if companion is not None:
+        companion.attach(board.ask.remote, give_up)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -185,13 +227,13 @@ def run_workers(job: Job, resources: Resources, progress: Progress, beside: Besi
         except Exception as error:  # handed to the main thread below
             failures.append(error)
 
-    progress("workers", 0, 0, f"starting {describe(parse_recipe(job.recipe), resources)}")
+    progress("workers", 0, 0, f"starting {describe(start.recipe, resources)}")
     thread = threading.Thread(target=fit, daemon=True)
     with stop_signals(lambda: board.ask.remote("stop")) as stopped:
         thread.start()
         with closing(Services(job, progress)) as services:
             for rows in follow(thread, lambda: ray.get(board.take.remote())):
-                rows += beside.take() if beside is not None else []
+                rows += companion.follow(rows) if companion is not None else []
                 show(rows, progress)
                 services.log(rows)
                 if mistake := ray.get(board.mistake.remote()):
@@ -199,20 +241,13 @@ def run_workers(job: Job, resources: Resources, progress: Progress, beside: Besi
                     thread.join(STOP_S)
                     raise UserError(mistake)
             services.is_finished = job.run.exists(RESULT)
-            if services.is_finished and beside is not None:
-                beside.finish(progress)
-                services.log(beside.take())
+            if services.is_finished and companion is not None:
+                services.log(companion.finish(progress))
     if failures:
         raise RuntimeError(f"{job.run.url()}: a worker failed; what it saved stands, --resume goes on") from failures[0]
     if not job.run.exists(RESULT):
         message = f"{job.run.url()}: stopped and saved before its last step; --resume goes on"
         raise KeyboardInterrupt(message) if stopped else RuntimeError(message)
-
-
-def give_up(board: Any, mistake: str) -> None:
-    """Let a run end because of what the user has to mend."""
-    board.post_mistake.remote(mistake)
-    board.ask.remote("stop")
 
 
 def follow(thread: threading.Thread, take: Callable[[], list[Row]]) -> Iterator[list[Row]]:
@@ -298,34 +333,41 @@ def show(rows: list[Row], progress: Progress) -> None:
         progress("train", int(row["step"]), int(row["steps"]), detail)
 
 
-def publish(job: Job, recipe: Recipe, base: Base, images: int) -> Reference:
-    """Put a finished run's adapter into the registry, with its card, of which the run keeps a copy.
+def publish(
+    start: Start, registry: Registry, name: str | None = None, version: str | None = None, **lineage: str
+) -> Card:
+    """Put a finished run's adapter into a registry, with its card; of one that is there already only the card is read.
+
+    Args:
+        start: The run.
+        registry: Where to.
+        name: Of the adapter; the run's.
+        version: Of the adapter; the run's.
+        lineage: What else its card says of where it came from.
 
     Raises:
         UserError: the registry cannot be written.
     """
+    job, recipe = start.job, start.recipe
+    name, version = name or job.name, version or job.version
+    if version in registry.versions(name):  # and then the launcher was cut off
+        return registry.show(f"{name}@{version}")
     card = Card(
-        name=job.name, version=job.version, base=base, tuner=recipe.tuner.model_dump(mode="json"),
+        name=name, version=version, base=start.base, tuner=recipe.tuner.model_dump(mode="json"),
         objective=recipe.objective.model_dump(mode="json"),
-        lineage=Lineage(run=job.run.url(), init=recipe.tuner.init),
-        dataset=DatasetInfo(fingerprint=job.dataset, images=images),
+        lineage=Lineage(run=job.run.url(), init=recipe.tuner.init, **lineage),
+        dataset=DatasetInfo(fingerprint=job.dataset, images=start.images),
         training=Training(**json.loads(job.run.read(RESULT))),
     )  # fmt: skip
-    registry = Registry(recipe.storage.registry)
-    if job.version in registry.versions(job.name):  # and then the launcher was cut off
-        card = registry.show(f"{job.name}@{job.version}")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            for key, _, _ in job.run.list("adapter"):
-                job.run.download(key, Path(folder, key.removeprefix("adapter/")))
-            card = card.model_copy(update={"kind": kind_of(Path(folder))})
-            card = registry.publish(job.name, job.version, Path(folder), card)
-    job.run.write(PUBLISHED, card.to_json())
-    return Reference(job.name, job.version, 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        for key, _, _ in job.run.list("adapter"):
+            job.run.download(key, Path(folder, key.removeprefix("adapter/")))
+        card = card.model_copy(update={"kind": kind_of(Path(folder))})
+        return registry.publish(name, version, Path(folder), card)
 
 
 def count_learned(dataset: Dataset, validation: float) -> int:
-    """Images of the subject that are learned from: neither class images nor those that are held out."""
+    """Images of the subject that are learned from."""
     trained, _ = dataset.split(validation)
     return len({entry.record.uri for entry in trained.entries if not entry.record.is_class_image})
 

@@ -1,0 +1,183 @@
+"""`gtl tune`: a study on Ray Tune, from its file to published adapters."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from gtl.adapters import Registry
+from gtl.config import Study
+from gtl.config.load import dump_study, load_recipe, load_study
+from gtl.config.metrics import METRICS
+from gtl.config.names import new_version
+from gtl.evaluate.result import Evaluation
+from gtl.search.choose import top, winner
+from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now
+from gtl.search.room import Room, fill, make_room
+from gtl.search.space import configurations
+from gtl.session import Cluster, session
+from gtl.storage import Store
+from gtl.train.launch import Start, begin, open_model, publish
+from gtl.train.resources import choose_resources
+from gtl.types import Progress, UserError, quiet
+
+if TYPE_CHECKING:
+    from gtl.search.trial import Place
+
+FRESH = 1_000_003
+"""Added to the seed of pictures that trials were chosen by, for those that they are confirmed by."""
+
+
+def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = quiet) -> Record:
+    """Run a study on the cluster and publish the best of it.
+
+    Args:
+        study: See `gtl.config.load_study`.
+        name: Of the study, and of what it publishes unless that says another.
+        resume: Go on with the newest unfinished study of that name; what is done is not done again.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: the study, the model, the data or the cluster is not what it has to be, or no trial came to anything.
+        KeyboardInterrupt: it was stopped; `resume` goes on with it.
+    """
+    from gtl.search.trial import Place
+
+    studies = Store(f"{study.base.storage.runs}/{name}")
+    version = unfinished(studies, study) if resume else new_version(dump_study(study))
+    folder = studies.sub(version)
+    place = Place(study.model_dump(mode="json"), folder.url(), version)
+    record = Record(folder, name, version, study)
+    began = time.monotonic()
+
+    def hours() -> float:
+        return (time.monotonic() - began) / 3600
+
+    with session(dashboard=True) as cluster:
+        room = make_room(study, place, cluster)
+        fill(study, place, room, progress)
+        folder.write(STUDY, dump_study(study).encode())
+        for number, values in listed(study):
+            record.trials.setdefault(f"{number:05d}", TrialRecord(f"{number:05d}", values, place.run(number).url()))
+        record.save(hours())
+        try:
+            search(study, place, record, room, progress, hours)
+            choose(study, place, record, cluster, progress)
+            record.ended = now()
+        finally:
+            record.save(hours())
+    return record
+
+
+def unfinished(studies: Store, study: Study) -> str:
+    """The newest version of a study that has not ended.
+
+    Raises:
+        UserError: there is none, or it is of another study.
+    """
+    versions = [version for version in studies.folders() if studies.exists(f"{version}/{STUDY}")]
+    left = [version for version in versions if not has_ended(studies.sub(version))]
+    if not left:
+        raise UserError(f"--resume: no unfinished study under {studies.url()}")
+    old = load_study(studies.url(f"{left[-1]}/{STUDY}"))
+    mine, theirs = study.model_dump(mode="json"), old.model_dump(mode="json")
+    harmless = ("trials", "budget", "concurrency", "publish", "confirm", "pack")
+    if changed := [key for key in mine if mine[key] != theirs[key] and key not in harmless]:
+        raise UserError(
+            f"--resume: {studies.url(left[-1])} was started with another {', '.join(changed)}; put it back "
+            f"({', '.join(harmless)} may differ), or start a new study without --resume"
+        )
+    return left[-1]
+
+
+def has_ended(folder: Store) -> bool:
+    """Whether a study has chosen."""
+    return folder.exists(RECORD) and json.loads(folder.read(RECORD))["ended"] is not None
+
+
+def listed(study: Study) -> list[tuple[int, dict[str, Any]]]:
+    """Numbers and configurations, where they are known beforehand."""
+    return list(enumerate(configurations(study))) if study.searcher.type in ("random", "grid") else []
+
+
+def search(study: Study, place: Place, record: Record, room: Room, progress: Progress, hours: Any) -> None:
+    """Run the trials that are left.
+
+    Raises:
+        KeyboardInterrupt: the study was stopped.
+    """
+    from gtl.search.tuning import run_trials
+
+    left = [int(name) for name, one in sorted(record.trials.items()) if one.state not in ENDED]
+    if study.searcher.type in ("random", "grid") and not left:
+        return
+    run_trials(study, place, record, room.concurrency, room.devices, left, progress, hours)
+
+
+def choose(study: Study, place: Place, record: Record, cluster: Cluster, progress: Progress) -> None:
+    """Measure the best trials again on fresh seeds, name the winner, publish.
+
+    Raises:
+        UserError: no trial ran to its end.
+    """
+    finished = record.finished()
+    if not finished:
+        reasons = dict.fromkeys(one.reason for one in record.trials.values() if one.reason)
+        raise UserError(f"no trial ran to its end: {'; '.join(map(str, reasons)) or 'all were stopped'}")
+    best = [outcome.trial for outcome in top(finished, study.directions, max(study.confirm.top, study.publish.top, 1))]
+    if study.confirm.top and METRICS[study.measured[0]].needs and study.metrics[0] in METRICS:
+        found = confirm(study, place, best[: study.confirm.top], cluster, progress)
+        won = winner(found, study.metrics[0])
+        scores = {trial: evaluation.scores[study.metrics[0]] for trial, evaluation in found.items()}
+        sign = 1 if METRICS[study.metrics[0]].higher_is_better else -1
+        order = sorted(scores, key=lambda trial: -sign * scores[trial].value)
+        record.finalists = [
+            {"trial": trial, "metric": study.metrics[0], "value": scores[trial].value, "low": scores[trial].low,
+             "high": scores[trial].high, "samples": scores[trial].num_fake}
+            for trial in order
+        ]  # fmt: skip
+        record.winner = {"trial": won.trial, "text": str(won), "tied": list(won.tied)}
+        best = [*order, *[trial for trial in best if trial not in order]]
+    else:
+        record.winner = {"trial": best[0], "text": f"{best[0]}: best by the study's own numbers", "tied": []}
+    for trial in best[: study.publish.top]:
+        start = start_of(place, trial, cluster)
+        name = study.publish.name or record.name
+        registry = Registry(start.recipe.storage.registry)
+        card = publish(start, registry, name, f"{record.version}-{trial}", study=record.folder.url(), trial=trial)
+        record.published.append(f"{card.name}@{card.version}")
+
+
+def confirm(
+    study: Study, place: Place, trials: Sequence[str], cluster: Cluster, progress: Progress
+) -> dict[str, Evaluation]:
+    """Evaluations of trials' published weights, on seeds that none of them was chosen by."""
+    from gtl.data.reference import reference
+    from gtl.evaluate.run import evaluate_all
+    from gtl.generate.spread import Published
+
+    shelf = Registry(f"{place.url}/finalists")
+    chosen = []
+    for trial in trials:
+        start = start_of(place, trial, cluster)
+        publish(start, shelf)
+        chosen.append(Published(shelf.store.root, f"{start.job.name}@{start.job.version}"))
+    base = study.base
+    asked = base.evaluate.model_copy(update={
+        "metrics": [name for name in study.measured if METRICS[name].needs], "seed": base.evaluate.seed + FRESH,
+        "samples": study.confirm.samples or base.evaluate.samples,
+    })  # fmt: skip
+    recipe = base.model_copy(update={"evaluate": asked})
+    family = open_model(recipe, progress)
+    images = reference(recipe.data, family, recipe.storage.cache, progress)
+    dtype = choose_resources(recipe, cluster).dtype
+    found = evaluate_all(recipe, shelf, chosen, family, images, dtype, progress)
+    return dict(zip(trials, found, strict=True))
+
+
+def start_of(place: Place, trial: str, cluster: Cluster) -> Start:
+    """A trial's run, as it was begun."""
+    recipe = load_recipe(place.run(int(trial)).url("recipe.yaml"))
+    return begin(recipe, trial, place.version, open_model(recipe, quiet), cluster, quiet)

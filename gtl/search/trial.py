@@ -1,0 +1,194 @@
+"""One configuration of a study: a whole run on Ray Train, as Ray Tune sees it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Trainable
+
+from gtl.config import Recipe, Study
+from gtl.config.load import parse_study
+from gtl.search.schedule import STEP
+from gtl.search.space import TRIAL
+from gtl.session import session
+from gtl.storage import Store
+from gtl.train.board import Row, Wish
+from gtl.train.checkpoint import complete
+from gtl.train.launch import begin, open_model, run_workers
+from gtl.train.track import read_rows
+from gtl.train.worker import CHECKPOINTS, RESULT
+from gtl.types import Progress, quiet
+
+POINTER = "pointer.json"
+"""In a checkpoint of Ray Tune's: which run's state is meant. The state itself stays in the run's folder."""
+FAILED = "failed"
+"""In a run's folder: why the trial came to nothing, in one line."""
+CLEANUP_S = 120.0
+"""That a trial may take to save and stop."""
+
+
+class TrialFailed(Exception):  # noqa: N818 - it is what happened
+    """A trial came to nothing; the study goes on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's trials are."""
+
+    study: dict[str, Any]
+    """The study's values."""
+    url: str
+    """Of the study's folder."""
+    version: str
+
+    def recipe(self, study: Study, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of a trial: measured by the study's metrics at every look, published where it was best.
+
+        Raises:
+            UserError: the recipe refuses a value.
+        """
+        found = study.recipe_of(values)
+        metrics = [*dict.fromkeys([*study.measured, *found.evaluate.beside.metrics])]
+        train, evaluate = found.train, found.evaluate
+        samples = study.set.get("evaluate.beside.samples", min(evaluate.samples, 64))
+        checkpoints = train.checkpoints
+        if train.early_stopping is None and len(study.metrics) == 1 and checkpoints.best is None:
+            checkpoints = checkpoints.model_copy(update={"best": study.metrics[0]})
+        if study.scheduler.type in ("pbt", "hyperband", "bohb"):  # which go on from looks
+            checkpoints = checkpoints.model_copy(update={"every": evaluate.every})
+        changed = found.model_dump(mode="json")
+        changed["evaluate"]["beside"] = {"metrics": metrics, "samples": samples}
+        changed["train"]["checkpoints"] = checkpoints.model_dump(mode="json")
+        changed["storage"]["runs"] = f"{self.url}/trials"
+        return Recipe.model_validate(changed)
+
+    def run(self, number: int) -> Store:
+        """The folder of a trial's run."""
+        return Store(f"{self.url}/trials/{trial_name(number)}/{self.version}")
+
+
+def trial_name(number: int) -> str:
+    """How a trial is called."""
+    return f"{number:05d}"
+
+
+class Relay:
+    """Goes along with a trial's workers and hands on what they measured."""
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        """Hand on rows with all of these."""
+        self._metrics = metrics
+        self.rows: queue.Queue[Row | None] = queue.Queue()
+        """The rows, and None at the end."""
+        self.ask: Callable[[Wish], object] = lambda wish: None
+
+    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
+        """To stop the workers."""
+        self.ask = ask
+
+    def follow(self, rows: Sequence[Row]) -> list[Row]:
+        """Hand on looks after the first step; adds none."""
+        for row in rows:
+            if row[STEP] > 0 and all(name in row for name in self._metrics):
+                self.rows.put(row)
+        return []
+
+    def finish(self, progress: Progress) -> list[Row]:
+        """Adds none."""
+        return []
+
+
+class Trial(Trainable):
+    """Lives as an actor with a sliver of a CPU; the run's workers have places of their own.
+
+    `step` lasts until the run has looked at what it learned. The run does not wait for an answer: a trial that is
+    stopped may have made a few steps more.
+    """
+
+    def setup(self, config: dict[str, Any], place: Place | None = None) -> None:
+        """Nothing is started before the first step, since a state of another run may be put in place first."""
+        assert place is not None
+        self._place = place
+        self._study = parse_study(place.study)
+        self._number = int(config[TRIAL])
+        self._run = place.run(self._number)
+        self._relay = Relay(self._study.measured)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def step(self) -> dict[str, Any]:
+        """What the next look measured; after the last one also what the trial cost."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        row = self._relay.rows.get()
+        if row is not None and row[STEP] < row["steps"]:
+            return self._result(row)
+        self._thread.join()
+        if self._failure is not None:
+            reason = " ".join(str(self._failure.__cause__ or self._failure).split())[:500]
+            self._run.write(FAILED, reason.encode())
+            raise TrialFailed(reason)
+        last = [row for row in read_rows(self._run) if all(name in row for name in self._study.measured)][-1]
+        return {**self._result(last), "done": True}
+
+    def cleanup(self) -> None:
+        """Let the workers save and leave."""
+        if self._thread is not None:
+            self._relay.ask("stop")
+            self._thread.join(CLEANUP_S)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Where the state is."""
+        pointer = {"run": self._run.url(), "number": self._number}
+        Path(checkpoint_dir, POINTER).write_text(json.dumps(pointer))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from the newest state of a run; another trial's takes the place of this one's."""
+        pointer = json.loads(Path(checkpoint, POINTER).read_text())
+        if pointer["number"] != self._number:
+            take_over(self._place.run(pointer["number"]), self._run, self._number)
+
+    def _result(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        values = {name: row[name] for name in self._study.measured}
+        costs = {name: value for name, value in costs_of(self._run).items() if name in self._study.metrics}
+        return {STEP: int(row[STEP]), **values, **costs}
+
+    def _work(self) -> None:
+        try:
+            recipe = self._place.recipe(self._study, self.config)
+            with session() as cluster:
+                family = open_model(recipe, quiet)
+                name, version = trial_name(self._number), self._place.version
+                run_workers(begin(recipe, name, version, family, cluster, quiet), quiet, self._relay)
+        except BaseException as error:  # handed to `step`, which is the actor's own thread
+            self._failure = error
+        finally:
+            self._relay.rows.put(None)
+
+
+def costs_of(run: Store) -> dict[str, float]:
+    """What a finished trial cost, by the names that a study may weigh; infinite before that."""
+    if not run.exists(RESULT):
+        return {"adapter_bytes": float("inf"), "device_hours": float("inf")}
+    size = sum(size for key, size, _ in run.list("adapter") if key.endswith(".safetensors"))
+    return {"adapter_bytes": float(size), "device_hours": float(json.loads(run.read(RESULT))["device_hours"])}
+
+
+def take_over(source: Store, target: Store, number: int) -> None:
+    """Put the newest state of another trial's run in the place of a run's own."""
+    found = complete(source, CHECKPOINTS)
+    if not found:
+        return
+    key = found[-1]
+    target.delete_folder(CHECKPOINTS)
+    manifest = [name for name, _, _ in source.list(key) if name.endswith("manifest.json")]
+    files = [name for name, _, _ in source.list(key) if name not in manifest]
+    for name in [*files, *manifest]:
+        target.write(name, source.read(name))

@@ -1,0 +1,246 @@
+"""Trials on Ray Tune: what is told of them while they run, and when all of them have to end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, RunConfig, Stopper
+from ray.tune.search import Searcher
+
+from gtl.config import Study
+from gtl.report.chart import short
+from gtl.search.record import ENDED, Record, TrialRecord
+from gtl.search.schedule import make_scheduler, make_searcher, remember
+from gtl.search.space import TRIAL, param_space
+from gtl.search.trial import FAILED, Place, Trial, costs_of, trial_name
+from gtl.storage import Store
+from gtl.train.worker import RESULT
+from gtl.types import Progress
+
+STATE = "searcher.pkl"
+"""In a study's folder: what a searcher has learned."""
+SLIVER = 0.01
+"""Of a CPU, for what drives a trial: its workers have their own."""
+
+
+def run_trials(
+    study: Study, place: Place, record: Record, concurrency: int, devices: int, left: Sequence[int],
+    progress: Progress, hours: Callable[[], float],
+) -> None:  # fmt: skip
+    """Run what is left of a study.
+
+    Args:
+        study: The study.
+        place: Where its trials are.
+        record: What is known of them; kept up to date.
+        concurrency: Trials at once.
+        devices: Of a trial.
+        left: Numbers of trials that were begun or are listed, and have not ended.
+        progress: Is called as it goes on.
+        hours: On the clock since this part of the study began.
+    """
+    teller = Teller(study, place, record, devices, progress, hours)
+    scheduler = make_scheduler(study)
+    remember(scheduler, study, list(record.trials.values()))
+    inner = make_searcher(study)
+    numbered = None
+    if inner is not None:
+        begun = {number: record.trials[trial_name(number)].config for number in left}
+        numbered = Numbered(inner, begun, len(record.trials), place)
+    samples = study.num_trials - sum(one.state in ENDED for one in record.trials.values()) if numbered else 1
+    if numbered and samples < 1:
+        return
+    with quiet_tune():
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(Trial, place=place), {"cpu": SLIVER}),
+            param_space={} if numbered else param_space(study, left),
+            tune_config=tune.TuneConfig(
+                search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
+                reuse_actors=False, trial_name_creator=trial_id, trial_dirname_creator=trial_id,
+            ),
+            run_config=RunConfig(
+                name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
+                callbacks=[teller], stop=Budget(study, record, hours), verbose=0,
+                checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
+            ),
+        )  # fmt: skip
+        tuner.fit()
+    teller.close()
+    Store(place.url).delete_folder("tune")
+
+
+def trial_id(trial: Any) -> str:
+    """What Ray Tune calls a trial's folder."""
+    return str(trial.trial_id)
+
+
+@contextmanager
+def quiet_tune() -> Iterator[None]:
+    """Within it Ray Tune writes no tables and no advice: the command's own progress tells."""
+    before = {key: os.environ.get(key) for key in QUIET}
+    level = logging.getLogger("ray.tune").level
+    os.environ.update(QUIET)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger("ray.tune").setLevel(level)
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_THRESHOLD_S": "1000000",
+}
+
+
+class Teller(Callback):
+    """Keeps the record and tells how far the study is."""
+
+    def __init__(
+        self, study: Study, place: Place, record: Record, devices: int, progress: Progress, hours: Callable[[], float]
+    ) -> None:
+        """Nothing has happened yet."""
+        self._study, self._place, self._record = study, place, record
+        self._devices, self._progress, self._hours = devices, progress, hours
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has begun, or goes on."""
+        self._update(trial, "running")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """A look at a trial."""
+        self._update(trial, "running")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial is through, or was stopped."""
+        ran = self._place.run(int(trial.config[TRIAL])).exists(RESULT)
+        self._update(trial, "finished" if ran else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial came to nothing."""
+        self._update(trial, "failed")
+
+    def close(self) -> None:
+        """Those that still ran were stopped with the study."""
+        for one in self._record.trials.values():
+            if one.state == "running":
+                one.state = "stopped"
+        self._record.save(self._hours())
+
+    def _update(self, trial: Any, state: str) -> None:
+        number = int(trial.config[TRIAL])
+        run, name = self._place.run(number), trial_name(number)
+        one = self._record.trials.setdefault(name, TrialRecord(name, {}, run.url()))
+        one.config, one.state = self._study.configuration(trial.config), state
+        costs = {key: value for key, value in costs_of(run).items() if key in self._study.metrics}
+        one.read(run, self._study.measured, costs, self._devices)
+        if state == "failed":
+            one.reason = run.read(FAILED).decode() if run.exists(FAILED) else "its process died"
+        self._record.save(self._hours())
+        self._tell()
+
+    def _tell(self) -> None:
+        states = [one.state for one in self._record.trials.values()]
+        done = sum(state in ENDED for state in states)
+        parts = [f"{states.count('running')} running"]
+        parts += [f"{states.count(state)} {state}" for state in ("stopped", "failed") if state in states]
+        if (best := self._record.best()) is not None:
+            name = self._study.metrics[0]
+            shown = ", ".join(f"{key} {short(v) if isinstance(v, float) else v}" for key, v in best.config.items())
+            parts.append(f"best {name} {short(best.metrics[name])} ({best.trial}: {shown})")
+        self._progress("trials", done, self._study.num_trials, "  ".join(parts))
+
+
+class Budget(Stopper):
+    """Ends a study whose time is up."""
+
+    def __init__(self, study: Study, record: Record, hours: Callable[[], float]) -> None:
+        """As the study says."""
+        self._budget, self._record, self._hours = study.budget, record, hours
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial ends by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all do."""
+        on_the_clock, of_devices = self._budget.hours, self._budget.gpu_hours
+        if on_the_clock is not None and self._record.hours + self._hours() >= on_the_clock:
+            return True
+        return of_devices is not None and self._record.device_hours >= of_devices
+
+
+class Numbered(Searcher):
+    """A searcher whose trials have numbers, which goes on with those that were begun before the study was cut off."""
+
+    def __init__(self, inner: Searcher, begun: dict[int, dict[str, Any]], known: int, place: Place) -> None:
+        """Go on from what the searcher had learned.
+
+        Args:
+            inner: Suggests configurations.
+            begun: Trials to go on with, by number.
+            known: Trials that have a number.
+            place: Of the study.
+        """
+        super().__init__(metric=inner.metric, mode=inner.mode)
+        self._inner, self._begun, self._next = inner, list(begun.items()), known
+        self._folder = Store(place.url)
+        self._names: dict[str, str] = {}
+        """Ray Tune's id of a trial -> the one by which the inner searcher knows it."""
+        self.restore_state()
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next configuration, with its number."""
+        if self._begun:
+            number, values = self._begun.pop(0)
+            self._names[trial_id] = trial_name(number)
+            return {**values, TRIAL: number}
+        number = self._next
+        config: Any = self._inner.suggest(trial_name(number))
+        if not isinstance(config, dict):
+            return config
+        self._next += 1
+        self._names[trial_id] = trial_name(number)
+        self.save_state()
+        return {**config, TRIAL: number}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Hand on."""
+        self._inner.on_trial_result(self._names[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Hand on."""
+        self._inner.on_trial_complete(self._names[trial_id], result, error)
+        self.save_state()
+
+    def save(self, checkpoint_path: str) -> None:
+        """Ray Tune's own copy, which is not read."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `restore_state`."""
+
+    def save_state(self) -> None:
+        """Keep what the inner searcher has learned, where a study goes on from."""
+        with tempfile.TemporaryDirectory() as temporary:
+            file = Path(temporary, STATE)
+            self._inner.save(str(file))
+            self._folder.upload(file, STATE)
+
+    def restore_state(self) -> None:
+        """Take it up again, if there is any."""
+        if self._folder.exists(STATE):
+            with tempfile.TemporaryDirectory() as temporary:
+                self._inner.restore(str(self._folder.download(STATE, Path(temporary, STATE))))
