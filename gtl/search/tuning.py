@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,12 @@ def run_trials(
             run_config=RunConfig(
                 name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
                 callbacks=[teller], stop=Budget(study, record, hours), verbose=0,
-                checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=1),  # pointers, of some bytes
             ),
         )  # fmt: skip
-        tuner.fit()
-    teller.close()
+        results = tuner.fit()
+    grid = [results[position] for position in range(len(results))]
+    teller.close({int(result.config[TRIAL]): result.error for result in grid if result.config and result.error})
     Store(place.url).delete_folder("tune")
 
 
@@ -87,7 +88,7 @@ def quiet_tune() -> Iterator[None]:
     before = {key: os.environ.get(key) for key in QUIET}
     level = logging.getLogger("ray.tune").level
     os.environ.update(QUIET)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told of by ours
     try:
         yield
     finally:
@@ -133,11 +134,13 @@ class Teller(Callback):
         """A trial came to nothing."""
         self._update(trial, "failed")
 
-    def close(self) -> None:
-        """Those that still ran were stopped with the study."""
+    def close(self, errors: Mapping[int, Exception]) -> None:
+        """All is over: those that still ran were stopped with the study; `errors` are of those whose process died."""
         for one in self._record.trials.values():
             if one.state == "running":
                 one.state = "stopped"
+            if one.state == "failed" and one.reason is None:
+                one.reason = str(errors[int(one.trial)]).strip().splitlines()[-1][:300]
         self._record.save(self._hours())
 
     def _update(self, trial: Any, state: str) -> None:
@@ -148,7 +151,7 @@ class Teller(Callback):
         costs = {key: value for key, value in costs_of(run).items() if key in self._study.metrics}
         one.read(run, self._study.measured, costs, self._devices)
         if state == "failed":
-            one.reason = run.read(FAILED).decode() if run.exists(FAILED) else "its process died"
+            one.reason = run.read(FAILED).decode() if run.exists(FAILED) else None
         self._record.save(self._hours())
         self._tell()
 

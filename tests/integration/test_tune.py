@@ -1,0 +1,160 @@
+"""Studies on a real Ray cluster: trials that end, are stopped, fail and take over from one another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gtl.adapters import Registry
+from gtl.config import load_study
+from gtl.config.load import parse_study
+from gtl.config.study import Study
+from gtl.search.record import Record
+from gtl.search.space import configurations
+from gtl.search.study import tune
+from gtl.types import UserError
+from tests.tiny import make_sd, write_pictures
+
+DIVERGING = 1e30
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and twelve captioned pictures."""
+    folder = tmp_path_factory.mktemp("tune")
+    make_sd(folder / "model")
+    write_pictures(folder / "images", [(64, 64)] * 12)
+    return folder
+
+
+def make_values(place: Path, space: dict[str, Any], steps: int, **asked: Any) -> dict[str, Any]:
+    return {
+        "recipe": {
+            "model": {"source": str(place / "model")},
+            "tuner": {"type": "lora", "rank": 4},
+            "data": {"source": str(place / "images"), "resolution": 64, "validation": 0.25},
+            "train": {"steps": steps, "batch_size": 4, "workers": 1, "checkpoints": {"every": 1}},
+            "evaluate": {"every": 1, "steps": 2, "samples": 8, "prompts": ["a photo of a dog"]},
+            "storage": {name: str(place / name) for name in ("runs", "cache", "registry")},
+        },
+        "space": space, "metric": "val_loss", **asked,
+    }  # fmt: skip
+
+
+def steps_of(record: Record, state: str) -> list[int]:
+    return [one.steps for one in record.trials.values() if one.state == state]
+
+
+def test_a_study_ends_with_the_best_in_the_registry(ray_cluster: None, place: Path) -> None:
+    space = {"train.learning_rate": {"choice": [1e-2, DIVERGING, 2e-2]}}
+    evaluate = {"set": {"evaluate.beside.samples": 8}}
+    study = parse_study(make_values(place, space, 2, searcher={"type": "grid"}, scheduler={"type": "fifo"},
+                                    metric="diversity", confirm={"top": 2, "samples": 8}, **evaluate))  # fmt: skip
+    told: list[tuple[Any, ...]] = []
+    record = tune(study, "grid", progress=lambda *row: told.append(row))
+    assert [(one.state, one.config["train.learning_rate"]) for one in record.trials.values()] == [
+        ("finished", 1e-2), ("failed", DIVERGING), ("finished", 2e-2)
+    ]  # fmt: skip
+    for one in record.trials.values():
+        if one.state == "failed":
+            assert one.reason is not None and one.reason.startswith("train.learning_rate: ")
+        else:
+            assert (one.steps, [look["step"] for look in one.looks]) == (2, [1, 2])
+            assert one.metrics == {"diversity": max(look["diversity"] for look in one.looks)}
+    assert told[-1][0] != "trials" and [row[1:3] for row in told if row[0] == "trials"][-1] == (3, 3)
+    first, second = record.finalists
+    assert first["value"] >= second["value"] and first["samples"] == 8
+    assert record.winner is not None and record.winner["trial"] == first["trial"]
+    (published,) = record.published
+    card = Registry(place / "registry").show(published)
+    assert published == f"grid@{record.version}-{first['trial']}"
+    assert (card.lineage.study, card.lineage.trial) == (record.folder.url(), first["trial"])
+    left = json.loads(record.folder.read("study.json"))
+    assert left["ended"] is not None and left["published"] == [published]
+    assert not record.folder.exists("tune")
+    assert load_study(record.folder.url("study.yaml")) == study
+    with pytest.raises(UserError, match="^--resume: no unfinished study under"):
+        tune(study, "grid", resume=True)
+
+
+def test_poor_trials_are_stopped_and_their_places_are_free(ray_cluster: None, place: Path) -> None:
+    space = {"train.learning_rate": {"grid": [2e-2, 1e-7, 1.1e-7, 1.2e-7]}}
+    scheduler = {"type": "asha", "grace_period": 2, "reduction_factor": 2}
+    study = parse_study(make_values(place, space, 200, searcher={"type": "random"}, scheduler=scheduler, trials=4,
+                                    concurrency=2, set={"evaluate.every": 2}))  # fmt: skip
+    record = tune(study, "poor")
+    assert [record.trials[f"0000{number}"].state for number in range(4)].count("stopped") >= 2
+    assert record.trials["00000"].state == "finished" and record.trials["00000"].steps == 200
+    assert max(steps_of(record, "stopped")) < 200
+    import ray
+
+    end = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 3 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray.available_resources().get("CPU") == 3
+    assert record.winner is not None and record.winner["trial"] == "00000"
+
+
+def test_a_population_takes_over_weights(ray_cluster: None, place: Path) -> None:
+    space = {"train.learning_rate": {"choice": [2e-2, 1e-7]}}
+    scheduler = {"type": "pbt", "interval": 10, "quantile": 0.5}
+    study = parse_study(make_values(place, space, 200, scheduler=scheduler, trials=2, searcher={"seed": 1},
+                                    set={"evaluate.every": 10}))  # fmt: skip
+    begun = configurations(study)
+    assert sorted(values["train.learning_rate"] for values in begun) == [1e-7, 2e-2]
+    record = tune(study, "population")
+    assert [one.state for one in record.trials.values()] == ["finished"] * 2
+    poor = next(number for number, values in enumerate(begun) if values["train.learning_rate"] == 1e-7)
+    looks = record.trials[f"{poor:05d}"].looks
+    # At its own rate 200 steps change nothing that can be seen: what it knows in the end is the other's.
+    assert looks[-1]["val_loss"] < 0.95 * looks[0]["val_loss"]
+
+
+COMMAND = [sys.executable, "-c", "from gtl.cli import main; main()", "tune"]
+
+
+def test_a_killed_study_goes_on_and_repeats_nothing(place: Path, tmp_path: Path) -> None:
+    space = {"train.learning_rate": {"choice": [1e-3, 1e-2, 2e-2]}}
+    values = make_values(place, space, 6, searcher={"type": "grid"}, scheduler={"type": "fifo"})
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps(values))
+    options: dict[str, Any] = {"env": {**os.environ, "RAY_ADDRESS": "local"}, "text": True}
+    running = subprocess.Popen([*COMMAND, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+    folder = place / "runs" / "study"
+    end = time.monotonic() + 120
+    while len(list(folder.glob("*/trials/*/*/result.json"))) < 1 and time.monotonic() < end:
+        assert running.poll() is None, running.stderr.read() if running.stderr else ""
+        time.sleep(0.1)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*/trials/*/*/result.json")}
+    assert 1 <= len(done) < 3
+    again = subprocess.run([*COMMAND, str(file), "--resume"], capture_output=True, check=True, **options)
+    lines = again.stdout.splitlines()
+    assert sum(" finished" in line for line in lines) == 3
+    assert lines[-1].startswith("adapter study@")
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"set": {"train.workers": 9}}, "train.workers: 9 workers with 1 CPUs each need 9 CPUs; the cluster has 3"),
+        ({"space": {"train.learning_rate": {"choice": [DIVERGING]}}}, "no trial ran to its end: train.learning_rate: "),
+    ],
+)
+def test_what_cannot_be_is_one_line(ray_cluster: None, place: Path, asked: dict[str, Any], message: str) -> None:
+    values = make_values(place, {"train.learning_rate": {"choice": [1e-3]}}, 2, scheduler={"type": "fifo"}) | asked
+    study: Study = parse_study(values)
+    with pytest.raises(UserError) as caught:
+        tune(study, "never")
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
