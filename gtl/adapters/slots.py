@@ -60,7 +60,6 @@ class Slots:
         slots: int,
         rank: int,
         *,
-        dtype: torch.dtype | None = None,
         trainable: bool = False,
         steady: bool = False,
     ) -> None:
@@ -72,8 +71,7 @@ class Slots:
             targets: Names of its linear and convolution layers, as `Family.lora_targets` gives them.
             slots: How many, with slot 0.
             rank: The most that a slot holds in a layer.
-            dtype: Of the adapters; None is the base's.
-            trainable: Whether gradients are kept.
+            trainable: Whether gradients are kept. Adapters are then fp32, otherwise of the base's dtype.
             steady: Compute every batch of a size alike, so that one compiled graph serves whatever is assigned. Layers
                 that no row needs, padding and scales of 1 are computed too.
 
@@ -94,7 +92,9 @@ class Slots:
         for name, place in zip(targets, self._places.values(), strict=True):
             module.set_submodule(name, place.layer)
         like = next(iter(self._places.values())).layer.weight
-        self.weights = torch.zeros(slots, width, dtype=dtype or like.dtype, device=like.device)
+        self._precise = torch.promote_types(like.dtype, torch.float32)
+        dtype = self._precise if trainable else like.dtype
+        self.weights = torch.zeros(slots, width, dtype=dtype, device=like.device)
         """[slots, width]: of every layer in order A [rank, in, ...] and B, transposed to [rank, out]."""
         self.grads = torch.zeros_like(self.weights) if trainable else None
         """[slots, width]: what backward passes add up, until it is set to zero."""
@@ -118,12 +118,14 @@ class Slots:
         heads, scale = list(slots[:: way.each]), given[:: way.each]
         runs = len(heads)
         if runs not in self._runs:  # their memory stays, so that captured graphs read what is assigned
-            device = self.weights.device
             with torch.inference_mode(False):  # or nobody could change them outside of it
-                self._runs[runs] = torch.zeros(runs, dtype=torch.long, device=device), torch.ones(runs, device=device)
+                self._runs[runs] = (
+                    torch.zeros(runs, dtype=torch.long, device=self.weights.device),
+                    torch.ones(runs, dtype=self._precise, device=self.weights.device),
+                )
         index, factors = self._runs[runs]
         index.copy_(torch.tensor(heads), non_blocking=True)
-        factors.copy_(torch.tensor(scale, dtype=torch.float32), non_blocking=True)
+        factors.copy_(torch.tensor(scale, dtype=factors.dtype), non_blocking=True)
         self.rows.each, self.rows.index, self.rows.gathered = way.each, index, way.first is None
         self.rows.scale = factors if self.steady or any(factor != 1 for factor in scale) else None
         first, count = (0, self.slots) if way.first is None else (way.first, runs)

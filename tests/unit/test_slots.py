@@ -115,6 +115,31 @@ def test_every_row_is_what_peft_makes_of_it_alone(kind: str, batch: str, steady:
         assert not close(y[row], base[row], 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv-1x1", "conv-3x3"])
+def test_bf16_as_peft_does_it(kind: str, tmp_path: Path) -> None:
+    """A bf16 base draws with bf16 adapters, and trains fp32 ones under autocast: equal to two bits of bf16."""
+    part, x = net(kind)
+    folder = write(part, tmp_path, 4, 6.0, 1)
+    part.bfloat16()
+    alone = copy.deepcopy(part)
+    apply({"unet": alone}, folder)
+    drawing, training = copy.deepcopy(part), copy.deepcopy(part)
+    slots, trained = Slots("unet", drawing, ["layer"], 2, 4), Slots("unet", training, ["layer"], 2, 4, trainable=True)
+    for each in (slots, trained):
+        each.load(1, [(folder, 1.0)])
+        each.assign([1, 1, 1, 0, 0, 0])
+    with torch.no_grad():
+        expected, drawn = alone(x.bfloat16()), drawing(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = training(x)
+    learning.float().square().sum().backward()
+    assert drawn.dtype == learning.dtype == slots.weights.dtype == torch.bfloat16
+    assert close(drawn[:3], expected[:3], 2**-7) and torch.equal(learning, drawn)
+    assert torch.equal(drawn[3:], part(x.bfloat16())[3:])
+    assert trained.weights.dtype == trained.grads.dtype == torch.float32
+    assert trained.grads[1].any() and not trained.grads[0].any()
+
+
 def test_several_in_one_slot_add_up(tmp_path: Path) -> None:
     part, x = net("conv-3x3")
     first, second = write(part, tmp_path / "a", 3, 6.0, 1), write(part, tmp_path / "b", 1, 1.0, 2)
@@ -314,7 +339,7 @@ def test_trials_step_apart_and_padding_stays_zero() -> None:
             optimizer.step()
             optimizer.zero_grad()  # takes .grad away, and the next `assign` gives it back
         slots.grads.zero_()
-    for slot, (parameters, rank) in enumerate(zip(alone, ranks, strict=True), start=1):
+    for slot, parameters in enumerate(alone, start=1):
         mine = slots.export(slot)
         assert mine.keys() == parameters.keys()
         assert all(close(mine[name], value, 1e-5) and mine[name].is_contiguous() for name, value in parameters.items())
