@@ -98,7 +98,7 @@ class Slots:
         """[slots, width]: of every layer in order A [rank, in, ...] and B, transposed to [rank, out]."""
         self.grads = torch.zeros_like(self.weights) if trainable else None
         """[slots, width]: what backward passes add up, until it is set to zero."""
-        # Said of gradients with gaps, which would slow an optimizer down that steps each by itself. None does here.
+        # Said of a layer's gradients, which lie apart, slot by slot. Optimizers read them by whole slots, without gaps.
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
         self._ranks: list[Mapping[str, int]] = [{} for _ in range(slots)]
         self._parameters: dict[int, nn.Parameter] = {}

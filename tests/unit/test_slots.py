@@ -350,6 +350,26 @@ def test_trials_step_apart_and_padding_stays_zero() -> None:
     assert not slots.weights[0].any()
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv-1x1", "conv-3x3"])
+def test_a_trial_that_diverges_does_so_alone(kind: str) -> None:
+    part, x = net(kind)
+    loras = [random_lora(part, "unet", rank=rank, seed=rank) for rank in (1, 2, 3)]
+    slots = Slots("unet", part, ["layer"], 4, 4, trainable=True)
+    gradients = []
+    for broken in (1.0, float("inf")):
+        for slot, lora in enumerate(loras, start=1):
+            slots.put(slot, slots.stack({n: v * (broken if slot == 2 else 1) for n, v in lora.items()}))
+        slots.assign([1, 1, 2, 2, 3, 3])
+        part(x).square().sum().backward()
+        gradients.append(slots.grads.clone())
+    assert gradients[1][2].isnan().any()
+    assert torch.equal(gradients[1][[0, 1, 3]], gradients[0][[0, 1, 3]])
+    slots.evict(2)
+    slots.assign([1, 1, 2, 2, 3, 3])
+    part(x).square().sum().backward()
+    assert slots.grads.isfinite().all() and not slots.grads[2].any()
+
+
 def test_slots_for_serving_are_no_parameters() -> None:
     part, _ = net()
     slots = Slots("unet", part, ["layer"], 3, 4)
