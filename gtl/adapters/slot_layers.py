@@ -1,0 +1,144 @@
+"""Layers that add another low-rank update to every row of a batch, and how a batch's rows meet the slots.
+
+A slot is one place of stacked matrices: A [slots, rank, in, ...] and B [slots, rank, out]. What is narrower than the
+rank is padded with zeros, which add nothing and get gradients of exactly zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Way(NamedTuple):
+    """How a batch is computed: as runs of equal length, each with a slot and a scale of its own."""
+
+    each: int
+    """Rows of a run. The more, the larger the matrix products and the fewer."""
+    first: int | None
+    """The first run's slot, where the runs take consecutive slots: their weights are read where they lie. None: they
+    are gathered."""
+
+
+def way_of(slots: Sequence[int], scales: Sequence[float]) -> Way:
+    """The cheapest way to compute a batch whose rows take these slots at these scales."""
+    runs = [len(list(run)) for _, run in itertools.groupby(zip(slots, scales, strict=True))]
+    each = math.gcd(*runs)
+    heads = list(slots[::each])
+    consecutive = heads == list(range(heads[0], heads[0] + len(heads)))
+    return Way(each, heads[0] if consecutive else None)
+
+
+@dataclass
+class Rows:
+    """What every layer reads of the batch in work; set once a forward pass."""
+
+    each: int = 0
+    """Rows of a run; 0 while nothing is assigned."""
+    index: Tensor = torch.empty(0, dtype=torch.long)
+    """Each run's slot, [runs]."""
+    gathered: bool = True
+    scale: Tensor | None = None
+    """Each run's scale, [runs]; None: all are 1."""
+
+
+class SlotLayer(nn.Module):
+    """A frozen layer, and updates of which every row of the batch takes one: y = base(x) + scale * B A x."""
+
+    def __init__(self, name: str, base_layer: nn.Linear | nn.Conv2d, rows: Rows) -> None:
+        """`rows` is shared by all layers of a model."""
+        super().__init__()
+        self.name = name
+        self.base_layer = base_layer
+        self.rows = rows
+        self.a: Tensor | None = None
+        """[slots, rank, in] or [slots, rank, in, height, width]; None: no row has an update here."""
+        self.b: Tensor | None = None
+        """[slots, rank, out]."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, whose dtype models look at."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, ...].
+
+        Raises:
+            ValueError: the first dimension is not the batch that was assigned.
+        """
+        rows = self.rows
+        if x.shape[0] != len(rows.index) * rows.each:
+            raise ValueError(
+                f"{self.name}: {x.shape[0]} rows came, {len(rows.index) * rows.each} are assigned; a layer whose first "
+                "dimension is not the batch cannot have slots"
+            )
+        if self.a is None or self.b is None:
+            y: Tensor = self.base_layer(x)
+            return y
+        a, b = self.a, self.b
+        if rows.gathered:
+            a, b = a.index_select(0, rows.index), b.index_select(0, rows.index)
+        if rows.scale is not None:
+            b = b * rows.scale.to(b.dtype)[:, None, None]
+        return self.adapted(x, a, b)
+
+    def adapted(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The output for weights of each run, a [runs, rank, in, ...] and b [runs, rank, out]."""
+        raise NotImplementedError
+
+
+class SlotLinear(SlotLayer):
+    """A linear layer; x [batch, ..., in]."""
+
+    def adapted(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The rows of a run are one matrix."""
+        tokens = x.reshape(len(a), -1, x.shape[-1])
+        y = self.base_layer(tokens)
+        down = torch.bmm(tokens.to(y.dtype), a.to(y.dtype).transpose(1, 2))
+        return add_product(y, down, b.to(y.dtype)).view(*x.shape[:-1], -1)
+
+
+class SlotConv(SlotLayer):
+    """A convolution without groups; x [batch, in, height, width]."""
+
+    base_layer: nn.Conv2d
+
+    def adapted(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """All rows are one grouped convolution, of a row's channels a group."""
+        layer, each = self.base_layer, self.rows.each
+        y = layer(x)
+        x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
+        if each > 1:
+            a, b = a.repeat_interleave(each, 0), b.repeat_interleave(each, 0)
+        if is_pointwise(layer):
+            down = torch.bmm(a.flatten(2), x.flatten(2))
+        else:
+            # Without the layer's dilation, as in PEFT.
+            wide, kernels = x.reshape(1, -1, *x.shape[2:]), a.reshape(-1, *a.shape[2:])
+            down = F.conv2d(wide, kernels, None, layer.stride, layer.padding, groups=len(x))
+            down = down.view(len(x), a.shape[1], -1)
+        return add_product(y.flatten(2), b.transpose(1, 2), down).view(y.shape)
+
+
+def is_pointwise(layer: nn.Conv2d) -> bool:
+    """Whether a convolution is a linear layer over pixels."""
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding in ((0, 0), "valid")
+
+
+def add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """y + left @ right, batched, in one pass over y; where no gradient is wanted, in its memory."""
+    # Autograd turns a change of a view in place into two more copies of its gradient.
+    return torch.baddbmm(y, left, right) if torch.is_grad_enabled() else y.baddbmm_(left, right)
