@@ -34,7 +34,7 @@ class Series:
     bounds: Sequence[tuple[float, float, float]] = ()
     """(step, low, high): the intervals of values that have one."""
     kind: str = ""
-    """A class of the style that stands for what came of it, in place of a colour; without dots."""
+    """Classes of the style that stand for what came of it, in place of a colour; without dots."""
 
 
 @dataclass(frozen=True)

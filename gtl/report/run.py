@@ -100,7 +100,7 @@ def find_run(text: str, runs: str) -> Store:
         folder = Store(text)
         if not is_shown(folder):
             raise UserError(
-                f"run {text}: no recipe.yaml and no study.yaml in it; give a run's or study's folder, RUNS/NAME/VERSION"
+                f"run {text}: no recipe.yaml or study.yaml in it; give the folder of one, RUNS/NAME/VERSION"
             )
         return folder
     name, version, scale = parse_reference(text)

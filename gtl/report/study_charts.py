@@ -163,12 +163,12 @@ def curves(board: Board) -> list[Chart]:
     looked = {name for one in board.order for look in one.looks for name in look}
     for name in [*study.directions, *sorted(looked - {*study.directions, "step"})]:
         series = [
-            Series(one.trial, one.series(name), kind=board.entry(one).kind)
-            for one in board.backwards
-            if one.series(name)
-        ]
-        best = board.lead.best_step if board.lead is not None else None
-        marks = [Mark(best, f"step {best}, the best look of {board.lead.trial}", kind="lead")] if best else []  # type: ignore[union-attr]
+            Series(one.trial, one.series(name), kind=f"{board.entry(one).kind} n{board.entry(one).number}")
+            for one in board.backwards if one.series(name)
+        ]  # fmt: skip
+        marks = []
+        if (lead := board.lead) is not None and lead.best_step is not None:
+            marks = [Mark(lead.best_step, f"step {lead.best_step}, the best look of {lead.trial}", kind="lead")]
         metric = metric_of(name)
         chart = draw(name, series, unit=metric.unit, log=metric.log, marks=marks)
         drawn += [chart] if chart is not None else []

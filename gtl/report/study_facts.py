@@ -58,8 +58,9 @@ def summary(board: Board) -> Facts:
     for name in study.directions if lead is not None else ():
         assert lead is not None
         if name in lead.metrics:
-            whose = f"{lead.trial}, the winner" if study.winner else f"{lead.trial}, the best so far"
-            facts[f"{name} in the search"] = f"{short(lead.metrics[name])} at step {lead.best_step} of {whose}"
+            whose = f"{lead.trial}, {'the winner' if study.winner else 'the best so far'}"
+            when = "" if name in COSTS else f" at step {lead.best_step}"
+            facts[f"{name} in the search"] = f"{short(lead.metrics[name])}{when} of {whose}"
     began = f"began {study.began:%Y-%m-%d %H:%M} UTC"
     facts["Time"] = began if study.hours is None else f"{duration(study.hours * 3600)}, {began}"
     facts["Device time"] = f"{short(sum(one.device_hours for one in study.trials))} device-hours in training"
@@ -88,8 +89,9 @@ def headline(board: Board) -> Headline | None:
         return None
     again = next((one for one in study.finalists if one.trial == lead.trial), None)
     if again is not None and again.low is not None and again.high is not None:
+        reach = interval(again.low, again.high)
         number = short(again.value)
-        unit = f"{again.metric}; 95 % interval {interval(again.low, again.high)}, of {again.samples} pictures on fresh seeds"
+        unit = f"{again.metric}; 95 % interval {reach}, of {again.samples} pictures on fresh seeds"
     else:
         number, unit = short(lead.metrics[study.metric]), f"{study.metric} at step {lead.best_step}"
     several = len(study.tied) > 1  # one is the runner-up, of whom the verdict speaks
@@ -150,7 +152,7 @@ def worst(board: Board) -> Trial | None:
 def reasons(board: Board, metric: str) -> list[Reason]:
     """What each key has to do with a metric, the most telling one first."""
     found = [reason(board, key, domain, metric) for key, domain in board.study.space.items()]
-    return sorted(found, key=lambda one: -one.share.share if one.share is not None else 1.0)
+    return sorted(found, key=lambda one: (not one.best, -one.share.share if one.share is not None else 1.0))
 
 
 def reason(board: Board, key: str, domain: Domain, metric: str) -> Reason:
@@ -161,12 +163,12 @@ def reason(board: Board, key: str, domain: Domain, metric: str) -> Reason:
     told, best = [f"Fewer than {FEWEST} trials have ended with it, or all alike: too few to say."], ""
     if share is not None:
         words = "more than chance explains" if share.is_clear else "no more than chance explains"
-        told = [
-            f"Accounts for {percent(share.share)} of the order of {share.trials} trials: {words} (up to {percent(share.chance)})."
-        ]
+        order = f"{percent(share.share)} of the order of {share.trials} trials"
+        told = [f"Accounts for {order}: {words} (up to {percent(share.chance)})."]
     if share is not None and share.is_clear:
+        members = [trials[i] for i in share.groups[0].members] if metric == board.study.metric else []
         best = f"Best {group_text(share.groups[0], trials, metric)}."
-        told += [best, f"Worst {group_text(share.groups[-1], trials, metric)}.", *edge(board, key, domain)]
+        told += [best, f"Worst {group_text(share.groups[-1], trials, metric)}.", *edge(board, key, domain, members)]
     return Reason(key, name_of(key, board.study), share, told, best, by_key(board, key, metric))
 
 
@@ -176,12 +178,12 @@ def why(board: Board, found: Sequence[Reason]) -> str:
     if not known:
         return "" if board.study.ended is None else "There were too few trials to say what decided."
     clear, rest = [one for one in known if one.best], [one.name for one in known if not one.best]
-    parts = []
+    parts: list[str] = []
     for one in clear:
         assert one.share is not None
         order = "Then it goes" if parts else "The order of the trials goes"
         parts.append(f"{order} with {one.name} ({percent(one.share.share)}). {one.best}")
-    parts += [f"Of {' and '.join(rest)} these trials show no more than chance would."] if rest else []
+    parts += [f"Of {', '.join(rest)} these trials show no more than chance would."] if rest else []
     return " ".join(parts)
 
 
@@ -210,9 +212,9 @@ def group_text(group: Group, trials: Sequence[Trial], metric: str) -> str:
     return f"at {group.text}: {middle} ({of})"
 
 
-def edge(board: Board, key: str, domain: Domain) -> list[str]:
-    """That the leader is at an end of what was searched, if it is."""
-    if board.lead is None or key not in board.lead.config:
+def edge(board: Board, key: str, domain: Domain, best: Sequence[Trial]) -> list[str]:
+    """That the leader is at an end of what was searched, if it is and is one of those with the best values."""
+    if board.lead is None or board.lead not in best:
         return []
     share = share_of(domain, board.lead.config[key])
     if share is None or EDGE < share < 1 - EDGE:
