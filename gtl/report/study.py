@@ -18,7 +18,8 @@ from gtl.types import UserError
 
 RECORD = "study.json"
 """In a study's folder: what has come of it."""
-STATES = ("finished", "stopped", "failed", "running", "waiting")
+ENDED = ("finished", "stopped", "failed")
+STATES = (*ENDED, "running", "waiting")
 
 State = Literal["finished", "stopped", "failed", "running", "waiting"]
 

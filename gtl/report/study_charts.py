@@ -12,7 +12,7 @@ from gtl.report.curves import metric_of
 from gtl.report.ranking import Outcome, front
 from gtl.report.scale import MISSING, scale_of, scale_of_metric
 from gtl.report.scatter import BAR, Bar, Bars, Entry, Parallel, Scatter, Spot, draw_parallel, draw_scatter, span
-from gtl.report.study import Study, Trial, leader, standing
+from gtl.report.study import Study, Trial, by_metrics, leader, standing
 
 LEVELS = 5
 """Colours from the best to the worst that ran to its end: r0, r1 and so on in the style."""
@@ -43,7 +43,11 @@ class Board:
 def make_board(study: Study) -> Board:
     """A study's trials, each with its place and its colour."""
     order, lead = standing(study), leader(study)
-    ranked = [one for one in order if one.state in ("finished", "running") and study.metric in one.metrics]
+    again, places = [one.trial for one in study.finalists], by_metrics(study)
+    ranked = sorted(
+        (one for one in order if one.state in ("finished", "running") and one.trial in places),
+        key=lambda one: (again.index(one.trial) if one.trial in again else len(again), places[one.trial]),
+    )
     levels = {one.trial: f"r{i * LEVELS // len(ranked)}" for i, one in enumerate(ranked)}
     kinds = {one.trial: levels.get(one.trial, "failed" if one.state == "failed" else "stopped") for one in order}
     if lead is not None:

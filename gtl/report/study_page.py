@@ -12,7 +12,8 @@ from gtl.report.run import Picture
 from gtl.report.scatter import WIDE, Entry
 from gtl.report.study import Study, Trial, read_grid
 from gtl.report.study_charts import LEVELS, Board, curves, finalists, make_board, parallel, trade_offs
-from gtl.report.study_facts import configurations, headline, next_commands, reasons, state, summary, table, why, worst
+from gtl.report.study_facts import configurations, headline, next_commands, state, summary, table, worst
+from gtl.report.study_reasons import reasons, why
 
 SHOWN = 60
 """Rows of the table that are not folded away."""
