@@ -88,12 +88,12 @@ def plan(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="NAME, NAME@VERSION or the folder of a run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN|STUDY", help="NAME, NAME@VERSION or its folder.")],
     compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Another run, shown beside it.")] = None,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="The page; else in the run's folder.")] = None,
     runs: Annotated[str, typer.Option(envvar="GTL_RUNS", help="Folder or bucket URL of runs.")] = "./runs",
 ) -> None:
-    """Write a page about a run: curves, samples, recipe, lineage. One HTML file that needs nothing else."""
+    """Write a page about a run (curves, samples, lineage) or a study (who won, and why): one HTML file."""
     from gtl.evaluate.result import differences_of_files
     from gtl.report.command import report as write
 

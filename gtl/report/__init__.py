@@ -1,1 +1,1 @@
-"""Pages about what runs left behind; they read those files and import nothing that wrote them."""
+"""Pages about what runs and studies left behind; they read those files and import nothing that wrote them."""

@@ -33,6 +33,8 @@ class Series:
     """In the background, without a place in the legend."""
     bounds: Sequence[tuple[float, float, float]] = ()
     """(step, low, high): the intervals of values that have one."""
+    kind: str = ""
+    """Classes of the style that stand for what came of it, in place of a colour; without dots."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Mark:
     step: float
     text: str
     colour: int = 0
+    kind: str = ""
+    """As of a series."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Line:
     dots: list[Dot]
     bounds: list[tuple[float, float, float]]
     """Where the intervals are: across, lower and upper end."""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def vertical(low: float, high: float, log: bool, zero: bool) -> Axis:
 def trace(series: Series, x: Axis, y: Axis, unit: str) -> Line:
     """The polylines and dots of a series."""
     parts = [thin(part) for part in unbroken(series.points)]
-    is_dotted = len(series.points) <= MAX_DOTS and not series.faint
+    is_dotted = len(series.points) <= MAX_DOTS and not series.faint and not series.kind
     dots = []
     for part in parts:
         if is_dotted or len(part) == 1:  # which as a line would not be seen
@@ -173,7 +178,7 @@ def trace(series: Series, x: Axis, y: Axis, unit: str) -> Line:
             dots += [Dot(x.place(step), y.place(v), text) for (step, v), text in zip(part, texts, strict=True)]
     lines = [" ".join(f"{x.place(step):g},{y.place(value):g}" for step, value in part) for part in parts]
     bounds = [(x.place(step), y.place(low), y.place(high)) for step, low, high in series.bounds]
-    return Line(series.label, series.colour, series.faint, lines, dots, bounds)
+    return Line(series.label, series.colour, series.faint, lines, dots, bounds, series.kind)
 
 
 def unbroken(points: Sequence[Point]) -> Iterator[list[Point]]:

@@ -21,6 +21,9 @@ MAX_PICTURES = 24
 LARGE, SMALL = 1600, 640
 """Longest side, in pixels, of the newest grid and of the others."""
 
+STUDY = "study.yaml"
+"""In a study's folder, which tells it from a run's."""
+
 Row = dict[str, float]
 
 
@@ -84,7 +87,7 @@ class Run:
 
 
 def find_run(text: str, runs: str) -> Store:
-    """The folder of NAME (its newest version), of NAME@VERSION, or the one that is named by its path or URL.
+    """The folder of a run or study: of NAME (its newest version), of NAME@VERSION, or the one of that path or URL.
 
     Args:
         text: What has a `/` in it, or is `.` or `..`, is a path or URL.
@@ -95,20 +98,27 @@ def find_run(text: str, runs: str) -> Store:
     """
     if "/" in text or text in (".", ".."):
         folder = Store(text)
-        if not folder.exists("recipe.yaml"):
-            raise UserError(f"run {text}: no recipe.yaml in it; give a run's folder, RUNS/NAME/VERSION")
+        if not is_shown(folder):
+            raise UserError(
+                f"run {text}: no recipe.yaml or study.yaml in it; give the folder of one, RUNS/NAME/VERSION"
+            )
         return folder
     name, version, scale = parse_reference(text)
     if scale != 1:
         raise UserError(f"run {text!r}: a run has no scale; write NAME or NAME@VERSION")
     store = Store(runs)
-    versions = [v for v in store.folders(name) if store.exists(f"{name}/{v}/recipe.yaml")]
+    versions = [v for v in store.folders(name) if is_shown(store.sub(f"{name}/{v}"))]
     if not versions:
         names = ", ".join(store.folders()) or "nothing"
         raise UserError(f"run {text!r}: no such run under {store.url()}, where there is {names}; see --runs")
     if version is not None and version not in versions:
         raise UserError(f"run {text!r}: {name} has no such version under {store.url()}; it has: {', '.join(versions)}")
     return store.sub(f"{name}/{version or versions[-1]}")
+
+
+def is_shown(folder: Store) -> bool:
+    """Whether a folder is that of a run or of a study."""
+    return folder.exists("recipe.yaml") or folder.exists(STUDY)
 
 
 def read_run(folder: Store) -> Run:
@@ -171,10 +181,15 @@ def read_rows(folder: Store) -> Iterator[Row]:
 
 def read_pictures(folder: Store) -> tuple[list[Picture], int]:
     """The newest grid large, the others small; and how many the folder has."""
-    keys = [key for key, _, _ in folder.list("samples", recursive=False) if key.endswith(".png")]
-    keys = [key for key in keys if Path(key).stem.isdigit()]
+    keys = list(find_pictures(folder).values())
     pictures = [read_picture(folder, key, LARGE if key == keys[-1] else SMALL) for key in spread(keys, MAX_PICTURES)]
     return [picture for picture in pictures if picture is not None], len(keys)
+
+
+def find_pictures(folder: Store) -> dict[int, str]:
+    """The grids of samples, by step."""
+    keys = [key for key, _, _ in folder.list("samples", recursive=False) if key.endswith(".png")]
+    return {int(Path(key).stem): key for key in keys if Path(key).stem.isdigit()}
 
 
 def read_picture(folder: Store, key: str, side: int) -> Picture | None:

@@ -1,16 +1,12 @@
 """Pages about runs: what they hold, that they need nothing else, and how a real browser lays them out."""
 
-import html
 import itertools
 import json
 import math
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import uuid
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +25,8 @@ from gtl.report.run import MAX_PICTURES, read_run
 from gtl.storage import Store
 from gtl.train.scores import write_scores
 from gtl.types import UserError
+from tests.pages import EVIL, Page, contrast, find_browser, look
 
-EVIL = "<script>alert(1)</script>\" onerror='alert(2)' & </pre></style>"
 RECIPE = """
 model: {{source: some/model}}
 tuner: {{type: lora, init: {init}}}
@@ -159,41 +155,6 @@ def test_scores_of_two_runs_differ_by_more_than_chance_or_not(runs: Store) -> No
     assert re.search(r"kid \+4 3\.\d+ to 4\.\d+ dog@v1 after 6 steps ", told)
     assert "bird@v1 less dog@v1 Not compared: not scored both" in told
     assert read_run(other).scores == []
-
-
-class Page(HTMLParser):
-    """What a page is made of."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.text = ""
-        self.charts: list[str] = []
-        self.lines: list[dict[str, Any]] = []
-        """Polylines: chart, label, class, number of points."""
-        self._within = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attrs}
-        self.text += " "
-        self.elements.append((tag, values))
-        if tag == "polyline":
-            points = len(values["points"].split())
-            self.lines.append({"chart": self.charts[-1], "class": values["class"], "points": points})
-        self._within = "svg title" if tag == "title" and "id" in values else tag
-
-    def handle_data(self, data: str) -> None:
-        if self._within == "svg title":
-            self.charts.append(data)
-        elif self._within == "title" and self.lines and data.strip():
-            self.lines[-1].setdefault("label", data)
-        self.text += data
-        self._within = "" if data.strip() else self._within
-
-    def points(self, chart: str, name: str = "line") -> list[int]:
-        """Points of the lines of a chart."""
-        return [line["points"] for line in self.lines if line["chart"] == chart and name in line["class"]]
 
 
 def make_page(run: Store, *others: Store, **options: Any) -> Page:
@@ -360,7 +321,10 @@ def test_mistakes_name_what_there_is(runs: Store, tmp_path: Path) -> None:
         ("dog@v9", f"run 'dog@v9': dog has no such version under {where}; it has: v1"),
         ("dog:0.5", "run 'dog:0.5': a run has no scale; write NAME or NAME@VERSION"),
         ("empty", f"run empty@v1: no metrics yet in {where}/empty/v1; they come with its first steps"),
-        (f"{runs.url()}/dog", f"run {where}/dog: no recipe.yaml in it; give a run's folder, RUNS/NAME/VERSION"),
+        (
+            f"{runs.url()}/dog",
+            f"run {where}/dog: no recipe.yaml or study.yaml in it; give the folder of one, RUNS/NAME/VERSION",
+        ),
     ):
         with pytest.raises(UserError, match=f"^{message}$"):
             report(text, [], None, runs.url())
@@ -469,24 +433,9 @@ def test_colours_can_be_read_by_day_and_by_night(shown: Store) -> None:
             assert contrast(colours[f"c{i}"], colours["panel"]) >= 4.5, i
 
 
-def contrast(one: str, other: str) -> float:
-    """Of WCAG 2: ratio of the relative luminances, from 1 to 21."""
-
-    def luminance(colour: str) -> float:
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium here")
-    return found
+    return find_browser()
 
 
 @pytest.fixture
@@ -523,30 +472,3 @@ def test_a_phone_shows_it_without_scrolling_sideways(
         assert seen["paper"] == ("rgb(20, 23, 27)" if is_dark else "rgb(255, 255, 255)")
         assert seen["broken"] == 0
         assert seen["pictures"] == pictures
-
-
-FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark">
-<iframe style="width: 375px; height: 800px; border: 0" srcdoc="%s"></iframe>"""
-"""As narrow as a phone, which a browser's own window does not become."""
-PROBE = """<script>
-document.querySelectorAll("details").forEach(one => { one.open = true; });
-const pictures = [...document.images];
-parent.document.title = JSON.stringify({
-  inner: innerWidth, scroll: document.documentElement.scrollWidth,
-  dark: matchMedia("(prefers-color-scheme: dark)").matches, paper: getComputedStyle(document.body).backgroundColor,
-  pictures: pictures.length, broken: pictures.filter(one => !one.naturalWidth).length,
-});
-</script></body>"""
-
-
-def look(chromium: str, file: Path, folder: Path, is_dark: bool) -> dict[str, Any]:
-    """What a browser makes of a page in a frame as wide as a phone."""
-    frame = folder / "frame.html"
-    frame.write_text(FRAME % html.escape(file.read_text().replace("</body>", PROBE)))
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
-        f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", "--dump-dom", frame.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    (seen,) = re.findall("<title>(.*?)</title>", done.stdout.partition("<iframe")[0])
-    return dict(json.loads(html.unescape(seen)))

@@ -1,0 +1,99 @@
+"""Where the values of a recipe's key, or of a metric, are on an axis: listed values side by side, ranges as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gtl.config.space import Domain, label
+from gtl.report.chart import LOG_RATIO, Axis, Tick, linear_ticks, log_ticks, short
+
+CHARACTER = 6.2
+"""Width of one in a label, about, in units of a drawing."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values -> places."""
+
+    key: str
+    ticks: list[Tick]
+    axis: Axis | None
+    """Of numbers; None of listed values."""
+    places: Mapping[str, float]
+    """Of listed values, in their order."""
+    slot: float
+    """Width of a listed value's place; 0 of numbers."""
+    absent: float | None
+    """Where those are that have no value."""
+
+    @property
+    def is_log(self) -> bool:
+        """Whether distances stand for ratios."""
+        return self.axis is not None and self.axis.log
+
+    def place(self, value: Any) -> float:
+        """Where a value is, or MISSING."""
+        if value is MISSING:
+            assert self.absent is not None
+            return self.absent
+        return self.places[label(value)] if self.axis is None else self.axis.place(value)
+
+
+MISSING = object()
+"""In place of a value: of a trial to which a key does not apply, or that was not measured."""
+
+
+def scale_of(
+    key: str, domain: Domain, values: Sequence[Any], start: float, end: float, absent: float | None = None
+) -> Scale:
+    """The axis of a key of the space.
+
+    Args:
+        key: Dotted key of the recipe.
+        domain: How it is drawn.
+        values: What trials have, those that have the key.
+        start: Where the axis begins, in units of the drawing.
+        end: Where it ends.
+        absent: Where trials are that lack the key.
+    """
+    if domain.bounds is not None:
+        low, high = min([*values, domain.bounds[0]]), max([*values, domain.bounds[1]])
+        return numbers(key, low, high, domain.is_log, start, end, absent)
+    labels = list(dict.fromkeys(map(label, [*domain.values, *values])))
+    slot = (end - start) / len(labels)
+    most = max(3, int(abs(slot) / CHARACTER) - 1)
+    shown = [text if len(text) <= most else f"{text[: most - 1]}…" for text in labels]
+    ticks = [Tick(round(start + (i + 0.5) * slot, 1), text) for i, text in enumerate(shown)]
+    places = {text: tick.at for text, tick in zip(labels, ticks, strict=True)}
+    return Scale(key, apart(ticks), None, places, abs(slot), absent)
+
+
+def scale_of_metric(
+    name: str, values: Sequence[float], log: bool, start: float, end: float, absent: float | None = None
+) -> Scale:
+    """The axis of a metric, a little wider than its values; `log` allows a logarithmic one."""
+    low, high = min(values), max(values)
+    if log and low > 0 and high / low >= LOG_RATIO:
+        return numbers(name, low / 1.15, high * 1.15, True, start, end, absent)
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return numbers(name, low - margin, high + margin, False, start, end, absent)
+
+
+def numbers(key: str, low: float, high: float, log: bool, start: float, end: float, absent: float | None) -> Scale:
+    """An axis of numbers with its ticks."""
+    axis = Axis(low, high, start, end, log)
+    ats = log_ticks(low, high) if log else linear_ticks(low, high)
+    if len(ats) < 2:  # a range inside a decade
+        ats = linear_ticks(low, high)
+    return Scale(key, apart([Tick(axis.place(at), short(at)) for at in ats]), axis, {}, 0.0, absent)
+
+
+def apart(ticks: Sequence[Tick]) -> list[Tick]:
+    """Those whose labels do not lie over one before."""
+    kept: list[Tick] = []
+    for tick in ticks:
+        if not kept or abs(tick.at - kept[-1].at) >= (len(tick.text) + len(kept[-1].text)) * CHARACTER / 2 + 6:
+            kept.append(tick)
+    return kept
