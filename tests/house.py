@@ -42,8 +42,8 @@ CLOSED = {("serve", "gtl/data"), ("serve", "gtl/tuners"), ("serve", "gtl/objecti
 """(room, room): what the floors would allow and is not."""
 
 RAY = (
-    "gtl/session.py", "gtl/data", "gtl/generate/spread.py", "gtl/train", "gtl/evaluate", "gtl/search", "gtl/jobs",
-    "serve",
+    "gtl/session.py", "gtl/data", "gtl/generate/crew.py", "gtl/generate/spread.py", "gtl/train", "gtl/evaluate",
+    "gtl/search", "gtl/jobs", "serve",
 )  # fmt: skip
 ABOVE_TORCH = tuple(room for room, floor in ROOMS.items() if 2 <= floor <= 9 and room not in ("gtl/report", "gtl/jobs"))
 

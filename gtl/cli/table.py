@@ -163,7 +163,7 @@ def evaluate(
     set_: Set = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores here.")] = None,
 ) -> None:
-    """Score a model and adapters on it by the pictures they draw; say which differences are more than chance."""
+    """Score a model and adapters on it by their pictures and held-out images; say which differences are no chance."""
     from gtl.config import load_recipe
     from gtl.evaluate.result import table
     from gtl.evaluate.run import evaluate as score

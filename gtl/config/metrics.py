@@ -22,15 +22,16 @@ class Metric:
     `right`: [M, 1], 1 for each generated image that shows what its prompt says and 0 for the others.
     `samples`, `train`, `held_out`: features of generated images, of those trained on and of those kept from training.
     """
-    extractor: Literal["backbone", "clip", "reader"] = "backbone"
-    """What makes the features: what the recipe's `evaluate` names by that key, or the reader of the built-in scenes."""
+    extractor: Literal["backbone", "clip", "reader", "model"] = "backbone"
+    """What makes the features: what the recipe's `evaluate` names by that key, or the reader of the built-in scenes;
+    model: nothing, since no pictures are drawn."""
 
 
 REAL = ("real", "train", "held_out")
 """What of that is about the images of the data."""
 
 METRICS: dict[str, Metric] = {
-    "val_loss": Metric(higher_is_better=False, needs={}),  # measured beside training, in gtl.evaluate.validation
+    "val_loss": Metric(higher_is_better=False, needs={}, extractor="model"),  # see gtl.evaluate.validation
     "fid": Metric(higher_is_better=False, needs={"real": 100, "fake": 100}),
     "kid": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
     "inception_score": Metric(higher_is_better=True, needs={"logits": 100}),
@@ -56,6 +57,11 @@ def metric(name: str) -> Metric:
     if found is None:
         raise UserError(f"evaluate.metrics: {name!r}: no such metric; there are {', '.join(METRICS)}")
     return found
+
+
+def of_pictures(names: Iterable[str]) -> list[str]:
+    """Those metrics that pictures have to be drawn for."""
+    return [name for name in names if METRICS[name].extractor != "model"]
 
 
 def check_metrics(names: Iterable[str], samples: int, clip: str | None, key: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
-from gtl.config.metrics import METRICS, MetricName, check_metrics
+from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
 from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import LoraTuner, Tuner
@@ -203,7 +203,7 @@ class Evaluate(Section):
     """A grid of them is drawn at every look, and `gtl evaluate` draws its samples of them in turn. auto: captions of
     the images, held-out ones first, for a grid four; []: no grid."""
     metrics: Annotated[list[MetricName], Field(min_length=1)] = ["kid", "diversity"]
-    """What `gtl evaluate` measures."""
+    """What `gtl evaluate` measures; val_loss needs data.validation."""
     samples: Annotated[int, Field(ge=1)] = 256
     """Pictures that it draws for that."""
     beside: Beside = Beside()
@@ -262,8 +262,7 @@ class Recipe(Section):
         """What a look at the run draws and measures, without the loss on held-out images."""
         beside = self.evaluate.beside
         names = dict.fromkeys([*beside.metrics, *([self.judged_by] if self.judged_by else [])])
-        metrics = [name for name in names if METRICS[name].needs]
-        return self.evaluate.model_copy(update={"metrics": metrics, "samples": beside.samples})
+        return self.evaluate.model_copy(update={"metrics": of_pictures(names), "samples": beside.samples})
 
     @model_validator(mode="after")
     def _check_pair(self) -> "Recipe":

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -94,11 +94,7 @@ class Dataset:
         """
         if not share:
             return self, self._part([])
-        given = {entry.record.sha256 for entry in self.entries if not entry.record.is_class_image}
-        ordered = sorted(given, key=lambda sha256: hashlib.sha256(f"validation {sha256}".encode()).digest())
-        held_out = set(ordered[: max(1, round(share * len(ordered)))])
-        if len(held_out) == len(given):
-            raise UserError(f"data.validation: {share:g}: of {len(given)} different images none is left to train on")
+        held_out = choose_held_out((entry.record for entry in self.entries), share)
         sides: tuple[list[Entry], list[Entry]] = [], []
         for entry in self.entries:
             sides[entry.record.sha256 in held_out].append(entry)
@@ -147,6 +143,20 @@ class Dataset:
         self.images.refresh()
         if self.prompts is not None:
             self.prompts.refresh()
+
+
+def choose_held_out(records: Iterable[Record], share: float) -> set[str]:
+    """SHA-256 of the images that `Dataset.split` holds out of these.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    given = {record.sha256 for record in records if not record.is_class_image}
+    ordered = sorted(given, key=lambda sha256: hashlib.sha256(f"validation {sha256}".encode()).digest())
+    held_out = set(ordered[: max(1, round(share * len(ordered)))])
+    if len(held_out) == len(given):
+        raise UserError(f"data.validation: {share:g}: of {len(given)} different images none is left to train on")
+    return held_out
 
 
 def used_prompts(store: Store, fingerprint: str) -> list[str]:

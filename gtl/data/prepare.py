@@ -12,7 +12,7 @@ from gtl.config.recipe import Data, Source
 from gtl.data.buckets import MAX_ASPECT, Size, bucket_sizes, choose_bucket, variant_key, variants
 from gtl.data.cache import prompt_key
 from gtl.data.captions import CaptionRule
-from gtl.data.dataset import PIXEL_SPACE, PIXELS, Cuts, Dataset
+from gtl.data.dataset import PIXEL_SPACE, PIXELS, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
 from gtl.data.sources import Broken, File, Located, Scan, list_source, scan, uri_of
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 def prepare(
     data: Data, family: DiffusionFamily, cache_url: str, *, dtype: str, needs: Needs = ENCODED,
-    prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), check: Callable[[], None] | None = None,
-    progress: Progress | None = None,
+    prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), held_out: bool = False,
+    check: Callable[[], None] | None = None, progress: Progress | None = None,
 ) -> Dataset:  # fmt: skip
     """Scan the sources, choose crops, encode what the cache lacks; without new images or captions this reads no file.
 
@@ -46,6 +46,7 @@ def prepare(
         needs: What of an image and of its captions training reads.
         prior: Folder, prompt and loss weight of class images, learned beside the data.
         prompts: Are encoded too, when captions are.
+        held_out: Of all images, only those that `data.validation` keeps from training.
         check: Is called before anything is encoded, and may raise.
         progress: Is called as it goes on.
 
@@ -64,11 +65,12 @@ def prepare(
     images, texts = spaces(family, dtype, needs)
     failed: dict[str, str] = {}
     while True:
-        entries = [make_entry(located, sizes, cuts) for located in found.images]
+        wanted = only_held_out(found.images, data.validation) if held_out else found.images
+        entries = [make_entry(located, sizes, cuts) for located in wanted]
         dataset = Dataset(cache, entries, images, texts, cuts)
         dataset.refresh()
         # Once is enough for all copies of an image, unless the one that was to stand for them failed.
-        work = list(missing_images(dataset, found.images, every_copy=bool(failed)))
+        work = list(missing_images(dataset, wanted, every_copy=bool(failed)))
         captions = missing_texts(dataset, prompts)
         if check is not None and (work or captions):
             check()
@@ -160,6 +162,16 @@ def make_entry(located: Located, sizes: tuple[Size, ...], cuts: Cuts) -> Entry:
     bucket = choose_bucket(record.size, sizes)
     found = variants(record.sha256, record.size, bucket, **vars(cuts))
     return Entry(record, bucket, tuple(variant_key(record.sha256, bucket, variant) for variant in found))
+
+
+def only_held_out(located: Sequence[Located], share: float) -> list[Located]:
+    """The images that `Dataset.split` would hold out of these.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    chosen = choose_held_out((record for record, _ in located), share)
+    return [image for image in located if image.record.sha256 in chosen]
 
 
 def missing_images(dataset: Dataset, located: Sequence[Located], every_copy: bool) -> Iterator[ImageWork]:

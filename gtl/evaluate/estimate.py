@@ -36,7 +36,7 @@ class Estimate:
     """None, like `high`, where no interval would be honest."""
     high: float | None
     fake: Tensor
-    """Influence of each generated sample [M], float64; up to a constant."""
+    """Influence of each generated sample [M], float64; up to a constant. [0] where none are drawn."""
     real: Tensor | None = None
     """Influence of each real one [N]; None where there are none or the interval takes them as they are."""
     num_real: int | None = None
@@ -72,7 +72,7 @@ def estimate(
     metric: str, value: float, fake: Tensor, real: Tensor | None = None, num_real: int | None = None, note: str = ""
 ) -> Estimate:
     """A score with Student's interval, of as many degrees of freedom as Welch (1947) gives two sets."""
-    sides = [side for side in (fake, real) if side is not None]
+    sides = [side for side in (fake, real) if side is not None and (side is real or len(side))]
     number = num_real if real is None else len(real)
     if min(len(side) for side in sides) < FEWEST:
         return Estimate(metric, value, None, None, fake, real, number, note)
@@ -166,6 +166,6 @@ def _variance(score: Estimate) -> float:
 
 def _covariance(first: Tensor | None, second: Tensor | None) -> float:
     # Of the means of two sets of influences.
-    if first is None or second is None:
+    if first is None or second is None or not len(first):
         return 0.0
     return float(torch.cov(torch.stack((first, second)))[0, 1]) / len(first)

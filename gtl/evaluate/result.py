@@ -25,6 +25,8 @@ class Score(Part):
     """One metric's number, with what it depends on."""
 
     value: float
+    parts: dict[str, float] = {}
+    """What it is the mean of, by name, where each says something of its own."""
     low: float | None
     """Of the 95 % interval; None, like `high`, where none would be honest."""
     high: float | None
@@ -117,10 +119,12 @@ class Evaluation(Part):
         return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=1) + "\n").encode()
 
 
-def make_score(estimate: Estimate, facts: Mapping[str, str]) -> Score:
+def make_score(estimate: Estimate, facts: Mapping[str, str], parts: Mapping[str, float] | None = None) -> Score:
     """The file's form of an estimate, with what its features come from."""
     real = None if estimate.real is None else estimate.real.tolist()
-    return Score.model_validate({**estimate.facts(), **facts, "fake": estimate.fake.tolist(), "real": real})
+    return Score.model_validate({
+        **estimate.facts(), **facts, "parts": parts or {}, "fake": estimate.fake.tolist(), "real": real,
+    })  # fmt: skip
 
 
 def estimate_of(name: str, score: Score) -> Estimate:
@@ -166,11 +170,13 @@ def scores_table(evaluation: Evaluation) -> str:
     rows = [["metric", "value", "95 % interval", "better", "samples", "extractor"]]
     notes = []
     for name, score in evaluation.scores.items():
-        counted = f"{score.num_fake} drawn" + (f", {score.num_real} real" if score.num_real is not None else "")
+        numbers = {"drawn": score.num_fake, "real": score.num_real}
+        counted = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
         rows.append([
             name, short(score.value), interval(score.low, score.high), "higher" if score.higher_is_better else "lower",
             counted, score.extractor,
         ])  # fmt: skip
+        rows += [[part, short(value), "", "", "", ""] for part, value in score.parts.items()]
         if score.note:
             notes.append(f"{name}: {score.note}")
     return "\n".join([evaluation.title, columns(rows), *notes])

@@ -1,4 +1,4 @@
-"""`gtl evaluate`: samples of a model and of adapters on it, drawn on the cluster, and their scores."""
+"""`gtl evaluate`: scores of a model and of adapters on it, by samples drawn on the cluster and held-out images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gtl.adapters import Registry
 from gtl.config import Recipe
-from gtl.config.metrics import METRICS, check_metrics
+from gtl.config.metrics import check_metrics, of_pictures
 from gtl.config.names import parse_reference
 from gtl.config.recipe import Evaluate
 from gtl.data.reference import Reference, reference
@@ -82,24 +82,28 @@ def evaluate_all(
 ) -> list[Evaluation]:  # fmt: skip
     """`evaluate` on the connected cluster, of adapters and images that were found and checked."""
     origin, base = recipe.model, family.fingerprint()
-    sampling = plan(recipe.evaluate, images, dtype)
+    asked = recipe.evaluate.model_copy(update={"metrics": of_pictures(recipe.evaluate.metrics)})
+    sampling = plan(asked, images, dtype)
     place = Origin(origin.source, origin.revision, origin.variant)
     drawings = [
         Drawing(
             recipe.storage.cache, sampling, Model(place, base, () if adapter is None else (adapter,), dtype),
-            recipe.evaluate.samples,
+            asked.samples,
         )
         for adapter in chosen
     ]  # fmt: skip
-    draw(drawings, family, progress)
+    losses = losses_of(recipe, drawings, family, dtype, progress)
+    if asked.metrics:
+        draw(drawings, family, progress)
     found = []
-    for adapter, drawing in zip(chosen, drawings, strict=True):
-        scores, nearest = measure(recipe.evaluate, drawing, images, progress)
+    for adapter, drawing, loss in zip(chosen, drawings, losses, strict=True):
+        scores, nearest = measure(asked, drawing, images, progress)
+        scores = {name: (scores | loss)[name] for name in recipe.evaluate.metrics}
         evaluation = Evaluation(
             adapter=None if adapter is None else title(adapter), base={"source": origin.source, "fingerprint": base},
             dataset=images.fingerprint, images=images.number,
             held_out=len(images.held_out), sampling=sampling, scores=scores, nearest=nearest,
-            samples=drawing.folder.url(),
+            samples=drawing.folder.url() if asked.metrics else None,
         )  # fmt: skip
         if adapter is not None:
             shelf.add_evaluation(adapter.name, f"{evaluation.key}.json", evaluation.to_json())
@@ -117,12 +121,30 @@ def check(recipe: Recipe) -> None:
         UserError: names the key.
     """
     asked = recipe.evaluate
-    if asked.prompts == []:
+    if asked.prompts == [] and of_pictures(asked.metrics):
         raise UserError("evaluate.prompts: []: there is nothing to draw; give prompts, or auto for the captions")
-    for name in asked.metrics:
-        if not METRICS[name].needs:
-            raise UserError(f"evaluate.metrics: {name}: is measured while a run goes on; leave it out here")
+    if "val_loss" in asked.metrics and not recipe.data.validation:
+        raise UserError(
+            "evaluate.metrics: val_loss: needs images that are held out; set data.validation to the share that the "
+            "adapter was trained without, such as 0.05"
+        )
     check_metrics(asked.metrics, asked.samples, asked.clip, "evaluate.samples")
+
+
+def losses_of(
+    recipe: Recipe, drawings: Sequence[Drawing], family: DiffusionFamily, dtype: str, progress: Progress
+) -> list[dict[str, Score]]:
+    """The val_loss of each drawing's model, where it is asked for.
+
+    Raises:
+        UserError: see `validate`.
+    """
+    from gtl.evaluate.held_out import validate
+
+    if "val_loss" not in recipe.evaluate.metrics:
+        return [{} for _ in drawings]
+    scores = validate(recipe, [drawing.model for drawing in drawings], family, dtype, progress)
+    return [{"val_loss": score} for score in scores]
 
 
 def find(shelf: Registry, adapter: str, base: str) -> Published:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gtl.config.metrics import of_pictures
 from gtl.config.recipe import Evaluate
 from gtl.data.reference import Reference
 from gtl.evaluate.result import Sampling
@@ -20,7 +21,9 @@ def plan(asked: Evaluate, images: Reference, dtype: str) -> Sampling:
         UserError: they are to be the images' captions, and no image has one.
     """
     prompts = list(images.captions) if asked.prompts == "auto" else list(asked.prompts)
-    if not prompts:
+    if not of_pictures(asked.metrics):
+        prompts = []
+    elif not prompts:
         raise UserError("evaluate.prompts: auto: no image has a caption; give prompts")
     height, width = images.size
     return Sampling(

@@ -58,15 +58,18 @@ class Validation:
             return {}
         sums = torch.zeros(self._objective.strata, 2, dtype=torch.float64, device=device)
         for chunk in self._work:
-            losses = player(self._batch(chunk))
-            assert losses is not None
+            loss = self.loss(player, chunk)
             if chunk.is_real:
-                loss = losses.parts.get(self._objective.judged, losses.total)
-                sums[chunk.stratum] += torch.tensor([float(loss), len(chunk.entries)], device=device)
+                sums[chunk.stratum] += torch.tensor([loss, len(chunk.entries)], device=device)
         dist.all_reduce(sums)
         means = (sums[:, 0] / sums[:, 1]).tolist()
-        strata = {f"val_loss_q{i + 1}": mean for i, mean in enumerate(means)} if len(means) > 1 else {}
-        return {"val_loss": sum(means) / len(means), **strata}
+        return {"val_loss": sum(means) / len(means), **parts_of(means)}
+
+    def loss(self, player: Callable[[Batch], Losses | None], chunk: Chunk) -> float:
+        """Of a chunk's images, summed; see `run`."""
+        losses = player(self._batch(chunk))
+        assert losses is not None
+        return float(losses.parts.get(self._objective.judged, losses.total))
 
     def _batch(self, chunk: Chunk) -> Batch:
         keys = tuple(self._dataset.entries[i].variants[0] for i in chunk.entries)
@@ -76,6 +79,11 @@ class Validation:
             rng = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
             draws.append(self._objective.draw(self._dataset.item(i, 0, 0), rng, chunk.stratum))
         return Batch(self._objective.collate(draws), torch.ones(len(draws)), keys)
+
+
+def parts_of(means: Sequence[float]) -> dict[str, float]:
+    """What is reported of the strata's means beside the mean of them, which is that of the only one."""
+    return {f"val_loss_q{i + 1}": mean for i, mean in enumerate(means)} if len(means) > 1 else {}
 
 
 def chunks(dataset: Dataset, strata: int, batch_size: int) -> Iterator[Chunk]:

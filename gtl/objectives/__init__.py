@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gtl.config.objectives import Objective as ObjectiveConfig
+    from gtl.config.pairs import Needs
     from gtl.families.base import DiffusionFamily
     from gtl.objectives.base import Objective
 
@@ -26,3 +27,9 @@ def make_objective(config: ObjectiveConfig, family: DiffusionFamily) -> Objectiv
     module, _, name = OBJECTIVES[config.type].partition(":")
     objective: Objective = getattr(import_module(module), name)(config, family)
     return objective
+
+
+def live_parts(objective: Objective, family: DiffusionFamily, needs: Needs) -> list[str]:
+    """The parts of the model that its players are made of; the one that it is about comes first."""
+    encoders = family.encoders if needs.text == "tokens" else ()
+    return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,23 +75,31 @@ def make_scores(values: dict[str, Any], nearest: str | None) -> Scores:
     """The tables of an evaluation's file."""
     how, scores = values["sampling"], values["scores"]
     samples = max(score["num_fake"] for score in scores.values())
-    title = (
-        f"{values['created'][:16].replace('T', ' ')} UTC: {samples} samples of {len(how['prompts'])} prompts, "
-        f"{how['steps']} steps, guidance {short(how['guidance'])}, {how['width']}x{how['height']}, {how['dtype']}, "
-        f"seeds from {how['seed']}; {values['images']} real images, {values['held_out']} of them held out"
+    drawn = (
+        f"{samples} samples of {len(how['prompts'])} prompts, {how['steps']} steps, guidance "
+        f"{short(how['guidance'])}, {how['width']}x{how['height']}, {how['dtype']}, seeds from {how['seed']}; "
     )
-    rows = [
-        {
-            "metric": name, "value": short(score["value"]),
-            "95 % interval": interval(score["low"], score["high"]),
-            "better": "higher" if score["higher_is_better"] else "lower",
-            "drawn": str(score["num_fake"]), "real": "" if score["num_real"] is None else str(score["num_real"]),
-            "extractor": f"{score['extractor']} ({score['resize']}, {score['dtype']})",
-        }
-        for name, score in scores.items()
-    ]  # fmt: skip
+    title = (
+        f"{values['created'][:16].replace('T', ' ')} UTC: {drawn if samples else ''}{values['images']} real images, "
+        f"{values['held_out']} of them held out"
+    )
+    rows = [row for name, score in scores.items() for row in rows_of(name, score)]
     notes = [f"{name}: {score['note']}" for name, score in scores.items() if score["note"]]
     return Scores(title, rows, notes, nearest, values)
+
+
+def rows_of(name: str, score: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """A metric, then what it is the mean of."""
+    row = {
+        "metric": name, "value": short(score["value"]),
+        "95 % interval": interval(score["low"], score["high"]),
+        "better": "higher" if score["higher_is_better"] else "lower",
+        "drawn": str(score["num_fake"] or ""), "real": str(score["num_real"] or ""),
+        "extractor": f"{score['extractor']} ({score['resize']}, {score['dtype']})",
+    }  # fmt: skip
+    yield row
+    for part, value in score.get("parts", {}).items():
+        yield {**dict.fromkeys(row, ""), "metric": part, "value": short(value)}
 
 
 def interval(low: float | None, high: float | None) -> str:

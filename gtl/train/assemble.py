@@ -112,9 +112,8 @@ def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) ->
     Raises:
         UserError: the recipe trains a part that the model or the objective does not have.
     """
+    from gtl.objectives import live_parts as parts_of
     from gtl.tuners.base import trained_parts
 
     trained_parts(recipe.tuner.train, objective.parts)
-    needs = recipe.needs
-    encoders = family.encoders if needs.text == "tokens" else ()
-    return list(dict.fromkeys([objective.parts[0], *needs.live, *encoders]))
+    return parts_of(objective, family, recipe.needs)

@@ -11,6 +11,7 @@ import pytest
 from gtl.adapters import Registry
 from gtl.config import Recipe, parse_recipe
 from gtl.evaluate.result import Evaluation
+from gtl.evaluate.run import evaluate
 from gtl.storage import Store
 from gtl.train.scores import read_scores, scored
 from gtl.types import UserError
@@ -108,6 +109,27 @@ def test_what_is_scored_beside_training_is_what_is_scored_in_turn(
     steps = [card.training.best_step for card in cards if card.training is not None]
     assert steps[0] == steps[1]
     assert not {"best", "candidates"} & set(folder.folders())
+
+
+def test_evaluating_what_was_published_gives_the_loss_that_its_run_reported(
+    place: Path, in_turn: tuple[Store, Told]
+) -> None:
+    values = make_recipe(place, 1.5).model_dump(mode="json")
+    values["evaluate"] |= {"metrics": ["val_loss"]}
+    phases = []
+    found = evaluate(parse_recipe(values), [None, "turn"], progress=lambda phase, *_: phases.append(phase))
+    card = Registry(place / "registry").show("turn")
+    assert card.training is not None
+    rows = {row["step"]: row for row in rows_of(in_turn[0])}
+    for evaluation, step in zip(found, (0, card.training.best_step), strict=True):
+        score = evaluation.scores["val_loss"]
+        reported = {name: value for name, value in rows[step].items() if name.startswith("val_loss")}
+        assert len(reported) == 5
+        assert {"val_loss": score.value, **score.parts} == pytest.approx(reported, rel=1e-5)
+        assert (score.num_fake, score.num_real, score.low, score.higher_is_better) == (0, 3, None, False)
+        assert (evaluation.samples, evaluation.sampling.prompts) == (None, [])
+    assert found[0].scores["val_loss"].value > 1.05 * found[1].scores["val_loss"].value
+    assert set(phases) == {"model", "val_loss"}, "nothing is drawn, and everything was encoded for the run"
 
 
 @pytest.mark.parametrize("cpus", [1.5, pytest.param(1, marks=pytest.mark.soak)])

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from gtl.adapters import Card, Registry
+from gtl.adapters.card import base_of
+from gtl.adapters.delta import write_delta
+from gtl.adapters.formats import LoraExport, write_lora
 from gtl.cli import main
 from gtl.config import Recipe, parse_recipe
+from gtl.data.prepare import prepare
+from gtl.evaluate.held_out import HeldOut, Look, Validator, needs_of
 from gtl.evaluate.result import Evaluation, compare
 from gtl.evaluate.run import evaluate
+from gtl.families import open_family
+from gtl.generate.spread import Model, Origin, Published
 from gtl.images import decode
 from gtl.types import UserError
-from tests.loras import publish_dog
+from tests.loras import publish_dog, random_lora
 from tests.tiny import write_pictures
 
 METRICS = ["kid", "diversity", "precision", "recall", "memorization"]
@@ -107,7 +119,6 @@ def test_samples_are_drawn_once_and_more_go_beside_them(
         ({"metrics": ["clip_score"]}, None, "evaluate.clip: null: clip_score needs a CLIP model"),
         ({"metrics": ["fid"]}, None, "evaluate.samples: 8: fid needs at least 100"),
         ({"metrics": ["fid"], "samples": 100}, None, "evaluate.metrics: fid: needs 100 images (real), there are 12"),
-        ({"metrics": ["val_loss"]}, None, "evaluate.metrics: val_loss: is measured while a run goes on"),
         ({"backbone": "/nowhere"}, None, "/nowhere"),
         ({}, "cat", "adapter 'cat': not in the registry"),
     ],
@@ -119,6 +130,49 @@ def test_a_mistake_is_one_line(
         evaluate(make_recipe(place, **asked), [adapter])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_needs_images_that_are_held_out(place: Path) -> None:
+    values = make_recipe(place, metrics=["kid", "val_loss"]).model_dump(mode="json")
+    values["data"]["validation"] = 0
+    with pytest.raises(UserError, match=r"^evaluate\.metrics: val_loss: needs images that are held out; set data\.va"):
+        evaluate(parse_recipe(values))
+
+
+def publish(place: Path, name: str, write: Callable[[Path], None], kind: str = "lora") -> Model:
+    """An adapter of the model, as the cluster knows it."""
+    write(place / name)
+    source = str(place / "model")
+    base = base_of(open_family(source), source)
+    registry = Registry(place / "registry")
+    registry.publish(name, "v1", place / name, Card(name=name, version="v1", base=base, tuner={"type": kind}))
+    return Model(Origin(source), base.fingerprint, (Published(str(place / "registry"), f"{name}@v1"),))
+
+
+def test_a_loss_is_of_the_text_encoders_that_an_adapter_moves(ray_cluster: None, place: Path) -> None:
+    recipe, family = make_recipe(place, metrics=["val_loss"], prompts=[]), open_family(str(place / "model"))
+    alone, dog = (found.scores["val_loss"] for found in evaluate(recipe, [None, "dog"]))
+    assert abs(dog.value - alone.value) > 1e-3 * alone.value
+    encoder, config = family.load("text_encoder"), LoraExport(rank=4, alpha=4)
+    tensors = random_lora(encoder, "text_encoder")
+    words = publish(place, "words", lambda folder: write_lora(tensors, folder, config=config))
+    needs = needs_of(recipe, [words], family)
+    assert (recipe.needs.text, needs.text) == ("embeddings", "tokens")
+    dataset = prepare(recipe.data, family, recipe.storage.cache, dtype="fp32", needs=needs, held_out=True)
+    assert len(dataset.entries) == len(dataset.images) == 3, "no image that is trained on is encoded for it"
+    validator = Validator("cpu", HeldOut(recipe.storage.cache, dataset.fingerprint, recipe.objective, needs, 0))
+    models = (replace(words, adapters=()), words)
+    live, moved = (validator.work([Look(model, image) for image in range(3)]) for model in models)
+    assert np.mean(live) == pytest.approx(alone.value, rel=1e-5), "as with captions that were encoded before"
+    assert abs(np.mean(moved) - alone.value) > 1e-3 * alone.value
+
+
+def test_a_loss_that_does_not_depend_on_what_an_adapter_moves_is_refused(place: Path) -> None:
+    recipe, family = make_recipe(place, metrics=["val_loss"]), open_family(str(place / "model"))
+    moved = {"vae.post_quant_conv.bias": torch.zeros(4)}
+    codec = publish(place, "codec", lambda folder: write_delta(moved, folder), "full")
+    with pytest.raises(UserError, match=r"^evaluate\.metrics: val_loss: codec@v1 moves vae, which objective\.type den"):
+        needs_of(recipe, [codec], family)
 
 
 def test_an_unknown_metric_is_named() -> None:
