@@ -22,7 +22,7 @@ QUANTILE = 0.95
 """Of the shuffled shares: what chance stays below in 19 of 20."""
 LEAF = 8
 """A part of a range has at least one in so many of the trials, and two."""
-MOST_CUTS = 40
+MOST_CUTS = 24
 """Places where a range may be cut; of more, some at even distances."""
 
 

@@ -40,7 +40,7 @@ class Spot:
     x: float
     y: float
     is_cross: bool = False
-    """It has no value."""
+    """It failed."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ def draw_scatter(
     log = [name for scale, name in ((up, "up"), (across, "across")) if scale.is_log]
     notes = [*([note] if note else []), *([f"logarithmic {' and '.join(log)}"] if log else [])]
     crosses = sum(spot.is_cross for spot in spots)
-    description = f"{up.key} against {across.key}: {len(spots) - crosses} trials" + (
-        f", and {crosses} that have no {up.key}" if crosses else ""
-    )
+    description = f"{up.key} against {across.key}: {len(spots)} trials" + (f", {crosses} failed" if crosses else "")
     return Scatter(
         title, across.key, "; ".join(notes), description, across.ticks, up.ticks, aside(spots, across.slot), front
     )

@@ -133,9 +133,10 @@ def by_key(board: Board, key: str, metric: str) -> Scatter | None:
     )
     floor = HEIGHT - BOTTOM - (LOST if lost else 0)
     up = scale_of_metric(metric, [one.metrics[metric] for one in measured], may_be_log(metric), floor, TOP)
-    spots = [
-        Spot(board.entry(one), across.place(one.config[key]), HEIGHT - BOTTOM - LOST / 2, True) for one in lost
-    ] + [Spot(board.entry(one), across.place(one.config[key]), up.place(one.metrics[metric])) for one in measured]
+    spots = [Spot(board.entry(one), across.place(one.config[key]), HEIGHT - BOTTOM - LOST / 2, True) for one in lost]
+    for one in measured:
+        x, y = across.place(one.config[key]), up.place(one.metrics[metric])
+        spots.append(Spot(board.entry(one), x, y, one.state == "failed"))
     return draw_scatter(f"{metric} by {name_of(key, study)}", across, up, spots, better(study, metric))
 
 

@@ -14,7 +14,7 @@ from gtl.report.chart import short
 from gtl.report.importance import FEWEST, Group, Importance, importance
 from gtl.report.ranking import Outcome, measured, rank
 from gtl.report.scatter import Scatter
-from gtl.report.study import ENDED, Study, Trial
+from gtl.report.study import Study, Trial
 from gtl.report.study_charts import Board, by_key, name_of
 
 EDGE = 0.1
@@ -75,21 +75,25 @@ def why(board: Board, found: Sequence[Reason]) -> str:
 
 
 def standings(study: Study, metric: str) -> dict[str, int]:
-    """Trial that ended -> its place by one metric, equal ones alike; those that failed are last, but by a cost."""
+    """Trial that ended -> its place by one metric, equal ones alike.
+
+    Those that failed are last, whatever they had been before; of a cost they say nothing.
+    """
     directions = {metric: study.directions[metric]}
-    outcomes = measured([Outcome(one.trial, one.metrics) for one in study.trials if one.state in ENDED], directions)
+    ended = [Outcome(one.trial, one.metrics) for one in study.trials if one.state in ("finished", "stopped")]
+    outcomes = measured(ended, directions)
     values = [outcome.metrics[metric] for outcome in rank(outcomes, directions)]
     places = {outcome.trial: values.index(outcome.metrics[metric]) for outcome in outcomes}
-    lost = [one.trial for one in study.trials if one.state == "failed" and one.trial not in places]
-    return places if metric in COSTS else {**places, **dict.fromkeys(lost, len(values))}
+    failed = [one.trial for one in study.trials if one.state == "failed"]
+    return places if metric in COSTS else {**places, **dict.fromkeys(failed, len(values))}
 
 
 def group_text(group: Group, trials: Sequence[Trial], metric: str) -> str:
     """The values of a group and what came of them."""
     members = [trials[i] for i in group.members]
-    values = [one.metrics[metric] for one in members if metric in one.metrics]
+    values = [one.metrics[metric] for one in members if one.state != "failed"]
     middle = f"median {metric} {short(median(values))}" if values else f"no {metric}"
-    failed = sum(metric not in one.metrics for one in members)
+    failed = len(members) - len(values)
     of = f"{len(members)} trial{'s' * (len(members) > 1)}" + (f", {failed} failed" if failed else "")
     return f"at {group.text}: {middle} ({of})"
 

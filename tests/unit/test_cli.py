@@ -61,7 +61,7 @@ def stop(*_: object, **__: object) -> None:
         ("train dog.yaml", "model.source: {here}/model: no such folder"),
         ("cache dog.yaml", "model.source: {here}/model: no such folder"),
         ("report cat", "run 'cat': no such run under {here}/runs, where there is nothing; see --runs"),
-        ("report ./pictures", "run ./pictures: no recipe.yaml in it; give a run's folder, RUNS/NAME/VERSION"),
+        ("report ./pictures", "run ./pictures: no recipe.yaml or study.yaml in it; give the folder of one"),
         ("data check nowhere", "data.source: nowhere: no such folder or file"),
         ("data check pictures --resolution 100", "data.resolution: 100: this model needs a multiple of 64"),
         ("generate --out drawn --prompt x --adapter cat", "adapter 'cat': not in the registry {here}/registry"),

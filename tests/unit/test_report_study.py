@@ -382,6 +382,21 @@ def test_the_page_says_which_values_were_best_and_whether_a_wider_range_may_be_b
     assert first.told[-1] == "00007 is at the upper end of what was searched: beyond it may lie better ones."
 
 
+def test_a_trial_that_failed_late_is_last_whatever_it_was_before(runs: Store) -> None:
+    trials = [make_trial(runs, n) for n in range(8)]
+    trials[7] |= {"metrics": {"prompt_accuracy": 0.9}, "looks": [{"step": 10, "prompt_accuracy": 0.9}], "best_step": 10}
+    study = read_study(make_study(runs, trials, **ENDED))
+    board = make_board(study)
+    assert standings(study, "prompt_accuracy") == {
+        f"0000{n}": place for n, place in enumerate((6, 5, 3, 2, 0, 1, 4, 7))
+    }
+    chart = by_key(board, "train.learning_rate", "prompt_accuracy")
+    assert chart is not None
+    (cross,) = [spot for spot in chart.spots if spot.is_cross]
+    assert cross.y == min(spot.y for spot in chart.spots) and cross.entry.kind == "failed"
+    assert chart.description == "prompt_accuracy against train.learning_rate: 8 trials, 1 failed"
+
+
 def test_domains_are_told_in_words() -> None:
     assert [searched(domain) for domain in (
         Domain(quniform=(0.0, 0.8, 0.2)), Domain(randint=(1, 9)), Domain(grid=(1e-4, "auto", [1, 2])),
