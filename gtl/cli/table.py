@@ -200,7 +200,7 @@ def tune(
 
         record = search(loaded, called, resume=resume, progress=bar)
     print(record.table())
-    print(f"study {record.folder.url()}", file=sys.stderr)
+    print(f"report {record.folder.url('report.html')}", file=sys.stderr)
     for published in record.published:
         print(f"adapter {published}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from gtl.config.load import dump_study, load_recipe, load_study
 from gtl.config.metrics import METRICS
 from gtl.config.names import new_version
 from gtl.evaluate.result import Evaluation
+from gtl.report.command import write_page
 from gtl.search.choose import top, winner
 from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now
 from gtl.search.room import Room, fill, make_room
@@ -68,7 +70,16 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
             record.ended = now()
         finally:
             record.save(hours())
+    page(folder)
     return record
+
+
+def page(folder: Store) -> None:
+    """Write the page about a study into its folder; what goes wrong there is a warning."""
+    try:
+        write_page([folder], folder)
+    except Exception as error:  # all is published, and `gtl report` makes the page again
+        warnings.warn(f"{folder.url()}: no page of the study: {error}", stacklevel=2)
 
 
 def unfinished(studies: Store, study: Study) -> str:
