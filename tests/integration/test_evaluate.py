@@ -17,18 +17,22 @@ from gtl.adapters import Card, Registry
 from gtl.adapters.card import base_of
 from gtl.adapters.delta import write_delta
 from gtl.adapters.formats import LoraExport, write_lora
+from gtl.backbones import open_backbone
+from gtl.backbones.base import TextBackbone
 from gtl.cli import main
 from gtl.config import Recipe, parse_recipe
 from gtl.data.prepare import prepare
 from gtl.evaluate.held_out import HeldOut, Look, Validator, needs_of
 from gtl.evaluate.result import Evaluation, compare
 from gtl.evaluate.run import evaluate
+from gtl.evaluate.scores import clip_score, cmmd
 from gtl.families import open_family
 from gtl.generate.spread import Model, Origin, Published
 from gtl.images import decode
+from gtl.storage import Store
 from gtl.types import UserError
 from tests.loras import publish_dog, random_lora
-from tests.tiny import write_pictures
+from tests.tiny import make_clip, write_pictures
 
 METRICS = ["kid", "diversity", "precision", "recall", "memorization"]
 SAMPLES = 8
@@ -110,6 +114,24 @@ def test_samples_are_drawn_once_and_more_go_beside_them(
     assert lines[1].split() == ["metric", "value", "95", "%", "interval", "better", "samples", "extractor"]
     alone, dog = json.loads((place / "scores.json").read_text())
     assert dog["scores"]["diversity"]["value"] == pytest.approx(before.scores["diversity"].value)
+
+
+def test_clip_compares_samples_with_their_prompts_and_with_real_images(ray_cluster: None, place: Path) -> None:
+    recipe = make_recipe(place, metrics=["clip_score", "cmmd"], clip=str(make_clip(place / "clip")))
+    (found,) = evaluate(recipe)
+    clip, drawn = open_backbone(str(place / "clip")), Store(found.samples or "")
+    assert isinstance(clip, TextBackbone)
+    pictures = clip([decode(drawn.read(f"{i:06d}.png")) for i in range(SAMPLES)])[0]
+    real = clip([decode(file).crop((16, 0, 80, 64) if decode(file).width == 96 else (0, 0, 64, 64))
+                 for file in sorted((place / "images").glob("*.png"))])[0]  # fmt: skip
+    texts = clip.encode_texts(found.sampling.prompts)
+    expected = {"clip_score": clip_score(pictures, texts), "cmmd": cmmd(real, pictures)}
+    assert expected["clip_score"].value > 1
+    assert list(found.scores) == list(expected)
+    for name, score in found.scores.items():
+        assert (score.value, score.low) == pytest.approx((expected[name].value, expected[name].low), rel=1e-4), name
+        assert (score.num_fake, score.num_real) == (SAMPLES, expected[name].num_real)
+        assert (score.extractor, score.resize) == (clip.name, clip.resize)
 
 
 @pytest.mark.parametrize(
