@@ -618,6 +618,32 @@ def make_vae(levels: int = 4, scaling_factor: float | None = 0.18215, kind: Any 
     return vae
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+"""Sizes of a tiny transformer that sees or reads."""
+CLIP_PREPROCESSOR = {
+    "feature_extractor_type": "CLIPFeatureExtractor", "do_resize": True, "size": 32, "resample": 3,
+    "do_center_crop": True, "crop_size": 32, "do_normalize": True, "image_mean": [0.48, 0.46, 0.41],
+    "image_std": [0.27, 0.26, 0.28],
+}  # fmt: skip
+"""In the words of the files on the hub."""
+
+
+def make_clip(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny CLIP that sees and reads, in the layout of transformers; returns the folder."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    words = write_clip_tokenizer(folder)
+    ends = {f"{end}_token_id": words["<|endoftext|>"] for end in ("eos", "pad")}
+    text = {"vocab_size": len(words), "bos_token_id": words["<|startoftext|>"], **ends, **SMALL}
+    seen = {"image_size": 32, "patch_size": 8, **SMALL}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CLIPModel(CLIPConfig(text_config=text, vision_config=seen, projection_dim=12)).save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", CLIP_PREPROCESSOR)
+    return folder
+
+
 def clip_config(vocabulary: Mapping[str, int], width: int, act: str, projection_dim: int | None = None) -> Any:
     """Config of a tiny CLIP text encoder of two layers."""
     from transformers import CLIPTextConfig

@@ -1,20 +1,29 @@
-"""Features of pictures, computed by one actor where the GPUs are, and of real images only once."""
+"""Features of pictures and texts, computed where the GPUs are, and of real images only once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+import threading
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl.backbones import open_backbone
 from gtl.backbones.base import TextBackbone
 from gtl.backbones.features import features_of
 from gtl.data.fill import ImageWork, load_crops
 from gtl.data.reference import keys_of
+from gtl.generate.crew import (
+    Batch,
+    Crew,
+    check_code,
+    choose_gpus,
+    choose_places,
+    naming_machine,
+    work_through,
+)
 from gtl.images import decode
-from gtl.session import get
 from gtl.storage import Store
 from gtl.types import Progress, UserError
 
@@ -25,10 +34,23 @@ if TYPE_CHECKING:
     from gtl.backbones.base import Backbone
 
 CHUNK = 256
-"""Pictures of one call: few enough for progress."""
+"""Pictures that an actor looks at before it says something."""
+CHUNKS_OF_A_CPU = 4
+"""So much work is worth a further actor on a CPU, which takes seconds to start."""
+MEMORY = 2**32
+"""Bytes that one takes there, about."""
 
-Rows = tuple["Tensor", "Tensor | None"]
-"""Features [N, D] and, of a classifier, logits [N, C]."""
+
+class Drawn(NamedTuple):
+    """A picture in a folder."""
+
+    folder: str
+    """Its URL."""
+    key: str
+
+
+Item = ImageWork | Drawn | str
+"""Something that has features: a real image's square, a picture or a text."""
 
 
 @dataclass(frozen=True)
@@ -40,92 +62,107 @@ class Facts:
     dtype: str = "fp32"
 
 
+class Row(NamedTuple):
+    """What a backbone makes of an item."""
+
+    features: Tensor
+    """[D]"""
+    logits: Tensor | None
+    """[C] of a classifier."""
+    facts: Facts
+    """Of the backbone."""
+
+
+class Rows(NamedTuple):
+    """Of items in their order."""
+
+    features: Tensor
+    """[N, D]"""
+    logits: Tensor | None
+    """[N, C] of a classifier."""
+
+
 class Examiner:
     """Lives as an actor with one backbone."""
 
-    def __init__(self, spec: str, device: str, cache: Store) -> None:
+    def __init__(self, device: str, spec: str, cache: Store) -> None:
         """`cache` is its root. A mistake of the user's is raised by the first call: here Ray would wrap it."""
-        self._spec, self._device, self._cache = spec, device, cache
+        self._device, self._spec, self._cache = device, spec, cache
+        self._lock = threading.Lock()
 
     @cached_property
     def _backbone(self) -> Any:
         return open_backbone(self._spec).to(self._device)
 
-    def facts(self) -> Facts:
-        """Of the backbone."""
-        return Facts(self._backbone.name, self._backbone.resize)
+    def begin(self, code: str) -> None:
+        """See `Member`."""
+        check_code(code)
 
-    def real(self, works: Sequence[ImageWork]) -> Rows:
-        """Of real images' squares.
+    def work(self, items: Sequence[Item]) -> list[Row]:
+        """Of items of one kind.
 
         Raises:
-            UserError: an image is gone or broken.
+            UserError: a backbone is not what it has to be, or an image is gone or broken.
         """
-        return features_of(self._backbone, keys_of(works), lambda position: load_square(works[position]), self._cache)
+        with naming_machine(), self._lock:
+            features, logits = self._rows(items)
+            facts = Facts(self._backbone.name, self._backbone.resize)
+        classes = [None] * len(features) if logits is None else logits
+        rows = zip(features, classes, strict=True)
+        return [Row(row.clone(), None if of is None else of.clone(), facts) for row, of in rows]
 
-    def drawn(self, folder: Store, keys: Sequence[str]) -> Rows:
-        """Of pictures in a folder."""
-        rows: Rows = self._backbone([decode(folder.read(key)) for key in keys])
-        return rows
-
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """See `encode_texts`."""
-        return encode_texts(self._backbone, texts)
-
-
-@contextmanager
-def examine(spec: str, cache: Store) -> Iterator[Features]:
-    """The features of a backbone, computed on the connected cluster."""
-    import ray
-
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    make: Any = ray.remote(num_cpus=1, num_gpus=gpus)(Examiner)
-    actor = make.remote(spec, "cuda" if gpus else "cpu", cache)
-    try:
-        yield Features(actor)
-    finally:
-        ray.kill(actor)
+    def _rows(self, items: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        if isinstance(items[0], str):
+            return encode_texts(self._backbone, items), None
+        if isinstance(items[0], ImageWork):
+            return features_of(self._backbone, keys_of(items), lambda at: load_square(items[at]), self._cache)
+        drawn: tuple[Tensor, Tensor | None] = self._backbone([decode(Store(i.folder).read(i.key)) for i in items])
+        return drawn
 
 
-class Features:
-    """An actor's, asked for in pieces."""
+def examine(
+    spec: str, cache: Store, sets: Mapping[str, Sequence[Item]], progress: Progress
+) -> tuple[dict[str, Rows], Facts]:
+    """What a backbone makes of sets of items, on the connected cluster; what is in several is looked at once.
 
-    def __init__(self, actor: Any) -> None:
-        """The actor is an `Examiner`."""
-        self._actor = actor
+    Args:
+        spec: Names the backbone; see `open_backbone`.
+        cache: Its root, which keeps features of real images.
+        sets: By any name, each of one kind; not all of them empty.
+        progress: Is called as it goes on.
 
-    def facts(self) -> Facts:
-        """See `Examiner`."""
-        found: Facts = get(self._actor.facts.remote())
-        return found
+    Raises:
+        UserError: a backbone is not what it has to be, an image is gone or broken, or workers die again and again.
+    """
+    import torch
 
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features [N, D] of texts; each distinct one is computed once."""
-        import torch
+    at: dict[Hashable, int] = {}
+    distinct: list[Item] = []
+    batches: list[Batch] = []
+    for items in sets.values():
+        new = {name: item for item in items if (name := identity(item)) not in at}
+        first = len(distinct)
+        distinct += new.values()
+        at |= {name: first + turn for turn, name in enumerate(new)}
+        for start in range(first, len(distinct), CHUNK):
+            positions = range(start, min(start + CHUNK, len(distinct)))
+            batches.append(Batch(list(positions), [distinct[i] for i in positions], f"what {spec} looks at"))
+    gpus = choose_gpus()
+    most = len(batches) if gpus else math.ceil(len(batches) / CHUNKS_OF_A_CPU)
+    crew = Crew(Examiner, (spec, cache), batches, choose_places(gpus, most, MEMORY), gpus)
+    rows: dict[int, Row] = dict(work_through(crew, "features", progress))
 
-        distinct = list(dict.fromkeys(texts))
-        parts = [get(self._actor.texts.remote(piece)) for piece in pieces(distinct)]
-        at = {text: position for position, text in enumerate(distinct)}
-        return torch.cat(parts)[[at[text] for text in texts]]
+    def collect(items: Sequence[Item]) -> Rows:
+        mine = [rows[at[identity(item)]] for item in items]
+        logits = [row.logits for row in mine if row.logits is not None]
+        return Rows(torch.stack([row.features for row in mine]), torch.stack(logits) if logits else None)
 
-    def real(self, works: Sequence[ImageWork], progress: Progress) -> Rows:
-        """Of real images' squares, with progress."""
-        return self._collect([self._actor.real.remote(piece) for piece in pieces(works)], len(works), progress)
+    return {name: collect(items) for name, items in sets.items()}, rows[0].facts
 
-    def drawn(self, folder: Store, keys: Sequence[str], progress: Progress) -> Rows:
-        """Of pictures in a folder, with progress."""
-        return self._collect([self._actor.drawn.remote(folder, piece) for piece in pieces(keys)], len(keys), progress)
 
-    def _collect(self, calls: Sequence[Any], total: int, progress: Progress) -> Rows:
-        import torch
-
-        parts: list[Rows] = []
-        for call in calls:
-            progress("features", sum(len(rows) for rows, _ in parts), total)
-            parts.append(get(call))
-        progress("features", total, total)
-        logits = [part for _, part in parts if part is not None]
-        return torch.cat([rows for rows, _ in parts]), torch.cat(logits) if logits else None
+def identity(item: Item) -> Hashable:
+    """What two items that have the same features have in common."""
+    return keys_of([item])[0] if isinstance(item, ImageWork) else item
 
 
 def encode_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
@@ -149,8 +186,3 @@ def load_square(work: ImageWork) -> Image:
     if error:
         raise UserError(f"{work.uri}: {error}")
     return next(iter(crops.values()))
-
-
-def pieces(rows: Sequence[Any]) -> list[Sequence[Any]]:
-    """What one call takes at a time."""
-    return [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]

@@ -15,7 +15,7 @@ from gtl.config.metrics import check_metrics, of_pictures
 from gtl.config.names import parse_reference
 from gtl.config.recipe import Evaluate
 from gtl.data.reference import Reference, reference
-from gtl.evaluate.extract import examine
+from gtl.evaluate.extract import Drawn, Item, examine
 from gtl.evaluate.measure import (
     MAX_REAL,
     READER_FACTS,
@@ -246,17 +246,18 @@ def measure(
 
 def features_of(need: Need, drawing: Drawing, images: Reference, progress: Progress) -> Found:
     """What metrics need of a backbone."""
-    real = [*images.trained, *images.held_out][:MAX_REAL]
-    with examine(need.spec, Store(drawing.cache)) as source:
-        rows = named(*source.drawn(drawing.folder, drawing.keys, progress))
-        if "real" in need.parts:
-            rows["real"] = source.real(real, progress)[0]
-        if "train" in need.parts:
-            rows["train"] = source.real(images.trained[:MAX_REAL], progress)[0]
-            rows["held_out"] = source.real(images.held_out[:MAX_REAL], progress)[0]
-        if "text_features" in need.parts:
-            rows["text_features"] = source.texts(drawing.prompts)
-        return Found(rows, source.facts())
+    folder = drawing.folder.url()
+    sets: dict[str, Sequence[Item]] = {
+        "drawn": [Drawn(folder, key) for key in drawing.keys],
+        "real": [*images.trained, *images.held_out][:MAX_REAL],
+        "train": images.trained[:MAX_REAL],
+        "held_out": images.held_out[:MAX_REAL],
+        "text_features": drawing.prompts,
+    }
+    wanted = {name: items for name, items in sets.items() if name in ("drawn", *need.parts)}
+    found, facts = examine(need.spec, Store(drawing.cache), wanted, progress)
+    rows = named(*found.pop("drawn"))
+    return Found(rows | {name: part.features for name, part in found.items()}, facts)
 
 
 def read(drawing: Drawing, progress: Progress) -> Found:

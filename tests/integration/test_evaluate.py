@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,18 +19,24 @@ from gtl.adapters import Card, Registry
 from gtl.adapters.card import base_of
 from gtl.adapters.delta import write_delta
 from gtl.adapters.formats import LoraExport, write_lora
+from gtl.backbones import open_backbone
+from gtl.backbones.base import TextBackbone
 from gtl.cli import main
 from gtl.config import Recipe, parse_recipe
 from gtl.data.prepare import prepare
+from gtl.evaluate import extract
+from gtl.evaluate.extract import Drawn, examine
 from gtl.evaluate.held_out import HeldOut, Look, Validator, needs_of
 from gtl.evaluate.result import Evaluation, compare
 from gtl.evaluate.run import evaluate
+from gtl.evaluate.scores import clip_score, cmmd
 from gtl.families import open_family
 from gtl.generate.spread import Model, Origin, Published
 from gtl.images import decode
+from gtl.storage import Store
 from gtl.types import UserError
 from tests.loras import publish_dog, random_lora
-from tests.tiny import write_pictures
+from tests.tiny import make_clip, write_pictures
 
 METRICS = ["kid", "diversity", "precision", "recall", "memorization"]
 SAMPLES = 8
@@ -110,6 +118,63 @@ def test_samples_are_drawn_once_and_more_go_beside_them(
     assert lines[1].split() == ["metric", "value", "95", "%", "interval", "better", "samples", "extractor"]
     alone, dog = json.loads((place / "scores.json").read_text())
     assert dog["scores"]["diversity"]["value"] == pytest.approx(before.scores["diversity"].value)
+
+
+def test_clip_compares_samples_with_their_prompts_and_with_real_images(ray_cluster: None, place: Path) -> None:
+    recipe = make_recipe(place, metrics=["clip_score", "cmmd"], clip=str(make_clip(place / "clip")))
+    (found,) = evaluate(recipe)
+    clip, drawn = open_backbone(str(place / "clip")), Store(found.samples or "")
+    assert isinstance(clip, TextBackbone)
+    pictures = clip([decode(drawn.read(f"{i:06d}.png")) for i in range(SAMPLES)])[0]
+    real = clip([decode(file).crop((16, 0, 80, 64) if decode(file).width == 96 else (0, 0, 64, 64))
+                 for file in sorted((place / "images").glob("*.png"))])[0]  # fmt: skip
+    texts = clip.encode_texts(found.sampling.prompts)
+    expected = {"clip_score": clip_score(pictures, texts), "cmmd": cmmd(real, pictures)}
+    assert expected["clip_score"].value > 1
+    assert list(found.scores) == list(expected)
+    for name, score in found.scores.items():
+        assert (score.value, score.low) == pytest.approx((expected[name].value, expected[name].low), rel=1e-4), name
+        assert (score.num_fake, score.num_real) == (SAMPLES, expected[name].num_real)
+        assert (score.extractor, score.resize) == (clip.name, clip.resize)
+
+
+def examiners() -> list[int]:
+    """Process ids of the cluster's actors that have a backbone."""
+    from ray._private.state import actors
+
+    known = actors().values()
+    return [actor["Pid"] for actor in known if actor["ActorClassName"] == "Examiner" and actor["State"] == "ALIVE"]
+
+
+def test_several_actors_share_the_pictures_and_one_that_is_lost_costs_its_piece(
+    ray_cluster: None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extract, "CHUNK", 2)
+    monkeypatch.setattr(extract, "CHUNKS_OF_A_CPU", 3)
+    monkeypatch.setattr(extract, "MEMORY", 1)
+    pictures = [Drawn(str(place / "images"), f"{i}.png") for i in range(12)]
+    told: list[tuple[int, int, str]] = []
+    killed: list[int] = []
+
+    def watch(phase: str, done: int, total: int, detail: str = "") -> None:
+        told.append((done, total, detail))
+        if done == 2 and not killed:  # a piece is done, and who did it has another
+            killed.extend(examiners())
+            for number in killed:
+                os.kill(number, signal.SIGKILL)
+
+    sets = {"all": [*pictures, pictures[0]], "some": pictures[5:8]}
+    found, facts = examine("builtin:backbone", Store(tmp_path), sets, watch)
+    assert killed and {detail[-12:] for _, _, detail in told} == {"of 2 workers"}
+    assert told[-1][:2] == (12, 12), "those that are there twice are looked at once"
+    backbone = open_backbone("builtin:backbone")
+    expected = backbone([decode(place / "images" / picture.key) for picture in pictures])
+    for mine, theirs in zip(found["all"], expected, strict=True):
+        assert mine is not None and theirs is not None
+        assert torch.allclose(mine, torch.cat((theirs, theirs[:1])), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found["some"].features, found["all"].features[5:8])
+    assert (facts.extractor, facts.resize) == (backbone.name, backbone.resize)
+    assert examiners() == []
 
 
 @pytest.mark.parametrize(

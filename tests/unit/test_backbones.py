@@ -23,15 +23,10 @@ from gtl.backbones.extractor import Extractor, hash_weights, load_weights, squar
 from gtl.backbones.inception import BLOCKS, Block, Inception
 from gtl.backbones.scenes import builtin_folder
 from gtl.types import UserError
-from tests.tiny import write_clip_tokenizer, write_json
+from tests.tiny import CLIP_PREPROCESSOR, SMALL, make_clip, write_json
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 PREPROCESSORS: dict[str, dict[str, Any]] = {  # in the words of the files on the hub
-    "clip": {
-        "feature_extractor_type": "CLIPFeatureExtractor", "do_resize": True, "size": 32, "resample": 3,
-        "do_center_crop": True, "crop_size": 32, "do_normalize": True, "image_mean": [0.48, 0.46, 0.41],
-        "image_std": [0.27, 0.26, 0.28],
-    },
+    "clip": CLIP_PREPROCESSOR,
     "dinov2": {
         "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": 32}, "resample": 3,
         "do_center_crop": True, "crop_size": {"height": 28, "width": 28}, "do_convert_rgb": True, "do_rescale": True,
@@ -62,21 +57,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers as t
 
     folder = tmp_path_factory.mktemp("models")
-    words = write_clip_tokenizer(folder / "clip")
-    ends = {f"{end}_token_id": words["<|endoftext|>"] for end in ("eos", "pad")}
-    text = {"vocab_size": len(words), "bos_token_id": words["<|startoftext|>"], **ends, **SMALL}
+    make_clip(folder / "clip")
     seen = {"image_size": 32, "patch_size": 8, **SMALL}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dinov2 = t.Dinov2Config(image_size=28, patch_size=7, mlp_ratio=2, **SMALL)
-        t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=seen, projection_dim=12)).save_pretrained(
-            folder / "clip"
-        )
         t.Dinov2Model(dinov2).save_pretrained(folder / "dinov2")
         t.ViTModel(t.ViTConfig(**seen)).save_pretrained(folder / "vit")
         t.ViTForImageClassification(t.ViTConfig(**seen)).save_pretrained(folder / "classifier")
         t.BertModel(t.BertConfig(vocab_size=20, **SMALL)).save_pretrained(folder / "bert")
-    for name, of in {"clip": "clip", "dinov2": "dinov2", "vit": "vit", "classifier": "vit", "bert": "vit"}.items():
+    for name, of in {"dinov2": "dinov2", "vit": "vit", "classifier": "vit", "bert": "vit"}.items():
         write_json(folder / name / "preprocessor_config.json", PREPROCESSORS[of])
     return folder
 
