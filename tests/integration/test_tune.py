@@ -103,6 +103,7 @@ def test_poor_trials_are_stopped_and_their_places_are_free(ray_cluster: None, pl
     assert record.winner is not None and record.winner["trial"] == "00000"
 
 
+@pytest.mark.soak  # trials are not held at an exchange: a loaded machine may run them one after the other
 def test_a_population_takes_over_weights(ray_cluster: None, place: Path) -> None:
     space = {"train.learning_rate": {"choice": [2e-2, 1e-7]}}
     scheduler = {"type": "pbt", "interval": 10, "quantile": 0.5}
@@ -129,7 +130,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(place: Path, tmp_path: Path)
     options: dict[str, Any] = {"env": {**os.environ, "RAY_ADDRESS": "local"}, "text": True}
     running = subprocess.Popen([*COMMAND, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     folder = place / "runs" / "study"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while len(list(folder.glob("*/trials/*/*/result.json"))) < 1 and time.monotonic() < end:
         assert running.poll() is None, running.stderr.read() if running.stderr else ""
         time.sleep(0.1)
