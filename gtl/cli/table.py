@@ -198,7 +198,11 @@ def tune(
             return
         from gtl.search.study import tune as search
 
-        record = search(loaded, called, resume=resume, progress=bar)
+        try:
+            record = search(loaded, called, resume=resume, progress=bar)
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
     print(record.table())
     print(f"report {record.folder.url('report.html')}", file=sys.stderr)
     for published in record.published:

@@ -109,9 +109,9 @@ class Study(Section):
     """Trials that run at once. auto: as many as the cluster has room for."""
     pack: Annotated[int, Field(ge=2)] | Literal["auto", "off"] = "auto"
     """So many trials train in one forward pass of one process: those that differ only in LoRA rank, alpha, learning
-    rate, schedule, seed and freeze depth. auto: where it is possible and pays."""
+    rate, schedule, seed and freeze depth. auto: none as yet; a number is refused until there are packs."""
     transfer_rank: bool = False
-    """Search the learning rate at the space's smallest rank, then carry it to the others."""
+    """Search the learning rate at the space's smallest rank, then carry it to the others. Refused until it is there."""
     publish: Publish = Publish()
     confirm: Confirm = Confirm()
 

@@ -22,20 +22,6 @@ MAX_BATCH = 4
 Item = TypeVar("Item")
 
 
-def draw_all(
-    family: DiffusionFamily,
-    parts: Mapping[str, nn.Module],
-    requests: Sequence[Request],
-    *,
-    encoded: Mapping[str, Conditions] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[Image.Image]:
-    """The requests' pictures, in their order, on rank 0; [] elsewhere. Collective; see `draw_share`."""
-    mine = draw_share(family, parts, requests, encoded=encoded, device=device, dtype=dtype)
-    return gather(mine, len(requests))
-
-
 def draw_share(
     family: DiffusionFamily,
     parts: Mapping[str, nn.Module],

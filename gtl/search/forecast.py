@@ -15,6 +15,7 @@ from gtl.config.trials import longest
 from gtl.report.chart import short
 from gtl.report.facts import duration
 from gtl.report.text import columns
+from gtl.search.record import trial_name
 from gtl.search.room import Room, fill, make_room
 from gtl.search.space import configurations
 from gtl.search.trial import Place
@@ -105,7 +106,7 @@ def trials_table(study: Study) -> str:
     found = configurations(study)
     rows = [["trial", *study.space]]
     rows += [
-        [f"{number:05d}", *(label(values[key]) if key in values else "" for key in study.space)]
+        [trial_name(number), *(label(values[key]) if key in values else "" for key in study.space)]
         for number, values in enumerate(found[:SHOWN])
     ]
     more = f"\nand {len(found) - SHOWN} more" if len(found) > SHOWN else ""

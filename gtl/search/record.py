@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gtl.config import Study
-from gtl.config.metrics import METRICS
 from gtl.report.chart import short
 from gtl.report.text import columns
 from gtl.search.choose import Outcome, rank
@@ -23,6 +22,11 @@ SCHEMA = 1
 STUDY, RECORD = "study.yaml", "study.json"
 """In a study's folder: what was asked for, and what has come of it."""
 ENDED = ("finished", "stopped", "failed")
+
+
+def trial_name(number: int) -> str:
+    """How a trial is called."""
+    return f"{number:05d}"
 
 
 @dataclass
@@ -137,9 +141,8 @@ class Record:
     def best(self) -> TrialRecord | None:
         """The best so far by the first metric, of all that were measured."""
         name = self.study.metrics[0]
-        known = [one for one in self.trials.values() if name in one.metrics]
-        sign = 1 if name in METRICS and METRICS[name].higher_is_better else -1
-        return max(known, key=lambda one: sign * one.metrics[name], default=None)
+        ranked = rank([one.outcome() for one in self.trials.values()], {name: self.study.directions[name]})
+        return self.trials[ranked[0].trial] if ranked else None
 
 
 def shown(value: Any) -> str:

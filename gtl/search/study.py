@@ -15,8 +15,8 @@ from gtl.config.metrics import METRICS
 from gtl.config.names import new_version
 from gtl.evaluate.result import Evaluation
 from gtl.report.command import write_page
-from gtl.search.choose import top, winner
-from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now
+from gtl.search.choose import Outcome, rank, top, winner
+from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now, trial_name
 from gtl.search.room import Room, fill, make_room
 from gtl.search.space import configurations
 from gtl.session import Cluster, session
@@ -62,7 +62,8 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
         fill(study, place, room, progress)
         folder.write(STUDY, dump_study(study).encode())
         for number, values in listed(study):
-            record.trials.setdefault(f"{number:05d}", TrialRecord(f"{number:05d}", values, place.run(number).url()))
+            trial = trial_name(number)
+            record.trials.setdefault(trial, TrialRecord(trial, values, place.run(number).url()))
         record.save(hours())
         try:
             search(study, place, record, room, progress, hours)
@@ -141,11 +142,12 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
     if study.confirm.top and METRICS[study.measured[0]].needs and study.metrics[0] in METRICS:
         found = confirm(study, place, best[: study.confirm.top], cluster, progress)
         won = winner(found, study.metrics[0])
-        scores = {trial: evaluation.scores[study.metrics[0]] for trial, evaluation in found.items()}
-        sign = 1 if METRICS[study.metrics[0]].higher_is_better else -1
-        order = sorted(scores, key=lambda trial: -sign * scores[trial].value)
+        metric = study.metrics[0]
+        scores = {trial: evaluation.scores[metric] for trial, evaluation in found.items()}
+        measured = [Outcome(trial, {metric: score.value}) for trial, score in scores.items()]
+        order = [outcome.trial for outcome in rank(measured, {metric: study.directions[metric]})]
         record.finalists = [
-            {"trial": trial, "metric": study.metrics[0], "value": scores[trial].value, "low": scores[trial].low,
+            {"trial": trial, "metric": metric, "value": scores[trial].value, "low": scores[trial].low,
              "high": scores[trial].high, "samples": scores[trial].num_fake}
             for trial in order
         ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.tune import Trainable
 
 from gtl.config import Recipe, Study
-from gtl.config.load import parse_study
+from gtl.config.load import parse_recipe, parse_study
+from gtl.search.record import trial_name
 from gtl.search.schedule import STEP
 from gtl.search.space import TRIAL
 from gtl.session import session
@@ -53,37 +56,27 @@ class Place:
         Raises:
             UserError: the recipe refuses a value.
         """
-        found = study.recipe_of(values)
-        metrics = [*dict.fromkeys([*study.measured, *found.evaluate.beside.metrics])]
-        train, evaluate = found.train, found.evaluate
-        samples = study.set.get("evaluate.beside.samples", min(evaluate.samples, 64))
-        checkpoints = train.checkpoints
-        if train.early_stopping is None and len(study.metrics) == 1 and checkpoints.best is None:
-            checkpoints = checkpoints.model_copy(update={"best": study.metrics[0]})
+        changed = study.recipe_of(values).model_dump(mode="json")
+        beside, train = changed["evaluate"]["beside"], changed["train"]
+        beside["metrics"] = [*dict.fromkeys([*study.measured, *beside["metrics"]])]
+        if train["early_stopping"] is None and len(study.metrics) == 1:
+            train["checkpoints"]["best"] = train["checkpoints"]["best"] or study.metrics[0]
         if study.scheduler.type in ("pbt", "hyperband", "bohb"):  # which go on from looks
-            checkpoints = checkpoints.model_copy(update={"every": evaluate.every})
-        changed = found.model_dump(mode="json")
-        changed["evaluate"]["beside"] = {"metrics": metrics, "samples": samples}
-        changed["train"]["checkpoints"] = checkpoints.model_dump(mode="json")
+            train["checkpoints"]["every"] = changed["evaluate"]["every"]
         changed["storage"]["runs"] = f"{self.url}/trials"
-        return Recipe.model_validate(changed)
+        return parse_recipe(changed)
 
     def run(self, number: int) -> Store:
         """The folder of a trial's run."""
         return Store(f"{self.url}/trials/{trial_name(number)}/{self.version}")
 
 
-def trial_name(number: int) -> str:
-    """How a trial is called."""
-    return f"{number:05d}"
-
-
 class Relay:
     """Goes along with a trial's workers and hands on what they measured."""
 
-    def __init__(self, metrics: Sequence[str]) -> None:
-        """Hand on rows with all of these."""
-        self._metrics = metrics
+    def __init__(self, metrics: Sequence[str], board: Any) -> None:
+        """Hand on rows with all of these metrics; `board` is the study's, where it is asked to stop."""
+        self._metrics, self._board = metrics, board
         self.rows: queue.Queue[Row | None] = queue.Queue()
         """The rows, and None at the end."""
         self.ask: Callable[[Wish], object] = lambda wish: None
@@ -94,6 +87,8 @@ class Relay:
 
     def follow(self, rows: Sequence[Row]) -> list[Row]:
         """Hand on looks after the first step; adds none."""
+        if ray.get(self._board.wish.remote()) is not None:
+            self.ask("stop")
         for row in rows:
             if row[STEP] > 0 and all(name in row for name in self._metrics):
                 self.rows.put(row)
@@ -111,14 +106,15 @@ class Trial(Trainable):
     stopped may have made a few steps more.
     """
 
-    def setup(self, config: dict[str, Any], place: Place | None = None) -> None:
+    def setup(self, config: dict[str, Any], place: Place | None = None, board: Any = None) -> None:
         """Nothing is started before the first step, since a state of another run may be put in place first."""
         assert place is not None
         self._place = place
         self._study = parse_study(place.study)
         self._number = int(config[TRIAL])
         self._run = place.run(self._number)
-        self._relay = Relay(self._study.measured)
+        self._board = board
+        self._relay = Relay(self._study.measured, board)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -131,6 +127,8 @@ class Trial(Trainable):
         if row is not None and row[STEP] < row["steps"]:
             return self._result(row)
         self._thread.join()
+        if self._failure is not None and ray.get(self._board.wish.remote()) is not None:
+            return {STEP: 0, **dict.fromkeys(self._study.metrics, math.nan)}  # the study is over; nobody looks at it
         if self._failure is not None:
             reason = " ".join(str(self._failure.__cause__ or self._failure).split())[:500]
             self._run.write(FAILED, reason.encode())

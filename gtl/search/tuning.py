@@ -16,11 +16,13 @@ from ray.tune.search import Searcher
 
 from gtl.config import Study
 from gtl.report.chart import short
-from gtl.search.record import ENDED, Record, TrialRecord
+from gtl.search.record import ENDED, Record, TrialRecord, trial_name
 from gtl.search.schedule import make_scheduler, make_searcher, remember
 from gtl.search.space import TRIAL, param_space
-from gtl.search.trial import FAILED, Place, Trial, costs_of, trial_name
+from gtl.search.trial import FAILED, Place, Trial, costs_of
 from gtl.storage import Store
+from gtl.train.board import make_board
+from gtl.train.launch import stop_signals
 from gtl.train.worker import RESULT
 from gtl.types import Progress
 
@@ -45,36 +47,43 @@ def run_trials(
         left: Numbers of trials that were begun or are listed, and have not ended.
         progress: Is called as it goes on.
         hours: On the clock since this part of the study began.
+
+    Raises:
+        KeyboardInterrupt: the study was stopped; its trials have saved.
     """
-    teller = Teller(study, place, record, devices, progress, hours)
-    scheduler = make_scheduler(study)
-    remember(scheduler, study, list(record.trials.values()))
-    inner = make_searcher(study)
-    numbered = None
-    if inner is not None:
-        begun = {number: record.trials[trial_name(number)].config for number in left}
-        numbered = Numbered(inner, begun, len(record.trials), place)
-    samples = study.num_trials - sum(one.state in ENDED for one in record.trials.values()) if numbered else 1
-    if numbered and samples < 1:
-        return
-    with quiet_tune():
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(Trial, place=place), {"cpu": SLIVER}),
-            param_space={} if numbered else param_space(study, left),
-            tune_config=tune.TuneConfig(
-                search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
-                reuse_actors=False, trial_name_creator=trial_id, trial_dirname_creator=trial_id,
-            ),
-            run_config=RunConfig(
-                name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
-                callbacks=[teller], stop=Budget(study, record, hours), verbose=0,
-                checkpoint_config=CheckpointConfig(checkpoint_frequency=1),  # pointers, of some bytes
-            ),
-        )  # fmt: skip
-        results = tuner.fit()
-    grid = [results[position] for position in range(len(results))]
-    teller.close({int(result.config[TRIAL]): result.error for result in grid if result.config and result.error})
-    Store(place.url).delete_folder("tune")
+    board = make_board()
+    with stop_signals(lambda: board.ask.remote("stop")) as seen:
+        teller = Teller(study, place, record, devices, progress, hours, seen)
+        scheduler = make_scheduler(study)
+        remember(scheduler, study, list(record.trials.values()))
+        inner = make_searcher(study)
+        numbered = None
+        if inner is not None:
+            begun = {number: record.trials[trial_name(number)].config for number in left}
+            numbered = Numbered(inner, begun, len(record.trials), place, seen)
+        samples = study.num_trials - sum(one.state in ENDED for one in record.trials.values()) if numbered else 1
+        if numbered and samples < 1:
+            return
+        with quiet_tune():
+            tuner = tune.Tuner(
+                tune.with_resources(tune.with_parameters(Trial, place=place, board=board), {"cpu": SLIVER}),
+                param_space={} if numbered else param_space(study, left),
+                tune_config=tune.TuneConfig(
+                    search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
+                    reuse_actors=False, trial_name_creator=trial_id, trial_dirname_creator=trial_id,
+                ),
+                run_config=RunConfig(
+                    name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
+                    callbacks=[teller], stop=End(study, record, hours, seen, board), verbose=0,
+                    checkpoint_config=CheckpointConfig(checkpoint_frequency=1),  # pointers, of some bytes
+                ),
+            )  # fmt: skip
+            results = tuner.fit()
+        grid = [results[position] for position in range(len(results))]
+        teller.close({int(result.config[TRIAL]): result.error for result in grid if result.config and result.error})
+        Store(place.url).delete_folder("tune")
+    if seen:
+        raise KeyboardInterrupt(f"{place.url}: stopped; its trials have saved, --resume goes on")
 
 
 def trial_id(trial: Any) -> str:
@@ -103,6 +112,7 @@ def quiet_tune() -> Iterator[None]:
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # after which it would look as if all were done
     "TUNE_WARN_THRESHOLD_S": "1000000",
 }
 
@@ -111,11 +121,12 @@ class Teller(Callback):
     """Keeps the record and tells how far the study is."""
 
     def __init__(
-        self, study: Study, place: Place, record: Record, devices: int, progress: Progress, hours: Callable[[], float]
-    ) -> None:
-        """Nothing has happened yet."""
+        self, study: Study, place: Place, record: Record, devices: int, progress: Progress,
+        hours: Callable[[], float], seen: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Nothing has happened yet; `seen` are the signals that ask the study to stop."""
         self._study, self._place, self._record = study, place, record
-        self._devices, self._progress, self._hours = devices, progress, hours
+        self._devices, self._progress, self._hours, self._seen = devices, progress, hours, seen
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has begun, or goes on."""
@@ -128,19 +139,20 @@ class Teller(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial is through, or was stopped."""
         ran = self._place.run(int(trial.config[TRIAL])).exists(RESULT)
-        self._update(trial, "finished" if ran else "stopped")
+        self._update(trial, "finished" if ran else "running" if self._seen else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial came to nothing."""
         self._update(trial, "failed")
 
     def close(self, errors: Mapping[int, Exception]) -> None:
-        """All is over: those that still ran were stopped with the study; `errors` are of those whose process died."""
+        """All is over: those that still ran were stopped by the budget; `errors` are of those whose process died."""
         for one in self._record.trials.values():
-            if one.state == "running":
+            if one.state == "running" and not self._seen:
                 one.state = "stopped"
             if one.state == "failed" and one.reason is None:
-                one.reason = str(errors[int(one.trial)]).strip().splitlines()[-1][:300]
+                error = errors.get(int(one.trial), "its process died")
+                one.reason = str(error).strip().splitlines()[-1][:300]
         self._record.save(self._hours())
 
     def _update(self, trial: Any, state: str) -> None:
@@ -167,29 +179,36 @@ class Teller(Callback):
         self._progress("trials", done, self._study.num_trials, "  ".join(parts))
 
 
-class Budget(Stopper):
-    """Ends a study whose time is up."""
+class End(Stopper):
+    """Ends a study whose time is up, or that somebody stops."""
 
-    def __init__(self, study: Study, record: Record, hours: Callable[[], float]) -> None:
-        """As the study says."""
-        self._budget, self._record, self._hours = study.budget, record, hours
+    def __init__(
+        self, study: Study, record: Record, hours: Callable[[], float], seen: Sequence[int], board: Any
+    ) -> None:
+        """As the study's budget says, or as soon as a signal is among those seen; the trials read the board."""
+        self._budget, self._record, self._hours, self._seen, self._board = study.budget, record, hours, seen, board
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial ends by itself."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether all do."""
+        """Whether all do; then they save at once, not only at their next look."""
         on_the_clock, of_devices = self._budget.hours, self._budget.gpu_hours
-        if on_the_clock is not None and self._record.hours + self._hours() >= on_the_clock:
-            return True
-        return of_devices is not None and self._record.device_hours >= of_devices
+        is_over = bool(self._seen)
+        is_over |= on_the_clock is not None and self._record.hours + self._hours() >= on_the_clock
+        is_over |= of_devices is not None and self._record.device_hours >= of_devices
+        if is_over:
+            self._board.ask.remote("stop")
+        return is_over
 
 
 class Numbered(Searcher):
     """A searcher whose trials have numbers, which goes on with those that were begun before the study was cut off."""
 
-    def __init__(self, inner: Searcher, begun: dict[int, dict[str, Any]], known: int, place: Place) -> None:
+    def __init__(
+        self, inner: Searcher, begun: dict[int, dict[str, Any]], known: int, place: Place, seen: Sequence[int]
+    ) -> None:
         """Go on from what the searcher had learned.
 
         Args:
@@ -197,10 +216,11 @@ class Numbered(Searcher):
             begun: Trials to go on with, by number.
             known: Trials that have a number.
             place: Of the study.
+            seen: Signals that ask the study to stop; what trials come to after that is not learned from.
         """
         super().__init__(metric=inner.metric, mode=inner.mode)
         self._inner, self._begun, self._next = inner, list(begun.items()), known
-        self._folder = Store(place.url)
+        self._folder, self._seen = Store(place.url), seen
         self._names: dict[str, str] = {}
         """Ray Tune's id of a trial -> the one by which the inner searcher knows it."""
         self.restore_state()
@@ -222,10 +242,14 @@ class Numbered(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Hand on."""
+        if self._seen:
+            return
         self._inner.on_trial_result(self._names[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Hand on."""
+        if self._seen:
+            return
         self._inner.on_trial_complete(self._names[trial_id], result, error)
         self.save_state()
 

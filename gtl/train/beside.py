@@ -55,6 +55,8 @@ class Beside:
         self._asked = recipe.model_copy(update={"evaluate": recipe.at_looks})
         self._recipe, self._job, self._family, self._images = recipe, job, family, images
         self._failed: dict[int, str] = {}
+        self._known: dict[int, float] = {}
+        """What the run is judged by, of the looks that were scored."""
         self._rows: deque[Row] = deque()
         self._ended, self._cut = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -156,7 +158,9 @@ class Beside:
         if best is None or best.metric == "val_loss":
             return None
         for step in scored(self._job.run):
-            best.take(step, read_scores(self._job.run, step)[best.metric])
+            if step not in self._known:
+                self._known[step] = read_scores(self._job.run, step)[best.metric]
+            best.take(step, self._known[step])
         return best
 
 

@@ -22,6 +22,10 @@ class Board:
         self._rows.append(row)
         return self._wish
 
+    def wish(self) -> Wish | None:
+        """What is asked of the work."""
+        return self._wish
+
     def take(self) -> list[Row]:
         """Rows since the last call."""
         rows, self._rows = self._rows, []

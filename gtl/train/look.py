@@ -17,7 +17,7 @@ from gtl.config.recipe import Evaluate
 from gtl.data.cache import prompt_key
 from gtl.evaluate.measure import pairs
 from gtl.evaluate.result import Evaluation
-from gtl.evaluate.samples import draw_all
+from gtl.evaluate.samples import draw_share, gather
 from gtl.generate.engine import Request
 from gtl.images import grid, save_png
 from gtl.storage import Store
@@ -88,8 +88,8 @@ class Grid:
             for i, prompt in enumerate(self.prompts)
         ]  # fmt: skip
         encoded = how.encoded(self.prompts)
-        images = draw_all(how.trainee.family, parts, requests, encoded=encoded, device=how.device, dtype=how.dtype)
-        if images:
+        mine = draw_share(how.trainee.family, parts, requests, encoded=encoded, device=how.device, dtype=how.dtype)
+        if images := gather(mine, len(requests)):
             recipe = {"prompts": self.prompts, "seed": shown.seed, "steps": done}
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "grid.png")

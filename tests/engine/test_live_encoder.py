@@ -13,7 +13,7 @@ from torch import nn
 
 from gtl.config import parse_recipe
 from gtl.config.objectives import DenoiseObjective
-from gtl.evaluate.samples import draw_all
+from gtl.evaluate.samples import draw_share, gather
 from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.objectives import make_objective
@@ -160,9 +160,10 @@ def draw_together(folder: Path, stage: int) -> list[bytes]:
     parts = {**trainee.parts, "vae": trainee.family.load("vae")}
     requests = [Request(prompt, 64, 64, steps=2, seed=i) for i, prompt in enumerate(("a dog", "a cat", "a dog"))]
     with engine.evaluating():
-        images = draw_all(
+        mine = draw_share(
             trainee.family, parts, requests, encoded=None, device=torch.device("cpu"), dtype=torch.float32
         )
+        images = gather(mine, len(requests))
     return [image.tobytes() for image in images]
 
 

@@ -122,26 +122,32 @@ def test_a_population_takes_over_weights(ray_cluster: None, place: Path) -> None
 COMMAND = [sys.executable, "-c", "from gtl.cli import main; main()", "tune"]
 
 
-def test_a_killed_study_goes_on_and_repeats_nothing(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
+def test_a_study_that_ended_early_goes_on_and_repeats_nothing(place: Path, tmp_path: Path, how: signal.Signals) -> None:
     space = {"train.learning_rate": {"choice": [1e-3, 1e-2, 2e-2]}}
     values = make_values(place, space, 6, searcher={"type": "grid"}, scheduler={"type": "fifo"})
-    file = tmp_path / "study.yaml"
+    file = tmp_path / f"{how.name.lower()}.yaml"
     file.write_text(json.dumps(values))
     options: dict[str, Any] = {"env": {**os.environ, "RAY_ADDRESS": "local"}, "text": True}
     running = subprocess.Popen([*COMMAND, str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
-    folder = place / "runs" / "study"
+    folder = place / "runs" / file.stem
     end = time.monotonic() + 400
     while len(list(folder.glob("*/trials/*/*/result.json"))) < 1 and time.monotonic() < end:
         assert running.poll() is None, running.stderr.read() if running.stderr else ""
         time.sleep(0.1)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running.send_signal(how)
+    _, said = running.communicate()
     done = {path: path.stat().st_mtime_ns for path in folder.glob("*/trials/*/*/result.json")}
     assert 1 <= len(done) < 3
+    if how == signal.SIGINT:
+        assert running.returncode == 130 and said.splitlines()[-1].endswith("--resume goes on"), said
+        left = json.loads(next(folder.glob("*/study.json")).read_text())
+        states = [trial["state"] for trial in left["trials"]]
+        assert left["ended"] is None and set(states) <= {"finished", "running", "waiting"}
     again = subprocess.run([*COMMAND, str(file), "--resume"], capture_output=True, check=True, **options)
     lines = again.stdout.splitlines()
     assert sum(" finished" in line for line in lines) == 3
-    assert lines[-1].startswith("adapter study@")
+    assert lines[-1].startswith(f"adapter {file.stem}@")
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len(list(folder.iterdir())) == 1
 
@@ -150,6 +156,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(place: Path, tmp_path: Path)
     ("asked", "message"),
     [
         ({"set": {"train.workers": 9}}, "train.workers: 9 workers with 1 CPUs each need 9 CPUs; the cluster has 3"),
+        ({"pack": 4}, "pack: 4: trials do not train in one pass yet; leave it out"),
         ({"space": {"train.learning_rate": {"choice": [DIVERGING]}}}, "no trial ran to its end: train.learning_rate: "),
     ],
 )

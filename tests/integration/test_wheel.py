@@ -24,7 +24,9 @@ recipes = sorted(root.glob("recipes/**/*.yaml"))
 print(json.dumps({
     "root": str(root),
     "recipes": [str(file.relative_to(root)) for file in recipes if load_recipe(file)],
-    "page": render([Run("dog", "v1", "runs/dog/v1", {}, "", [{"step": 1.0, "loss": 2.0}], None, None, [], 0, [])])[:15],
+    "page": render([
+        Run("dog", "v1", "runs/dog/v1", {}, "", [{"step": 1.0, "loss": 2.0}], None, None, [], 0, {}, [])
+    ])[:15],
     "typed": (root / "py.typed").is_file(),
     "built in": sorted(str(file.relative_to(root)) for file in root.glob("*/builtin/**/*") if file.is_file()),
 }))
