@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gtl.data.plan import Plan
 from gtl.train.assemble import Trainee, assemble
+from gtl.train.course import make_loader
 from gtl.train.flops import FlopMeter
 from gtl.train.loop import Lane, train
 from gtl.train.place import place
 from gtl.train.track import Tracker
-from gtl.train.worker import make_engines, make_loader, settle
+from gtl.train.worker import make_engines, settle
 from gtl.types import Batch
 
 if TYPE_CHECKING:

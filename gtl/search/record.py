@@ -15,8 +15,8 @@ from gtl.report.text import columns
 from gtl.search.choose import Outcome, rank
 from gtl.storage import Store
 from gtl.train.best import Best
+from gtl.train.job import RESULT
 from gtl.train.track import read_rows
-from gtl.train.worker import RESULT
 
 SCHEMA = 1
 STUDY, RECORD = "study.yaml", "study.json"

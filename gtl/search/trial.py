@@ -23,9 +23,9 @@ from gtl.session import session
 from gtl.storage import Store
 from gtl.train.board import Row, Wish
 from gtl.train.checkpoint import complete
+from gtl.train.job import CHECKPOINTS, RESULT
 from gtl.train.launch import begin, open_model, run_workers
 from gtl.train.track import read_rows
-from gtl.train.worker import CHECKPOINTS, RESULT
 from gtl.types import Progress, quiet
 
 POINTER = "pointer.json"

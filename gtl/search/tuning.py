@@ -22,8 +22,8 @@ from gtl.search.space import TRIAL, param_space
 from gtl.search.trial import FAILED, Place, Trial, costs_of
 from gtl.storage import Store
 from gtl.train.board import make_board
+from gtl.train.job import RESULT
 from gtl.train.launch import stop_signals
-from gtl.train.worker import RESULT
 from gtl.types import Progress
 
 STATE = "searcher.pkl"

@@ -27,10 +27,10 @@ from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.best import Best, best_of
 from gtl.train.board import Row, Wish
+from gtl.train.job import RESULT, Job
 from gtl.train.resources import Resources
 from gtl.train.scores import read_scores, scored, write_scores
 from gtl.train.weights import CANDIDATES, forget, kept, take
-from gtl.train.worker import RESULT, Job
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:

@@ -51,3 +51,25 @@ def make_board() -> Any:
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     # Named, or a board that a search's trial makes would have to fit into the trial's own sliver of the cluster.
     return ray.remote(num_cpus=0, label_selector=here, scheduling_strategy="DEFAULT")(Board).remote()
+
+
+class Post:
+    """Through which a worker posts its rows, without waiting."""
+
+    def __init__(self, board: Any) -> None:
+        """To a board's handle."""
+        self._board, self._pending = board, list[Any]()
+
+    def __call__(self, row: Row) -> Wish | None:
+        """What the launcher asks; the answer to an earlier row is soon enough."""
+        import ray
+
+        self._pending.append(self._board.push.remote(row))
+        answered, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+        return next((wish for wish in reversed(ray.get(answered)) if wish), None)
+
+    def finish(self) -> None:
+        """Until the launcher can have all rows."""
+        import ray
+
+        ray.get(self._pending)

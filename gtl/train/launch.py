@@ -28,12 +28,13 @@ from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.beside import Beside, choose_best, is_beside, real_images
 from gtl.train.board import Row, Wish, make_board
+from gtl.train.job import RESULT, Job
 from gtl.train.prepare import prepare
 from gtl.train.resources import Resources, choose_resources, describe
 from gtl.train.resume import PUBLISHED, check_unchanged, go_on, pin_init, unfinished, was_of
 from gtl.train.services import Services
 from gtl.train.weights import BEST, CANDIDATES
-from gtl.train.worker import RESULT, Job, main
+from gtl.train.worker import main
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:

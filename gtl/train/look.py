@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gtl.evaluate.validation import Validation
     from gtl.families.base import Conditions
     from gtl.train.assemble import Trainee
-    from gtl.train.engine import Engine
+    from gtl.train.loop import Learner
 
 SAMPLES = "samples"
 """In a run's folder: grids by the steps made before them."""
@@ -132,7 +132,7 @@ class Watch:
     last: int
     """Steps of the whole run."""
     run: Store
-    engines: Mapping[str, Engine]
+    engines: Mapping[str, Learner]
     validation: Validation
     device: torch.device
     grid: Grid | None

@@ -20,9 +20,12 @@ import torch.distributed as dist
 from gtl.types import Batch, Losses, UserError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from torch import Tensor
+
+    from gtl.train.checkpoint import Shapes, State
 
 
 Wish = Literal["save", "stop"]
@@ -60,6 +63,35 @@ class Player(Protocol):
 
     def step(self) -> None:
         """Make the optimizer step."""
+        ...
+
+
+class Learner(Protocol):
+    """What looks, checkpoints and the export ask of an engine."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of every trained parameter, by name."""
+        ...
+
+    def __call__(self, batch: Batch) -> Losses | None:
+        """Run the player forward."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Within it the player is in evaluation mode, without gradients, and has its averaged weights. Collective."""
+        ...
+
+    def weights(self, ema: bool = False) -> dict[str, Tensor]:
+        """Whole trained weights by name, fp32 in CPU memory, on rank 0; {} elsewhere. Collective."""
+        ...
+
+    def state(self) -> State:
+        """Everything that the next step depends on; its tensors on rank 0 only. Collective."""
+        ...
+
+    def load_state(self, steps: int, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+        """Go on from a state."""
         ...
 
 

@@ -12,7 +12,7 @@ from gtl.config.load import dump_recipe, read_yaml
 from gtl.config.names import parse_reference
 from gtl.storage import Store
 from gtl.train.checkpoint import latest, read_manifest
-from gtl.train.worker import CHECKPOINTS, Job
+from gtl.train.job import CHECKPOINTS, Job
 from gtl.types import Progress, UserError, quiet
 
 HARMLESS = {

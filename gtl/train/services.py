@@ -11,7 +11,7 @@ from gtl.types import Progress
 
 if TYPE_CHECKING:
     from gtl.train.board import Row
-    from gtl.train.worker import Job
+    from gtl.train.job import Job
 
 NOT_METRICS = ("step", "steps")
 VERSION_TAG = "gtl.version"

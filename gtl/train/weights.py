@@ -13,9 +13,9 @@ from gtl.storage import Store, explained
 
 if TYPE_CHECKING:
     from gtl.train.assemble import Trainee
-    from gtl.train.engine import Engine
+    from gtl.train.job import Job
+    from gtl.train.loop import Learner
     from gtl.train.saver import Saver
-    from gtl.train.worker import Job
 
 BEST = "best"
 """In a run's folder: the weights that were the best so far, where the run's workers judge them."""
@@ -23,7 +23,7 @@ CANDIDATES = "candidates"
 """In a run's folder: weights that others measure."""
 
 
-def keep(engines: Mapping[str, Engine], job: Job, trainee: Trainee, step: int, is_best: bool, saver: Saver) -> None:
+def keep(engines: Mapping[str, Learner], job: Job, trainee: Trainee, step: int, is_best: bool, saver: Saver) -> None:
     """Copy the weights of a step as they would be published and begin to write them. Collective."""
     import torch.distributed as dist
 

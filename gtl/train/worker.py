@@ -2,67 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from gtl import __version__
 from gtl.config import Recipe, parse_recipe
-from gtl.storage import Store, explained
-from gtl.types import DTYPES, UserError
+from gtl.storage import Store
+from gtl.train.board import Post
+from gtl.train.job import Job, Notify
+from gtl.types import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from gtl.data.dataset import Dataset
-    from gtl.data.loader import Loader
-    from gtl.data.plan import Plan
     from gtl.families.base import DiffusionFamily
     from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
-    from gtl.train.look import InTurn, Pictures, Watch
     from gtl.train.loop import Wish
     from gtl.train.plan import TrainPlan
-    from gtl.train.saver import Saver
-
-CHECKPOINTS = "checkpoints"
-RESULT = "result.json"
-"""In a run's folder, written last: all steps are made and the adapter is exported."""
-
-Found = TypeVar("Found")
-Notify = Callable[[dict[str, float]], "Wish | Literal['enough'] | None"]
-"""Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything. enough: to save and stop as one
-whose last step was made."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs, settled once by the launcher; plain values, so that it travels."""
-
-    recipe: dict[str, Any]
-    name: str
-    version: str
-    dataset: str
-    """Fingerprint of the prepared dataset in the cache."""
-    base: str
-    """Fingerprint of the base model."""
-    dtype: str
-    """Of the frozen weights: fp32 or bf16."""
-    beside: bool = False
-    """Whether others measure the pictures of every look's weights, instead of the workers in turn with training."""
-    code: str = __version__
-
-    @property
-    def run(self) -> Store:
-        """The run's folder."""
-        return Store(f"{self.recipe['storage']['runs']}/{self.name}/{self.version}")
 
 
 def main(config: dict[str, Any]) -> None:
@@ -72,15 +31,12 @@ def main(config: dict[str, Any]) -> None:
     import ray.train.torch
     from ray.train.v2._internal.execution.context import get_train_context
 
-    board, pending = config["board"], []
-    notices: list[Any] = []
+    board = config["board"]
+    post, notices = Post(board), list[Any]()
 
     def notify(row: dict[str, float]) -> Wish | Literal["enough"] | None:
-        """Post a row without waiting; the answer to an earlier one is soon enough."""
-        pending.append(board.push.remote(row))
-        answered, pending[:] = ray.wait(pending, num_returns=len(pending), timeout=0)
-        if wishes := [wish for wish in ray.get(answered) if wish]:
-            return wishes[-1]
+        if wish := post(row):
+            return wish
         # `ray.train.get_preemption_info` asks all ranks, which takes longer than many a step; one is enough to know.
         notice = get_train_context().preemption_context.preemption_info
         if notice is None or notice in notices:
@@ -92,7 +48,7 @@ def main(config: dict[str, Any]) -> None:
         return  # Ray Train starts the workers again after any error; this one is the user's to mend
     try:
         run(Job(**config["job"]), ray.train.torch.get_device(), notify)
-        ray.get(pending)
+        post.finish()
     except UserError as error:
         ray.get(board.post_mistake.remote(str(error)))
         raise  # the other ranks may wait for this one; Ray Train ends them all
@@ -106,68 +62,32 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     Raises:
         UserError: versions or models differ, the model does not fit the recipe, the loss diverges, a store fails.
     """
-    import torch
     import torch.distributed as dist
 
     from gtl.data.dataset import Dataset
     from gtl.data.plan import Plan
     from gtl.train.assemble import assemble
-    from gtl.train.flops import peak_flops
-    from gtl.train.loop import Lane, stop_on_signals, train
-    from gtl.train.saver import Saver
-    from gtl.train.track import Tracker
-    from gtl.train.weights import keep
+    from gtl.train.course import Course
+    from gtl.train.loop import stop_on_signals, train
 
     if job.code != __version__:
         raise UserError(f"gtl {__version__} on a worker, {job.code} where the run was started; install one version")
     recipe, begun = parse_recipe(job.recipe), time.monotonic()
-    dataset, held_out = Dataset.load(Store(recipe.storage.cache), job.dataset).split(recipe.data.validation)
-    batches = Plan(dataset.entries, recipe.train.batch_size, recipe.data.seed)
+    dataset = Dataset.load(Store(recipe.storage.cache), job.dataset)
+    trained, _ = dataset.split(recipe.data.validation)
+    steps_per_epoch = Plan(trained.entries, recipe.train.batch_size, recipe.data.seed).steps_per_epoch
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
-    plan = settle(recipe, trainee.family, device, job.dtype, batches.steps_per_epoch)
+    plan = settle(recipe, trainee.family, device, job.dtype, steps_per_epoch)
     engines = make_engines(trainee, recipe, plan, device)
-    done, spent = restore(engines, job.run, device)
 
-    def device_hours() -> float:
-        return spent + (time.monotonic() - begun) / 3600 * dist.get_world_size()
+    def used() -> float:
+        return (time.monotonic() - begun) / 3600 * dist.get_world_size()
 
-    saver = Saver()
-
-    def keep_weights(step: int, is_best: bool) -> None:
-        keep(engines, job, trainee, step, is_best, saver)
-
-    look = make_watch(job, recipe, trainee, engines, plan, (dataset, held_out), device, done, keep_weights)
-    has_enough = False
-    with ExitStack() as stack:
-        tracker = stack.enter_context(Tracker(job.run, done)) if dist.get_rank() == 0 else None
-        stack.enter_context(saver)
-
-        def report(row: dict[str, float]) -> Wish | None:
-            nonlocal has_enough
-            assert tracker is not None
-            saver.check()
-            tracker.log(row)
-            wish = notify({**row, "steps": plan.steps})
-            has_enough |= wish == "enough"
-            return "stop" if wish == "enough" else wish
-
-        def save_all(step: int) -> None:
-            if tracker is not None:
-                tracker.flush()  # first: who goes on from the checkpoint finds the rows that lead to it
-            save(engines, job, plan, step, device_hours(), CHECKPOINTS, recipe.train.checkpoints.keep, saver)
-
-        peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
-        lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
-        loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done, device)
-        with stop_on_signals(lane):
-            done = train(engines, loader, lane)
-    dist.barrier()  # rank 0 has written everything
-    if done < plan.steps and not look.enough and not of_first(lambda: has_enough, device):
-        return
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    result = {"steps": done, "device": kind, "device_hours": device_hours(), **look.verdict}
-    finish(job, recipe, trainee, engines, result, device)
+    course = Course(job, recipe, trainee, engines, plan, dataset, device, notify, used)
+    with course, stop_on_signals(course.lane):
+        train(engines, course.batches, course.lane)
+    course.finish()
 
 
 def check_base(family: DiffusionFamily, job: Job) -> None:
@@ -218,157 +138,3 @@ def make_engines(trainee: Trainee, recipe: Recipe, plan: TrainPlan, device: torc
             accumulation=plan.accumulation, device=device, total_steps=plan.steps, dtype=trainee.dtype,
         )  # fmt: skip
     return engines
-
-
-def make_loader(
-    dataset: Dataset, batches: Plan, trainee: Trainee, plan: TrainPlan, seed: int, first_step: int,
-    device: torch.device,
-) -> Loader:  # fmt: skip
-    """This rank's micro-batches from `first_step` to the end of the run."""
-    import torch.distributed as dist
-
-    from gtl.data.loader import Loader
-
-    return Loader(
-        dataset, batches, trainee.objective.draw, trainee.objective.collate, rank=dist.get_rank(),
-        world=dist.get_world_size(), micro_batch=plan.micro_batch, first_step=first_step, last_step=plan.steps,
-        seed=seed, pin=device.type == "cuda",
-    )  # fmt: skip
-
-
-def make_watch(
-    job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], plan: TrainPlan,
-    sides: tuple[Dataset, Dataset], device: torch.device, done: int, keep: Callable[[int, bool], None],
-) -> Watch:  # fmt: skip
-    """What looks at the model from time to time; `sides` are the images it learns from and those it does not."""
-    import torch
-    import torch.distributed as dist
-
-    from gtl.evaluate.validation import Validation
-    from gtl.train.best import best_of
-    from gtl.train.look import Grid, Pictures, Watch, auto_prompts
-    from gtl.train.scores import forget_scores
-    from gtl.train.track import read_rows
-    from gtl.train.weights import BEST, CANDIDATES, forget, kept
-
-    trained, held_out = sides
-    validation = Validation(
-        held_out, trainee.objective, batch_size=plan.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
-        seed=recipe.data.seed,
-    )  # fmt: skip
-    shown, grid, scoring, best = recipe.evaluate, None, None, best_of(recipe)
-    rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
-    measured = ("val_loss", *recipe.at_looks.metrics)
-    seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
-    if recipe.needs.text != "none":
-        pictures = Pictures(recipe.at_looks, trainee, trained, device, getattr(torch, DTYPES[job.dtype]))
-        prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
-        size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
-        grid = Grid(pictures, prompts, size) if prompts else None
-        if recipe.at_looks.metrics and not job.beside:
-            scoring = make_scoring(job, recipe, pictures)
-    if job.beside and best is not None and best.metric != "val_loss":
-        best = None  # others judge
-    if best is not None:
-        best.replay(rows, done, of_first(lambda: kept(job.run, BEST), device))
-    if dist.get_rank() == 0:
-        for folder in (BEST, CANDIDATES):
-            forget(job.run, folder, lambda step: step <= done)
-        forget_scores(job.run, done)
-    return Watch(
-        shown.every, plan.steps, job.run, engines, validation, device, grid, scoring, best, keep,
-        job.beside and bool(recipe.at_looks.metrics), seen,
-    )  # fmt: skip
-
-
-def make_scoring(job: Job, recipe: Recipe, pictures: Pictures) -> InTurn:
-    """What measures pictures while training waits. Collective."""
-    from gtl.data.reference import reference
-    from gtl.evaluate.sampling import plan
-    from gtl.evaluate.turn import Turn
-    from gtl.train.look import InTurn
-
-    family, cache, asked = pictures.trainee.family, recipe.storage.cache, recipe.at_looks
-    images = of_first(lambda: reference(recipe.data, family, cache), pictures.device)
-    sampling = plan(asked, images, job.dtype)
-    turn = Turn(asked, family, images, sampling, Store(cache), pictures.device, pictures.dtype)
-    base = {"source": recipe.model.source, "fingerprint": job.base}
-    return InTurn(pictures, turn, f"{job.name}@{job.version}", base)
-
-
-def of_first(find: Callable[[], Found], device: torch.device) -> Found:
-    """What rank 0 finds, on every rank: the others may see a store as it was a moment ago. Collective."""
-    import torch.distributed as dist
-
-    found = [find() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0, device=device)
-    return cast(Found, found[0])
-
-
-def restore(engines: Mapping[str, Engine], run: Store, device: torch.device) -> tuple[int, float]:
-    """Load the run's newest checkpoint into the engines; the steps and device hours behind it. Collective."""
-    from gtl.train.checkpoint import latest, load
-
-    key = of_first(lambda: latest(run, CHECKPOINTS), device)
-    if key is None:
-        return 0, 0.0
-    checkpoint = load(run, key, {name: engine.shapes for name, engine in engines.items()})
-    for name, engine in engines.items():
-        engine.load_state(checkpoint.steps(name), checkpoint.tensors(name))
-    return checkpoint.step, checkpoint.manifest["device_hours"]
-
-
-def save(
-    engines: Mapping[str, Engine], job: Job, plan: TrainPlan, step: int, device_hours: float, folder: str, keep: int,
-    saver: Saver,
-) -> None:  # fmt: skip
-    """Copy the state of a step and begin to write it into a folder of the run, where the newest `keep` stay.
-
-    Collective.
-    """
-    import torch.distributed as dist
-
-    from gtl.train.checkpoint import prune, step_key
-    from gtl.train.checkpoint import save as write
-
-    saver.wait()  # before the next state is copied: there is memory for one
-    states = {name: engine.state() for name, engine in engines.items()}
-    if dist.get_rank() != 0:
-        return
-    manifest = {"step": step, "dataset": job.dataset, "base": job.base, "stage": plan.stage,
-                "workers": dist.get_world_size(), "device_hours": device_hours}  # fmt: skip
-
-    def commit() -> None:
-        write(job.run, step_key(folder, step), states, manifest)
-        prune(job.run, folder, keep)
-
-    saver.submit(commit)
-
-
-def finish(
-    job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Engine], result: dict[str, Any],
-    device: torch.device,
-) -> None:  # fmt: skip
-    """Export what was learned and write the run's result, which marks it as finished. Collective; rank 0 writes."""
-    import torch.distributed as dist
-
-    from gtl.train.track import read_rows
-    from gtl.train.weights import BEST, take
-
-    tensors: dict[str, Any] = {}
-    best = result.get("best_step")
-    for engine in engines.values() if best is None else ():
-        tensors |= engine.weights(ema=recipe.train.ema is not None)
-    if dist.get_rank() != 0:
-        return
-    if best is not None:
-        take(job.run, BEST, best)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            with explained(temporary):
-                trainee.tuner.export(tensors, folder)
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-                job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
-    result = {**result, "final_loss": read_rows(job.run)[-1].get("loss")}
-    job.run.write(RESULT, json.dumps(result).encode())

@@ -14,7 +14,7 @@ from gtl.bench.models import write_dataset
 from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
-from gtl.train.worker import Job
+from gtl.train.job import Job
 from tests.engine.group import CONTEXT
 
 IMAGES = 10

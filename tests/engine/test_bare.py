@@ -17,8 +17,8 @@ from gtl.bench.setting import Setting, settle
 from gtl.bench.train import measure, table
 from gtl.objectives.denoise import conditions_of
 from gtl.storage import Store
+from gtl.train.course import make_loader
 from gtl.train.track import Tracker
-from gtl.train.worker import make_loader
 from gtl.types import quiet
 from tests.engine.group import Group
 from tests.twins import TWINS

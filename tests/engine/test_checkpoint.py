@@ -18,9 +18,10 @@ from gtl.storage import Store
 from gtl.train import checkpoint, worker
 from gtl.train.assemble import assemble
 from gtl.train.checkpoint import Shapes, State, complete, latest, load, prune, save, step_key
+from gtl.train.job import CHECKPOINTS, Job
 from gtl.train.plan import TrainPlan
 from gtl.train.saver import Saver
-from gtl.train.worker import CHECKPOINTS, Job, make_engines
+from gtl.train.worker import make_engines
 from gtl.types import UserError
 from tests.engine.group import Group
 from tests.engine.runs import make_job

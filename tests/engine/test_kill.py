@@ -11,7 +11,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from gtl.train.checkpoint import complete
-from gtl.train.worker import CHECKPOINTS, RESULT
+from gtl.train.job import CHECKPOINTS, RESULT
 from tests.engine.runs import Kill, go, learned, make_job
 
 FULL = {"type": "full"}

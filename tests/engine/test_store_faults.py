@@ -22,8 +22,9 @@ import torch.distributed as dist
 from gtl import families
 from gtl.storage import Store
 from gtl.train.checkpoint import Shapes, State, complete, latest, load, save, step_key
+from gtl.train.job import CHECKPOINTS, RESULT, Job
 from gtl.train.track import read_rows
-from gtl.train.worker import CHECKPOINTS, RESULT, Job, run
+from gtl.train.worker import run
 from gtl.types import UserError
 from tests.engine.group import Group
 from tests.engine.runs import learned, make_job

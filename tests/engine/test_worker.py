@@ -16,9 +16,11 @@ from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
 from gtl.train.assemble import assemble
+from gtl.train.course import finish, make_watch
 from gtl.train.engine import Engine
+from gtl.train.job import Job
 from gtl.train.plan import TrainPlan
-from gtl.train.worker import Job, check_base, finish, make_watch
+from gtl.train.worker import check_base
 from gtl.types import UserError
 from tests.engine.group import Group
 from tests.engine.toy import make_train
@@ -106,7 +108,7 @@ def export_to(folder: Path, job: Job, disk: Path) -> str:
     )  # fmt: skip
     tempfile.tempdir = str(disk)
     try:
-        finish(job, recipe, trainee, {"denoiser": engine}, {}, torch.device("cpu"))
+        finish(job, recipe, trainee, {"denoiser": engine}, {})
     except UserError as error:
         return str(error)
     finally:

@@ -343,8 +343,8 @@ def test_a_run_that_could_not_publish_publishes_on_resume(place: Path, one_worke
 )
 def test_resume_refuses_other_images_or_another_model(tmp_path: Path, kind: str, message: str) -> None:
     from gtl.train import checkpoint
+    from gtl.train.job import Job
     from gtl.train.resume import check_unchanged
-    from gtl.train.worker import Job
 
     recipe = make_recipe(tmp_path).model_dump(mode="json")
     job = Job(recipe, "changed", "v1", dataset="d" * 64, base="b" * 64, dtype="fp32")

@@ -10,8 +10,8 @@ import pytest
 import wandb
 from mlflow import MlflowClient
 
+from gtl.train.job import Job
 from gtl.train.services import Services
-from gtl.train.worker import Job
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "steps": 2, "loss": 0.5, "val_loss": 0.75},
