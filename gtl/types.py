@@ -36,7 +36,8 @@ class Losses(NamedTuple):
     """What a player's forward returns.
 
     `total` is this micro-batch's share of the global mean: sum over its samples of weight * loss, a scalar that
-    carries the gradient. `parts` are detached scalars to report, shares of the global mean like `total`.
+    carries the gradient. `parts` are detached scalars to report, shares of the global mean like `total`. Of a batch of
+    several runs all of these are [runs].
     """
 
     total: Tensor
@@ -111,12 +112,17 @@ class Item:
 class Batch:
     """One rank's micro-batch.
 
-    `tensors` are stacked over samples ([B, ...]); `weight` [B] sums to 1 over the GLOBAL batch.
+    `tensors` are stacked over samples ([B, ...]); `weight` [B] sums to 1 over the GLOBAL batch. Where several runs
+    share a forward pass it is [runs, B], and a row is zero at the samples of others.
     """
 
     tensors: dict[str, Tensor]
     weight: Tensor
     keys: tuple[str, ...] = field(default=())
+
+    def share(self, losses: Tensor) -> Tensor:
+        """Of losses [B] the sum of weight * loss, [] or [runs]; what has no weight is left out, also if not finite."""
+        return (self.weight * losses).masked_fill(self.weight == 0, 0.0).sum(-1)
 
     def pin(self) -> Batch:
         """The same batch in memory that a GPU reads by itself: from any other `to` waits for all that it still does."""

@@ -9,6 +9,8 @@ from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Card
 from gtl.adapters.formats import MAIN_PARTS, PEFT_CONFIG
 from gtl.adapters.read import is_part
+from gtl.config.recipe import Recipe
+from gtl.config.space import label
 from gtl.config.tuners import LoraTuner
 from gtl.types import UserError
 
@@ -40,16 +42,28 @@ def fits(adapter: Card | Path) -> str | None:
     return f"it changes {', '.join(encoders)}, and prompts are encoded before the batch" if encoders else None
 
 
-def trains_beside(config: LoraTuner, main: str) -> str | None:
-    """Why a trial of the part `main` cannot train in one forward pass with others; None: it can."""
-    if config.dora:
-        return DORA
-    if config.train not in (None, [main]):
-        return f"it trains {', '.join(config.train or ())}; slots are in {main} alone"
-    if config.dropout:
-        return "dropout draws for the whole batch at once, so a trial would depend on its neighbours"
-    if config.initialization.startswith(("pissa", "olora")):
-        return f"initialization {config.initialization} changes the base, which is shared"
+def trains_beside(recipe: Recipe) -> str | None:
+    """Why a trial cannot train in one forward pass with others, naming the key; None: it can."""
+    tuner, objective, train = recipe.tuner, recipe.objective, recipe.train
+    if not isinstance(tuner, LoraTuner):
+        return f"tuner.type: {tuner.type}: moves the model's own weights, which all share"
+    if tuner.dora:
+        return f"tuner.dora: true: {DORA}"
+    if tuner.dropout:
+        return f"tuner.dropout: {tuner.dropout:g}: is drawn for the whole batch, so a trial would depend on others"
+    if tuner.initialization.startswith(("pissa", "olora")):
+        return f"tuner.initialization: {tuner.initialization}: changes the base, which all share"
+    for key, value, bearable in (
+        ("objective.type", objective.type, ("denoise",)),
+        ("model.quantization", recipe.model.quantization, (None,)),
+        ("train.optimizer.type", train.optimizer.type, ("adamw",)),
+        ("train.compile", train.compile, (False,)),
+        ("train.workers", train.workers, ("auto", 1)),
+        ("train.zero.stage", train.zero.stage, ("auto", 0)),
+        ("train.zero.offload", train.zero.offload, ("none",)),
+    ):
+        if value not in bearable:
+            return f"{key}: {label(value)}: a pack is one process with the whole model; it takes {label(bearable[0])}"
     return None
 
 

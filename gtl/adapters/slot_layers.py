@@ -20,8 +20,8 @@ from torch.nn import functional as F
 class Way(NamedTuple):
     """How a batch is computed: as runs of equal length, each with a slot and a scale of its own."""
 
-    each: int
-    """Rows of a run. The more, the larger the matrix products and the fewer."""
+    each: int | None
+    """Rows of a run: the more, the larger the matrix products and the fewer. None: one run has all."""
     first: int | None
     """The first run's slot, where the runs take consecutive slots: their weights are read where they lie. None: they
     are gathered."""
@@ -40,8 +40,8 @@ def way_of(slots: Sequence[int], scales: Sequence[float]) -> Way:
 class Rows:
     """What every layer reads of the batch in work; set once a forward pass."""
 
-    each: int = 0
-    """Rows of a run; 0 while nothing is assigned."""
+    each: int | None = 0
+    """Rows of a run; 0 while nothing is assigned, None where one run has as many as come."""
     index: Tensor = torch.empty(0, dtype=torch.long)
     """Each run's slot, [runs]."""
     gathered: bool = True
@@ -80,7 +80,7 @@ class SlotLayer(nn.Module):
             ValueError: the first dimension is not the batch that was assigned.
         """
         rows = self.rows
-        if x.shape[0] != len(rows.index) * rows.each:
+        if rows.each is not None and x.shape[0] != len(rows.index) * rows.each:
             raise ValueError(
                 f"{self.name}: {x.shape[0]} rows came, {len(rows.index) * rows.each} are assigned; a layer whose first "
                 "dimension is not the batch cannot have slots"
@@ -118,7 +118,7 @@ class SlotConv(SlotLayer):
 
     def adapted(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """All rows are one grouped convolution, of a row's channels a group."""
-        layer, each = self.base_layer, self.rows.each
+        layer, each = self.base_layer, len(x) // len(a)
         y = layer(x)
         x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
         if each > 1:

@@ -115,7 +115,14 @@ class Slots:
             raise ValueError(f"slots {list(slots)}: expected at least one, each from 0 to {self.slots - 1}")
         given = [1.0] * len(slots) if scales is None else list(scales)
         way = Way(1, None) if self.steady else way_of(slots, given)
-        heads, scale = list(slots[:: way.each]), given[:: way.each]
+        self._assign(way, slots[:: way.each], given[:: way.each])
+
+    def assign_all(self, slot: int, scale: float = 1.0) -> None:
+        """Let every row of the next batches, however many they have, take one slot."""
+        self._assign(Way(None, slot), [slot], [scale])
+
+    def _assign(self, way: Way, heads: Sequence[int], scale: Sequence[float]) -> None:
+        """Slots and scales of the runs."""
         runs = len(heads)
         if runs not in self._runs:  # their memory stays, so that captured graphs read what is assigned
             with torch.inference_mode(False):  # or nobody could change them outside of it
@@ -124,12 +131,12 @@ class Slots:
                     torch.ones(runs, dtype=self._precise, device=self.weights.device),
                 )
         index, factors = self._runs[runs]
-        index.copy_(torch.tensor(heads), non_blocking=True)
-        factors.copy_(torch.tensor(scale, dtype=factors.dtype), non_blocking=True)
+        index.copy_(torch.tensor(list(heads)), non_blocking=True)
+        factors.copy_(torch.tensor(list(scale), dtype=factors.dtype), non_blocking=True)
         self.rows.each, self.rows.index, self.rows.gathered = way.each, index, way.first is None
         self.rows.scale = factors if self.steady or any(factor != 1 for factor in scale) else None
         first, count = (0, self.slots) if way.first is None else (way.first, runs)
-        seen = first, count, frozenset(range(self.slots) if self.steady else slots)
+        seen = first, count, frozenset(range(self.slots) if self.steady else heads)
         if seen != self._seen:
             self._show(*seen)
             self._seen = seen

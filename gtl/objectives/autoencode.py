@@ -85,8 +85,8 @@ class Autoencoder(nn.Module):
             decoded = self.family.decode(self.codec, self.family.sample_latents(moments, batch.tensors["noise"]))
         error = (decoded.float() - pixels).flatten(1)
         losses = {"l1": error.abs().mean(1), "l2": error.square().mean(1), "kl": divergence(moments)}
-        shares = {name: (batch.weight * loss).sum() for name, loss in losses.items()}
-        total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
+        shares = {name: batch.share(loss) for name, loss in losses.items()}
+        total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum(0)
         return Losses(total, {name: share.detach() for name, share in shares.items()})
 
 

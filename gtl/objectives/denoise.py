@@ -121,7 +121,7 @@ class Denoiser(nn.Module):
         error = prediction[:, : target.shape[1]].float() - target
         mse = error.square().flatten(1).mean(1)
         loss = mse if self.min_snr_gamma is None else mse * min_snr(self.path, t, self.min_snr_gamma)
-        return Losses((batch.weight * loss).sum(), {"mse": (batch.weight * mse).sum().detach()})
+        return Losses(batch.share(loss), {"mse": batch.share(mse).detach()})
 
     def _conditions(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = under(TOKEN, tensors)

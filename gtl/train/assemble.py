@@ -35,10 +35,15 @@ class Trainee:
     """Of the arithmetic, and of what does not move; see `gtl.train.place`."""
 
 
-def assemble(recipe: Recipe, dtype: str) -> Trainee:
+def assemble(recipe: Recipe, dtype: str, *, adapted: bool = True) -> Trainee:
     """Load the live parts, let the tuner mark or inject what moves, and make the objective's players.
 
     Weights are mapped from their files as they are stored there, and take no memory until the engine places them.
+
+    Args:
+        recipe: Says all.
+        dtype: Of what does not move: fp32 or bf16.
+        adapted: False: nothing moves, and the tuner has not been there yet.
 
     Raises:
         UserError: the model's files or the adapter to continue from are not what they have to be, or do not fit the
@@ -51,8 +56,8 @@ def assemble(recipe: Recipe, dtype: str) -> Trainee:
 
     model, init = recipe.model, recipe.tuner.init
     family = open_family(model.source, model.family, revision=model.revision, variant=model.variant)
-    folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
-    trainee = join(recipe, dtype, family, make_tuner(recipe.tuner, family), "cpu", folder)
+    folder = None if init is None or not adapted else Registry(recipe.storage.registry).fetch(init)
+    trainee = join(recipe, dtype, family, make_tuner(recipe.tuner, family), "cpu", folder, adapted)
     if (main := trainee.parts.get(family.main)) is not None:
         blocks = list(chain.from_iterable(family.blocks(main)))
         if recipe.train.activation_checkpointing:
@@ -83,8 +88,9 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
 
 
 def join(
-    recipe: Recipe, dtype: str, family: DiffusionFamily, tuner: Tuner, device: str, init: Path | None = None
-) -> Trainee:
+    recipe: Recipe, dtype: str, family: DiffusionFamily, tuner: Tuner, device: str, init: Path | None = None,
+    adapted: bool = True,
+) -> Trainee:  # fmt: skip
     """The live parts on a device, with what the tuner does to them, under the objective's players.
 
     On meta nothing is quantised: shapes, and what autograd keeps, are the same without.
@@ -93,16 +99,20 @@ def join(
 
     from gtl.objectives import make_objective
     from gtl.train.quantize import quantize
+    from gtl.tuners.base import trained_parts
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
     parts = {name: family.load(name, device=device) for name in live_parts(recipe, family, objective)}
-    parameters = tuner.apply(parts, recipe.train.seed, init)
+    for part in parts.values():
+        part.requires_grad_(False)
+    parameters = tuner.apply(parts, recipe.train.seed, init) if adapted else {}
     kind, main = recipe.model.quantization, parts.get(family.main)
     if kind is not None and main is not None and device != "meta":
         # After the tuner: what it takes of the base, such as DoRA's norms and PiSSA's factors, is of the whole weights.
         quantize(main, chain.from_iterable(family.blocks(main)), kind, arithmetic)
-    for part in parts.values():
-        part.train(any(parameter.requires_grad for parameter in part.parameters()))
+    trained = trained_parts(recipe.tuner.train, list(parts)) if not adapted else ()
+    for name, part in parts.items():
+        part.train(name in trained or any(parameter.requires_grad for parameter in part.parameters()))
     return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic), arithmetic)
 
 

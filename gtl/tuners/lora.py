@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,25 +51,43 @@ class Lora:
         """
         for module in parts.values():
             module.requires_grad_(False)
-        trained = {name: parts[name] for name in trained_parts(self.config.train, list(parts))}
         trainable: dict[str, nn.Parameter] = {}
-        for part, target in self.targets(trained):
-            layer = cast("nn.Linear | nn.Conv2d", parts[part].get_submodule(target))
-            self._check(target, layer)
-            named = target if part == self.family.main else f"{part}.{target}"
-            adapter = adapt(layer, self._peft_config(), zlib.crc32(named.encode(), seed))
+        for part, target, layer in self._layers(parts):
+            adapter = self._adapter(part, target, layer, seed)
             parts[part].set_submodule(target, adapter)
-            for key, parameter in adapter.named_parameters():
-                if parameter.requires_grad:
-                    trainable[f"{part}.{target}.{key.replace(f'.{ADAPTER}', '')}"] = parameter
+            trainable |= trained_of(adapter, f"{part}.{target}")
         if self.config.initialization.startswith(PRINCIPAL):
             self._initial = {key: value.detach().cpu().clone() for key, value in trainable.items()}
         if init is not None:
-            try:
-                self._continue_from(parts, trainable, init)
-            except UserError as error:
-                raise UserError(f"tuner.init: {self.config.init}: {error}") from None
+            self._continue_from(parts, trainable, init)
         return trainable
+
+    def initial(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
+        """What `apply` would return, of parts that stay as they are and may be on meta; in CPU memory.
+
+        Not of what depends on the base's weights: DoRA, PiSSA and OLoRA.
+
+        Raises:
+            UserError: see `apply`.
+        """
+        trainable: dict[str, nn.Parameter] = {}
+        for part, target, layer in self._layers(parts):
+            blank = copy.deepcopy(layer).to_empty(device="cpu")
+            trainable |= trained_of(self._adapter(part, target, blank, seed), f"{part}.{target}")
+        if init is not None:
+            self._continue_from(parts, trainable, init)
+        return trainable
+
+    def _layers(self, parts: dict[str, nn.Module]) -> Iterator[tuple[str, str, nn.Linear | nn.Conv2d]]:
+        """The layers that get an adapter, with their parts and names."""
+        for part, target in self.targets({name: parts[name] for name in trained_parts(self.config.train, list(parts))}):
+            layer = cast("nn.Linear | nn.Conv2d", parts[part].get_submodule(target))
+            self._check(target, layer)
+            yield part, target, layer
+
+    def _adapter(self, part: str, target: str, layer: nn.Linear | nn.Conv2d, seed: int) -> nn.Module:
+        named = target if part == self.family.main else f"{part}.{target}"
+        return adapt(layer, self._peft_config(), zlib.crc32(named.encode(), seed))
 
     def targets(self, parts: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
         """Parts and names of the layers in them that get an adapter, in order.
@@ -103,11 +122,21 @@ class Lora:
         export = LoraExport(config.rank, config.resolved_alpha, config.rslora, config.dora, config.dropout)
         if config.initialization.startswith(PRINCIPAL):
             tensors = relative(tensors, self._initial)
-            export = LoraExport(2 * config.rank, self._scale * 2 * config.rank, False, config.dora, config.dropout)
+            export = LoraExport(2 * config.rank, self.scale * 2 * config.rank, False, config.dora, config.dropout)
         write_lora(tensors, folder, config=export)
 
     def _continue_from(self, parts: dict[str, nn.Module], trainable: dict[str, nn.Parameter], init: Path) -> None:
-        """Set the adapters to a published LoRA's, whose scale may be another."""
+        """Set the adapters to a published LoRA's, whose scale may be another.
+
+        Raises:
+            UserError: it is of another rank or of other layers.
+        """
+        try:
+            self._take(parts, trainable, init)
+        except UserError as error:
+            raise UserError(f"tuner.init: {self.config.init}: {error}") from None
+
+    def _take(self, parts: dict[str, nn.Module], trainable: dict[str, nn.Parameter], init: Path) -> None:
         if (kind := kind_of(init)) != "lora":
             raise UserError(f"it is a {kind}; lora continues from a lora")
         weights = fitting_lora(parts, init)
@@ -124,11 +153,12 @@ class Lora:
                 raise UserError(f"its rank is {rank} in {layer}; tuner.rank is {self.config.rank}")
         for name, parameter in trainable.items():
             layer, suffix = split_name(name)
-            theirs = weights.config.scale(layer, self.config.rank) / self._scale
+            theirs = weights.config.scale(layer, self.config.rank) / self.scale
             parameter.data.copy_(weights.tensors[name] * (theirs if suffix == B else 1.0))
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
+        """What the product of B and A is multiplied by."""
         config = self.config
         return config.resolved_alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
@@ -193,6 +223,14 @@ def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Mod
     # for each adapter; DoRA needs the cast, since it takes the dtype of its weight norm from the input.
     cast("LoraLayer", holder["layer"]).cast_input_dtype_enabled = config.use_dora
     return holder["layer"]
+
+
+def trained_of(adapter: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter layer's own parameters, by the names that checkpoints and files have."""
+    return {
+        f"{name}.{key.replace(f'.{ADAPTER}', '')}": parameter
+        for key, parameter in adapter.named_parameters() if parameter.requires_grad
+    }  # fmt: skip
 
 
 def relative(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:

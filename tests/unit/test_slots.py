@@ -16,7 +16,7 @@ from gtl.adapters.formats import LoraExport, write_lora
 from gtl.adapters.sharing import fits, trains_beside
 from gtl.adapters.slot_layers import Way, way_of
 from gtl.adapters.slots import Slots
-from gtl.config.tuners import LoraTuner
+from gtl.config import parse_recipe
 from gtl.types import UserError
 from tests.loras import close, random_lora
 
@@ -226,20 +226,55 @@ def test_a_card_says_the_same(changes: dict, reason: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("changes", "reason"),
     [
-        ({"rank": 4, "alpha": 3.0, "rslora": True, "freeze_depth": 0.5, "train": ["unet"]}, None),
-        ({"dora": True}, "it is a DoRA, which rescales whole weights of the base"),
-        ({"train": ["unet", "text_encoder"]}, "it trains unet, text_encoder; slots are in unet alone"),
+        ({"tuner": {"rank": 4, "alpha": 3.0, "rslora": True, "freeze_depth": 0.5, "train": ["unet"]}}, None),
+        ({"tuner": {"train": ["unet", "text_encoder"]}, "train": {"workers": 1}}, None),
         (
-            {"dropout": 0.1},
-            "dropout draws for the whole batch at once, so a trial would depend on its neighbours",
+            {"tuner": {"type": "freeze", "freeze_depth": 2}},
+            "tuner.type: freeze: moves the model's own weights, which all share",
         ),
-        ({"initialization": "pissa"}, "initialization pissa changes the base, which is shared"),
+        ({"tuner": {"dora": True}}, "tuner.dora: true: it is a DoRA, which rescales whole weights of the base"),
+        (
+            {"tuner": {"dropout": 0.1}},
+            "tuner.dropout: 0.1: is drawn for the whole batch, so a trial would depend on others",
+        ),
+        (
+            {"tuner": {"initialization": "pissa"}},
+            "tuner.initialization: pissa: changes the base, which all share",
+        ),
+        (
+            {"train": {"workers": 2}},
+            "train.workers: 2: a pack is one process with the whole model; it takes auto",
+        ),
+        (
+            {"train": {"compile": True}},
+            "train.compile: true: a pack is one process with the whole model; it takes false",
+        ),
+        (
+            {"train": {"optimizer": {"type": "adamw_8bit"}}},
+            "train.optimizer.type: adamw_8bit: a pack is one process with the whole model; it takes adamw",
+        ),
     ],
 )
-def test_trials_that_can_train_in_one_pass(config: dict, reason: str | None) -> None:
-    assert trains_beside(LoraTuner(**config), "unet") == reason
+def test_trials_that_can_train_in_one_pass(changes: dict, reason: str | None) -> None:
+    values = {"model": {"source": "builtin:tiny"}, "data": {"source": "photos"}, "tuner": {"type": "lora"}}
+    recipe = parse_recipe({**values, **changes, "train": {"steps": 1, **changes.get("train", {})}})
+    assert trains_beside(recipe) == reason
+
+
+def test_all_rows_of_any_batch_take_one_slot(tmp_path: Path) -> None:
+    part, x = net("conv-3x3")
+    slots = Slots("unet", part, ["layer"], 3, 4)
+    slots.load(2, [(write(net("conv-3x3")[0], tmp_path / "a", 4, 6.0, 1), 1.0)])
+    slots.assign([2] * 6, [0.5] * 6)
+    expected = part(x)
+    slots.assign_all(2, 0.5)
+    assert torch.equal(part(x), expected)
+    assert close(part(x[:1]), expected[:1])
+    slots.assign([1, 2])
+    with pytest.raises(ValueError, match="6 rows came, 2 are assigned"):
+        part(x)
 
 
 def test_nothing_is_read_for_a_batch_of_another_size() -> None:
