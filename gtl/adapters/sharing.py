@@ -1,4 +1,4 @@
-"""Which adapters can share a forward pass with others, each in a slot, and which trials can train so."""
+"""Which adapters can share a forward pass with others, each in a slot."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from gtl.adapters.apply import kind_of
 from gtl.adapters.card import Card
 from gtl.adapters.formats import MAIN_PARTS, PEFT_CONFIG
 from gtl.adapters.read import is_part
-from gtl.config.recipe import Recipe
-from gtl.config.space import label
-from gtl.config.tuners import LoraTuner
 from gtl.types import UserError
 
 DORA = "it is a DoRA, which rescales whole weights of the base"
@@ -40,31 +37,6 @@ def fits(adapter: Card | Path) -> str | None:
     parts = sorted(file.parent.name for file in configs if is_part(file.parent.name))
     encoders = [part for part in parts if part not in MAIN_PARTS]
     return f"it changes {', '.join(encoders)}, and prompts are encoded before the batch" if encoders else None
-
-
-def trains_beside(recipe: Recipe) -> str | None:
-    """Why a trial cannot train in one forward pass with others, naming the key; None: it can."""
-    tuner, objective, train = recipe.tuner, recipe.objective, recipe.train
-    if not isinstance(tuner, LoraTuner):
-        return f"tuner.type: {tuner.type}: moves the model's own weights, which all share"
-    if tuner.dora:
-        return f"tuner.dora: true: {DORA}"
-    if tuner.dropout:
-        return f"tuner.dropout: {tuner.dropout:g}: is drawn for the whole batch, so a trial would depend on others"
-    if tuner.initialization.startswith(("pissa", "olora")):
-        return f"tuner.initialization: {tuner.initialization}: changes the base, which all share"
-    for key, value, bearable in (
-        ("objective.type", objective.type, ("denoise",)),
-        ("model.quantization", recipe.model.quantization, (None,)),
-        ("train.optimizer.type", train.optimizer.type, ("adamw",)),
-        ("train.compile", train.compile, (False,)),
-        ("train.workers", train.workers, ("auto", 1)),
-        ("train.zero.stage", train.zero.stage, ("auto", 0)),
-        ("train.zero.offload", train.zero.offload, ("none",)),
-    ):
-        if value not in bearable:
-            return f"{key}: {label(value)}: a pack is one process with the whole model; it takes {label(bearable[0])}"
-    return None
 
 
 def uses_dora(file: Path) -> bool:

@@ -108,8 +108,9 @@ class Study(Section):
     concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials that run at once. auto: as many as the cluster has room for."""
     pack: Annotated[int, Field(ge=2)] | Literal["auto", "off"] = "auto"
-    """So many trials train in one forward pass of one process: those that differ only in LoRA rank, alpha, learning
-    rate, schedule, seed and freeze depth. auto: none as yet; a number is refused until there are packs."""
+    """So many trials train in one forward pass of one process, a pack: those that differ only in LoRA rank, alpha,
+    learning rate, schedule, seed and freeze depth. auto: as many as give the most trials an hour, which is measured
+    when the study begins; off where that is less than a fifth more."""
     transfer_rank: bool = False
     """Search the learning rate at the space's smallest rank, then carry it to the others. Refused until it is there."""
     publish: Publish = Publish()

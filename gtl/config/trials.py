@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.config.judged import check_measured
 from gtl.config.search import Asha, Pbt
 from gtl.config.space import Domain, Space, alternatives, ancestors, applying, count_points, label, points
+from gtl.config.tuners import LoraTuner
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -81,23 +82,41 @@ def check_population(study: Study, scheduler: Pbt) -> None:
 
 
 def check_pack(study: Study) -> None:
-    """Refuse a pack of trials that differ in more than it bears.
+    """Refuse a pack of trials that cannot be in one.
 
     Raises:
         UserError: names the key.
     """
-    base = study.base
-    if base.tuner.type != "lora":
-        raise UserError(f"pack: {study.pack}: is of LoRA trials, and tuner.type is {base.tuner.type}; take off")
+    if (reason := unpacked(study)) is not None:
+        raise UserError(f"pack: {study.pack}: {reason}; take auto or off")
+
+
+def unpacked(study: Study) -> str | None:
+    """Why trials of a study cannot train in one forward pass, naming a key; None: they can."""
     if others := [key for key in study.space if not key.startswith(PACKED)]:
-        raise UserError(
-            f"pack: {study.pack}: trials that differ in {others[0]} do not go into one pass; take auto or off"
-        )
-    if base.train.workers not in ("auto", 1) or base.train.zero.stage not in ("auto", 0):
-        raise UserError(
-            f"pack: {study.pack}: is one process with the whole model; set train.workers: 1 and train.zero.stage: 0, "
-            "or take off"
-        )
+        return f"trials differ in {others[0]}, so one pass is not for all"
+    if study.scheduler.type in ("pbt", "hyperband", "bohb"):
+        return f"scheduler.type: {study.scheduler.type}: lets trials wait for each other, and a pass is of all at once"
+    tuner, objective, model, train = study.base.tuner, study.base.objective, study.base.model, study.base.train
+    if not isinstance(tuner, LoraTuner):
+        return f"tuner.type: {tuner.type}: moves the model's own weights, which all share"
+    if tuner.dora:
+        return "tuner.dora: true: rescales the model's own weights, which all share"
+    if tuner.dropout:
+        return f"tuner.dropout: {tuner.dropout:g}: is drawn for the whole batch, so a trial would depend on others"
+    if tuner.initialization.startswith(("pissa", "olora")):
+        return f"tuner.initialization: {tuner.initialization}: changes the model's own weights, which all share"
+    for key, value, bearable in (
+        ("objective.type", objective.type, ("denoise",)),
+        ("model.quantization", model.quantization, (None,)),
+        ("train.optimizer.type", train.optimizer.type, ("adamw",)),
+        ("train.compile", train.compile, (False,)),
+        ("train.workers", train.workers, (1, "auto")),
+        ("train.zero.stage", train.zero.stage, (0, "auto")),
+    ):
+        if value not in bearable:
+            return f"{key}: {label(value)}: a pack is one process with the whole model; set {label(bearable[0])}"
+    return None
 
 
 def check_transfer(study: Study) -> None:

@@ -51,7 +51,7 @@ class TrialRecord:
     looks: list[dict[str, float]] = field(default_factory=list)
     """What was measured, by step."""
 
-    def read(self, run: Store, metrics: Sequence[str], costs: Mapping[str, float], devices: int) -> None:
+    def read(self, run: Store, metrics: Sequence[str], costs: Mapping[str, float], devices: float) -> None:
         """Take in what the run has left so far.
 
         Args:

@@ -44,8 +44,6 @@ def make_room(study: Study, place: Place, cluster: Cluster) -> Room:
     Raises:
         UserError: the largest trial does not fit into the cluster, or the study asks for what there is not yet.
     """
-    if study.pack not in ("auto", "off"):
-        raise UserError(f"pack: {study.pack}: trials do not train in one pass yet; leave it out")
     if study.transfer_rank:
         raise UserError("transfer_rank: true: a rate is not carried over ranks yet; leave it out")
     recipes = {recipe.train: recipe for recipe in (place.recipe(study, values) for values in corners(study))}

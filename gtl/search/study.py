@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gtl.adapters import Registry
@@ -66,7 +66,7 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
             record.trials.setdefault(trial, TrialRecord(trial, values, place.run(number).url()))
         record.save(hours())
         try:
-            search(study, place, record, room, progress, hours)
+            search(study, place, record, room, cluster, progress, hours)
             choose(study, place, record, cluster, progress)
             record.ended = now()
         finally:
@@ -114,18 +114,24 @@ def listed(study: Study) -> list[tuple[int, dict[str, Any]]]:
     return list(enumerate(configurations(study))) if study.searcher.type in ("random", "grid") else []
 
 
-def search(study: Study, place: Place, record: Record, room: Room, progress: Progress, hours: Any) -> None:
+def search(
+    study: Study, place: Place, record: Record, room: Room, cluster: Cluster, progress: Progress,
+    hours: Callable[[], float],
+) -> None:  # fmt: skip
     """Run the trials that are left.
 
     Raises:
         KeyboardInterrupt: the study was stopped.
     """
+    from gtl.search.pack import packs_for
     from gtl.search.tuning import run_trials
 
     left = [int(name) for name, one in sorted(record.trials.items()) if one.state not in ENDED]
     if study.searcher.type in ("random", "grid") and not left:
         return
-    run_trials(study, place, record, room.concurrency, room.devices, left, progress, hours)
+    unfinished = study.num_trials - sum(one.state in ENDED for one in record.trials.values())
+    with packs_for(study, place, room, cluster, unfinished, progress) as packs:
+        run_trials(study, place, record, room, packs, left, progress, hours)
 
 
 def choose(study: Study, place: Place, record: Record, cluster: Cluster, progress: Progress) -> None:

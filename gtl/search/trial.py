@@ -16,6 +16,7 @@ from ray.tune import Trainable
 
 from gtl.config import Recipe, Study
 from gtl.config.load import parse_recipe, parse_study
+from gtl.search.pack import Packs
 from gtl.search.record import trial_name
 from gtl.search.schedule import STEP
 from gtl.search.space import TRIAL
@@ -100,20 +101,22 @@ class Relay:
 
 
 class Trial(Trainable):
-    """Lives as an actor with a sliver of a CPU; the run's workers have places of their own.
+    """Lives as an actor with a sliver of a CPU; the run's workers have places of their own, or it trains in a pack.
 
     `step` lasts until the run has looked at what it learned. The run does not wait for an answer: a trial that is
     stopped may have made a few steps more.
     """
 
-    def setup(self, config: dict[str, Any], place: Place | None = None, board: Any = None) -> None:
+    def setup(
+        self, config: dict[str, Any], place: Place | None = None, board: Any = None, packs: Packs | None = None
+    ) -> None:
         """Nothing is started before the first step, since a state of another run may be put in place first."""
         assert place is not None
         self._place = place
         self._study = parse_study(place.study)
         self._number = int(config[TRIAL])
         self._run = place.run(self._number)
-        self._board = board
+        self._board, self._packs = board, packs
         self._relay = Relay(self._study.measured, board)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -164,7 +167,8 @@ class Trial(Trainable):
             with session() as cluster:
                 family = open_model(recipe, quiet)
                 name, version = trial_name(self._number), self._place.version
-                run_workers(begin(recipe, name, version, family, cluster, quiet), quiet, self._relay)
+                elsewhere = None if self._packs is None else self._packs.train
+                run_workers(begin(recipe, name, version, family, cluster, quiet), quiet, self._relay, elsewhere)
         except BaseException as error:  # handed to `step`, which is the actor's own thread
             self._failure = error
         finally:

@@ -16,7 +16,9 @@ from ray.tune.search import Searcher
 
 from gtl.config import Study
 from gtl.report.chart import short
+from gtl.search.pack import Packs
 from gtl.search.record import ENDED, Record, TrialRecord, trial_name
+from gtl.search.room import Room
 from gtl.search.schedule import make_scheduler, make_searcher, remember
 from gtl.search.space import TRIAL, param_space
 from gtl.search.trial import FAILED, Place, Trial, costs_of
@@ -33,7 +35,7 @@ SLIVER = 0.01
 
 
 def run_trials(
-    study: Study, place: Place, record: Record, concurrency: int, devices: int, left: Sequence[int],
+    study: Study, place: Place, record: Record, room: Room, packs: Packs | None, left: Sequence[int],
     progress: Progress, hours: Callable[[], float],
 ) -> None:  # fmt: skip
     """Run what is left of a study.
@@ -42,8 +44,8 @@ def run_trials(
         study: The study.
         place: Where its trials are.
         record: What is known of them; kept up to date.
-        concurrency: Trials at once.
-        devices: Of a trial.
+        room: What the cluster has for them.
+        packs: Where they train together, if they do.
         left: Numbers of trials that were begun or are listed, and have not ended.
         progress: Is called as it goes on.
         hours: On the clock since this part of the study began.
@@ -52,6 +54,9 @@ def run_trials(
         KeyboardInterrupt: the study was stopped; its trials have saved.
     """
     board = make_board()
+    concurrency, devices = (room.concurrency, room.devices) if packs is None else (packs.concurrency, 1 / packs.places)
+    if study.concurrency != "auto":
+        concurrency = min(concurrency, study.concurrency)
     with stop_signals(lambda: board.ask.remote("stop")) as seen:
         teller = Teller(study, place, record, devices, progress, hours, seen)
         scheduler = make_scheduler(study)
@@ -65,8 +70,9 @@ def run_trials(
         if numbered and samples < 1:
             return
         with quiet_tune():
+            driver = tune.with_parameters(Trial, place=place, board=board, packs=packs)
             tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(Trial, place=place, board=board), {"cpu": SLIVER}),
+                tune.with_resources(driver, {"cpu": SLIVER}),
                 param_space={} if numbered else param_space(study, left),
                 tune_config=tune.TuneConfig(
                     search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
@@ -121,7 +127,7 @@ class Teller(Callback):
     """Keeps the record and tells how far the study is."""
 
     def __init__(
-        self, study: Study, place: Place, record: Record, devices: int, progress: Progress,
+        self, study: Study, place: Place, record: Record, devices: float, progress: Progress,
         hours: Callable[[], float], seen: Sequence[int],
     ) -> None:  # fmt: skip
         """Nothing has happened yet; `seen` are the signals that ask the study to stop."""

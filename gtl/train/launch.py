@@ -193,13 +193,17 @@ class Companion(Protocol):
         """All steps are made; returns the last rows of its own."""
 
 
-def run_workers(start: Start, progress: Progress, companion: Companion | None = None) -> None:
+def run_workers(
+    start: Start, progress: Progress, companion: Companion | None = None,
+    elsewhere: Callable[[Job, Any], None] | None = None,
+) -> None:  # fmt: skip
     """Run the job's workers to the end, unless they were there before; Ctrl-C and SIGTERM let them save first.
 
     Args:
         start: The run.
         progress: Is called as it goes on.
         companion: Goes along.
+        elsewhere: Trains the job, posting to a board, in the place of workers of its own.
 
     Raises:
         UserError: a worker met a mistake of the user's.
@@ -223,6 +227,9 @@ def run_workers(start: Start, progress: Progress, companion: Companion | None = 
 
     def fit() -> None:
         try:
+            if elsewhere is not None:
+                elsewhere(job, board)
+                return
             with short_wait(resources.workers):
                 make_trainer(job, resources, board).fit()
         except Exception as error:  # handed to the main thread below

@@ -182,6 +182,14 @@ class Pack:
             self._dismiss(member)
         return left
 
+    def abandon(self, error: Exception) -> list[Member]:
+        """Let all members leave, for what none of them did; the pack is of no more use."""
+        left = list(self.members)
+        for member in left:
+            member.error = member.error or error
+            self._dismiss(member)
+        return left
+
     def _dismiss(self, member: Member) -> None:
         """Let a member save, write its result if it is at its end, and leave."""
         failed = member.error
@@ -271,7 +279,7 @@ class Pack:
 
 def lora_of(recipe: Recipe, family: DiffusionFamily) -> Lora:
     """A run's tuner."""
-    assert isinstance(recipe.tuner, LoraTuner)  # others are kept out by `trains_beside`
+    assert isinstance(recipe.tuner, LoraTuner)  # others are kept out by `gtl.config.trials.unpacked`
     return Lora(recipe.tuner, family)
 
 

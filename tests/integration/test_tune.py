@@ -103,6 +103,25 @@ def test_poor_trials_are_stopped_and_their_places_are_free(ray_cluster: None, pl
     assert record.winner is not None and record.winner["trial"] == "00000"
 
 
+def test_packed_trials_learn_what_they_learn_alone(ray_cluster: None, place: Path) -> None:
+    """Three trials in a pack of two: one of them fails, and the third gets its place; looks to 1e-5 of a solo twin's."""
+    space = {"train.learning_rate": {"choice": [1e-3, DIVERGING, 2e-3]}, "tuner.rank": {"choice": [2, 4]}}
+    values = make_values(place, space, 6, searcher={"type": "random", "seed": 3}, scheduler={"type": "fifo"}, trials=4,
+                         set={"evaluate.every": 3, "train.batch_size": 1})  # fmt: skip
+    packed = tune(parse_study({**values, "pack": 2}), "packed")
+    alone = tune(parse_study({**values, "pack": "off", "trials": 1}), "alone")
+    for name, one in packed.trials.items():
+        diverges = one.config["train.learning_rate"] == DIVERGING
+        assert one.state == ("failed" if diverges else "finished"), (name, one.reason)
+        assert not diverges or (one.reason is not None and one.reason.startswith("train.learning_rate: loss is "))
+    twin, first = alone.trials["00000"], packed.trials["00000"]
+    assert twin.config == first.config and len(first.looks) == 2
+    for mine, theirs in zip(first.looks, twin.looks, strict=True):
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+    assert sum(one.state == "finished" for one in packed.trials.values()) >= 2
+    assert packed.published
+
+
 @pytest.mark.soak  # trials are not held at an exchange: a loaded machine may run them one after the other
 def test_a_population_takes_over_weights(ray_cluster: None, place: Path) -> None:
     space = {"train.learning_rate": {"choice": [2e-2, 1e-7]}}
@@ -156,7 +175,6 @@ def test_a_study_that_ended_early_goes_on_and_repeats_nothing(place: Path, tmp_p
     ("asked", "message"),
     [
         ({"set": {"train.workers": 9}}, "train.workers: 9 workers with 1 CPUs each need 9 CPUs; the cluster has 3"),
-        ({"pack": 4}, "pack: 4: trials do not train in one pass yet; leave it out"),
         ({"space": {"train.learning_rate": {"choice": [DIVERGING]}}}, "no trial ran to its end: train.learning_rate: "),
     ],
 )

@@ -13,10 +13,9 @@ from gtl.adapters import Card, apply
 from gtl.adapters.card import Base, File
 from gtl.adapters.delta import write_delta
 from gtl.adapters.formats import LoraExport, write_lora
-from gtl.adapters.sharing import fits, trains_beside
+from gtl.adapters.sharing import fits
 from gtl.adapters.slot_layers import Way, way_of
 from gtl.adapters.slots import Slots
-from gtl.config import parse_recipe
 from gtl.types import UserError
 from tests.loras import close, random_lora
 
@@ -223,44 +222,6 @@ def test_a_card_says_the_same(changes: dict, reason: str | None) -> None:
     values = {"kind": "lora", "tuner": {"type": "lora", "dora": False}, "files": file, **changes}
     base = Base(source="builtin:tiny", fingerprint="0", family="sd")
     assert fits(Card(name="dog", version="v1", base=base, **values)) == reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"tuner": {"rank": 4, "alpha": 3.0, "rslora": True, "freeze_depth": 0.5, "train": ["unet"]}}, None),
-        ({"tuner": {"train": ["unet", "text_encoder"]}, "train": {"workers": 1}}, None),
-        (
-            {"tuner": {"type": "freeze", "freeze_depth": 2}},
-            "tuner.type: freeze: moves the model's own weights, which all share",
-        ),
-        ({"tuner": {"dora": True}}, "tuner.dora: true: it is a DoRA, which rescales whole weights of the base"),
-        (
-            {"tuner": {"dropout": 0.1}},
-            "tuner.dropout: 0.1: is drawn for the whole batch, so a trial would depend on others",
-        ),
-        (
-            {"tuner": {"initialization": "pissa"}},
-            "tuner.initialization: pissa: changes the base, which all share",
-        ),
-        (
-            {"train": {"workers": 2}},
-            "train.workers: 2: a pack is one process with the whole model; it takes auto",
-        ),
-        (
-            {"train": {"compile": True}},
-            "train.compile: true: a pack is one process with the whole model; it takes false",
-        ),
-        (
-            {"train": {"optimizer": {"type": "adamw_8bit"}}},
-            "train.optimizer.type: adamw_8bit: a pack is one process with the whole model; it takes adamw",
-        ),
-    ],
-)
-def test_trials_that_can_train_in_one_pass(changes: dict, reason: str | None) -> None:
-    values = {"model": {"source": "builtin:tiny"}, "data": {"source": "photos"}, "tuner": {"type": "lora"}}
-    recipe = parse_recipe({**values, **changes, "train": {"steps": 1, **changes.get("train", {})}})
-    assert trains_beside(recipe) == reason
 
 
 def test_all_rows_of_any_batch_take_one_slot(tmp_path: Path) -> None:
