@@ -268,6 +268,25 @@ def bench_train(
     print(table(result))
 
 
+@bench_app.command("search")
+def bench_search(
+    model: Annotated[str, typer.Option(help="small, sd15, sd2, sdxl or flux; random weights.")] = "small",
+    pack: Annotated[list[int], typer.Option(help="Trials in a forward pass; may be given several times.")] = [4],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(help="Images per optimizer step of a trial.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each in a round.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often they take turns; the median counts.")] = 5,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
+) -> None:
+    """How many more trials an hour a study has when they train in one forward pass, against one by one."""
+    from gtl.bench.search import bench_search as bench
+    from gtl.bench.search import table
+    from gtl.bench.setting import Setting
+
+    with Bar() as bar:
+        result = bench(Setting(model, batch_size, steps, rounds), pack, json_, bar)
+    print(table(result))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),

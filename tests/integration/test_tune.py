@@ -104,7 +104,7 @@ def test_poor_trials_are_stopped_and_their_places_are_free(ray_cluster: None, pl
 
 
 def test_packed_trials_learn_what_they_learn_alone(ray_cluster: None, place: Path) -> None:
-    """Three trials in a pack of two: one of them fails, and the third gets its place; looks to 1e-5 of a solo twin's."""
+    """In packs of two: who diverges does so alone, and the next gets its place; looks to 1e-5 of a solo twin's."""
     space = {"train.learning_rate": {"choice": [1e-3, DIVERGING, 2e-3]}, "tuner.rank": {"choice": [2, 4]}}
     values = make_values(place, space, 6, searcher={"type": "random", "seed": 3}, scheduler={"type": "fifo"}, trials=4,
                          set={"evaluate.every": 3, "train.batch_size": 1})  # fmt: skip
