@@ -72,7 +72,7 @@ def measure(setting: Setting, counts: Sequence[int], folder: str, device: Any, p
     family = write_model(Path(folder, "model"), setting.model, dtype)
     dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES, dtype)
     dataset.save()
-    jobs = list(trials(setting, folder, dataset.fingerprint, family.fingerprint(), dtype, max(counts)))
+    jobs = list(trials(setting, folder, dataset.fingerprint, dtype, max(counts)))
     packs = {}
     for count in counts:
         packs[count] = pack = Pack(jobs[0], device, count, max(RANKS))
@@ -122,7 +122,7 @@ def measure(setting: Setting, counts: Sequence[int], folder: str, device: Any, p
     }  # fmt: skip
 
 
-def trials(setting: Setting, folder: str, dataset: str, base: str, dtype: str, number: int) -> Iterator[Job]:
+def trials(setting: Setting, folder: str, dataset: str, dtype: str, number: int) -> Iterator[Job]:
     """Runs that differ in rate and rank, and look at nothing."""
     values = setting.recipe(folder).model_dump(mode="json")
     values["train"]["steps"], values["train"]["epochs"] = 1_000_000, None
@@ -132,7 +132,7 @@ def trials(setting: Setting, folder: str, dataset: str, base: str, dtype: str, n
         tuner = {**values["tuner"], "rank": RANKS[turn % len(RANKS)]}
         train = {**values["train"], "learning_rate": RATES[turn % len(RATES)]}
         recipe = parse_recipe({**values, "tuner": tuner, "train": train})
-        yield Job(recipe.model_dump(mode="json"), f"trial{turn}", "v", dataset, base, dtype)
+        yield Job(recipe.model_dump(mode="json"), f"trial{turn}", "v", dataset, "random", dtype)
 
 
 def steps_of(pack: Any, steps: int) -> None:

@@ -99,9 +99,14 @@ class PackActor:
         return taken.result()
 
     def _open(self, job: Job) -> Pack:
+        from gtl.families import open_family
         from gtl.train.pack import Pack
+        from gtl.train.worker import check_base
 
         if self._pack is None:
+            model = job.recipe["model"]
+            family = open_family(model["source"], model["family"], revision=model["revision"], variant=model["variant"])
+            check_base(family, job)
             self._pack = Pack(job, device_here(), self._places, self._rank)
         return self._pack
 

@@ -31,7 +31,7 @@ from gtl.train.loop import Tally
 from gtl.train.place import place
 from gtl.train.plan import TrainPlan
 from gtl.train.slot_engine import SlotEngine
-from gtl.train.worker import check_base, settle
+from gtl.train.worker import settle
 from gtl.tuners.base import trained_parts
 from gtl.tuners.lora import Lora
 from gtl.types import Batch, Losses, UserError
@@ -81,7 +81,7 @@ class Pack:
         """Load the model of the first job; those that join have the same.
 
         Args:
-            job: Of any run of the pack.
+            job: Of any run of the pack; see `check_base`.
             device: Where it computes.
             places: Runs at once.
             rank: The most that one of them has.
@@ -97,7 +97,6 @@ class Pack:
         everywhere = recipe.tuner.model_copy(update={"freeze_depth": 0})
         self._trainee = assemble(recipe, job.dtype, adapted=False)
         self._family = self._trainee.family
-        check_base(self._family, job)
         ((self._name, self._player),) = self._trainee.players.items()
         parts = self._trainee.parts
         lora = lora_of(recipe.model_copy(update={"tuner": everywhere}), self._family)
