@@ -10,6 +10,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from gtl.session import Cluster
 from gtl.storage import Store
 from gtl.train.best import Best, best_of
 from gtl.train.board import Row, Wish
+from gtl.train.curves import Curves
 from gtl.train.job import RESULT, Job
 from gtl.train.resources import Resources
 from gtl.train.scores import read_scores, scored, write_scores
@@ -58,6 +60,7 @@ class Beside:
         self._known: dict[int, float] = {}
         """What the run is judged by, of the looks that were scored."""
         self._rows: deque[Row] = deque()
+        self._curves = Curves(job.run)
         self._ended, self._cut = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._ask: Callable[[Wish], object] = lambda wish: None
@@ -78,6 +81,8 @@ class Beside:
         self._cut.set()
         self._ended.set()
         self._thread.join()
+        with suppress(OSError):  # of a full disk, which was said when the look was made
+            self._curves.close()
 
     def follow(self, rows: Sequence[Row]) -> list[Row]:
         """What was measured since the last call: rows with their step, and with `said` for people."""
@@ -147,10 +152,18 @@ class Beside:
             if isinstance(error, UserError) and not scored(run):
                 self._give_up(str(error))
             return
+        self._draw(step)
         values = {metric: score.value for metric, score in found.scores.items()}
         self._rows.append({"step": step, **values, "said": say(step, found)})
         best = self._judge()
         forget(run, CANDIDATES, lambda other: other > step or (best is not None and other == best.step))
+
+    def _draw(self, step: int) -> None:
+        """Show a look in TensorBoard, without which a run goes on."""
+        try:
+            self._curves.add(step)
+        except (OSError, UserError) as error:
+            self._rows.append({"step": step, "said": f"step {step}: not in TensorBoard: {error}"})
 
     def _judge(self) -> Best | None:
         """The best of all looks that were scored so far; None if the run is not judged by that."""

@@ -85,7 +85,6 @@ def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Pr
         if beside and images is not None:
             with Beside(recipe, start.job, family, images) as companion:
                 run_workers(start, progress, companion)
-                companion.finish(progress)
                 choose_best(start.job, companion.best())
         else:
             run_workers(start, progress)
@@ -214,6 +213,10 @@ def run_workers(
 
     job, resources = start.job, start.resources
     if job.run.exists(RESULT):
+        if rows := companion.finish(progress) if companion is not None else []:
+            with closing(Services(job, progress)) as services:
+                services.is_finished = True
+                services.log(rows)
         return
     board = make_board()
 

@@ -23,8 +23,12 @@ def scored(run: Store) -> list[int]:
 
 def read_scores(run: Store, step: int) -> dict[str, float]:
     """What a look measured."""
-    evaluation = Evaluation.model_validate_json(run.read(f"{LOOKS}/{step:08d}.json"))
-    return {name: score.value for name, score in evaluation.scores.items()}
+    return {name: score.value for name, score in read_evaluation(run, step).scores.items()}
+
+
+def read_evaluation(run: Store, step: int) -> Evaluation:
+    """All that is known of what a look measured."""
+    return Evaluation.model_validate_json(run.read(f"{LOOKS}/{step:08d}.json"))
 
 
 def forget_scores(run: Store, step: int) -> None:

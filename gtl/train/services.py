@@ -41,10 +41,13 @@ class Wandb:
             name=f"{job.name}@{job.version}", group=job.name, config=dict(job.recipe),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
+        # Its own count of steps never goes back: it drops what comes late, such as scores from beside training.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add what was measured after a step."""
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, "step": step})
 
     def close(self, *, is_finished: bool) -> None:
         """Send what is left."""

@@ -37,12 +37,8 @@ class Tracker:
 
     def log(self, row: Row) -> None:
         """Append one row; it names its step."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        event = Event(wall_time=time.time(), step=int(row["step"]), summary=Summary(value=values))  # type: ignore[arg-type]
+        event = make_event(int(row["step"]), numbers, time.time())  # type: ignore[arg-type]
         with explained(self._place):
             self._file.write(json.dumps(row) + "\n")
             self._events.write_event(event)
@@ -79,13 +75,29 @@ def open_events(folder: Path, first_step: int) -> Any:
     Not a `SummaryWriter`: its thread dies of a full disk, unseen, and the next event waits for it for ever.
     """
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import Event
 
     folder.mkdir(parents=True, exist_ok=True)
     events = EventsWriter(str(folder / "events"))
     events.write_event(Event(step=first_step, file_version="brain.Event:2"))
-    events.write_event(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    events.write_event(start_event(first_step))
     return events
+
+
+def start_event(first_step: int) -> Any:
+    """A TensorBoard event that hides what stands before it of steps from `first_step` on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    return Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+
+def make_event(step: int, numbers: Mapping[str, float], when: float) -> Any:
+    """A TensorBoard event of what was measured after a step; `when` in seconds since 1970."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+    return Event(wall_time=when, step=step, summary=Summary(value=values))
 
 
 def read_rows(run: Store) -> list[dict[str, float | int | str | None]]:

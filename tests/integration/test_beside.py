@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gtl.adapters import Registry
 from gtl.config import Recipe, parse_recipe
@@ -70,6 +71,12 @@ def rows_of(folder: Store) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.read("metrics.jsonl").decode().splitlines()]
 
 
+def curve_of(folder: Store, key: str) -> list[tuple[int, float]]:
+    """(step, kid) as TensorBoard shows it."""
+    found = EventAccumulator(folder.url(key)).Reload()
+    return [(event.step, event.value) for event in found.Scalars("kid")] if "kid" in found.Tags()["scalars"] else []
+
+
 def test_workers_score_their_looks_in_turn_and_say_so(place: Path, in_turn: tuple[Store, Told]) -> None:
     folder, told = in_turn
     said = "kid, diversity, memorization: in turn with training, which leaves no CPU free; train.workers says how many"
@@ -78,6 +85,8 @@ def test_workers_score_their_looks_in_turn_and_say_so(place: Path, in_turn: tupl
     assert list(looks) == scored(folder) == LOOKS
     for step, row in looks.items():
         assert read_scores(folder, step) == {name: row[name] for name in METRICS}
+    assert [step for step, _ in curve_of(folder, "tensorboard")] == LOOKS
+    assert folder.folders("tensorboard") == []
     evaluation = Evaluation.model_validate_json(folder.read("scores/00000003.json"))
     assert (evaluation.step, evaluation.samples, evaluation.images, evaluation.held_out) == (3, None, 12, 3)
     assert evaluation.title == f"turn@{folder.url().rpartition('/')[2]} after 3 steps"
@@ -100,6 +109,8 @@ def test_what_is_scored_beside_training_is_what_is_scored_in_turn(
     folder, told = beside
     assert scored(folder) == LOOKS
     assert not [row for row in rows_of(folder) if "kid" in row], "training waited for none of them"
+    kids = [(step, pytest.approx(read_scores(folder, step)["kid"], rel=1e-6)) for step in LOOKS]
+    assert (curve_of(folder, "tensorboard"), curve_of(folder, "tensorboard/scores")) == ([], kids)
     said = [row[3] for row in told if row[0] == "score" and len(row) > 3 and "kid" in row[3]]
     assert {text.split()[1] for text in said} <= {str(step) for step in LOOKS}
     for step in LOOKS:

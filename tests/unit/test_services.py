@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import mlflow
 import pytest
 import wandb
 from mlflow import MlflowClient
+from wandb.proto.wandb_internal_pb2 import Record
 
 from gtl.train.job import Job
 from gtl.train.services import Services
@@ -66,11 +70,29 @@ def test_wandb_keeps_a_run_offline(job: Job, tmp_path: Path, monkeypatch: pytest
     wandb.teardown()  # of settings that an earlier test has read
     services = Services(job, complain)
     services.log(ROWS)
+    services.log([{"step": 1, "kid": 0.125, "said": "step 1  kid 0.125"}])  # from beside training
     services.is_finished = True
     services.close()
     (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{job.version}")
-    assert (folder / f"run-{job.version}.wandb").stat().st_size > 0
+    records = list(read_records(folder / f"run-{job.version}.wandb"))
+    series = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records if record.HasField("history")
+    ]  # fmt: skip
+    kept = [{key: value for key, value in row.items() if not key.startswith("_")} for row in series]
+    assert kept == [{"step": 1, "loss": 0.5, "val_loss": 0.75}, {"step": 2, "loss": 0.25}, {"step": 1, "kid": 0.125}]
+    assert ("*", "step") in [(record.metric.glob_name, record.metric.step_metric) for record in records]
     assert wandb.run is None
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """What a run kept offline: LevelDB's log format, of one block as long as it is short."""
+    data, at = file.read_bytes(), 7
+    assert len(data) < 2**15
+    while at < len(data):
+        size = struct.unpack_from("<IHB", data, at)[1]
+        yield Record.FromString(data[at + 7 : at + 7 + size])
+        at += 7 + size
 
 
 def test_nothing_is_sent_unless_it_is_set_up(job: Job, tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
-"""What a run writes while it goes on: TensorBoard reads back the values of metrics.jsonl; a disk that is full."""
+"""What a run writes while it goes on: TensorBoard reads back the values of metrics.jsonl and of scores that come late.
+
+And what a disk that is full makes of it.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
 import threading
 import time
@@ -11,7 +15,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gtl.evaluate.result import Evaluation, Sampling, Score
 from gtl.storage import Store
+from gtl.train.curves import FOLDER, Curves
+from gtl.train.scores import forget_scores, write_scores
 from gtl.train.track import Tracker, read_rows
 from gtl.types import UserError
 
@@ -19,9 +26,9 @@ ROWS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4 * step, "device":
 LOOK = {"step": 4, "val_loss": 0.3}
 
 
-def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def events(folder: Path, key: str = "tensorboard") -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every scalar in a run's TensorBoard folder."""
-    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    found = EventAccumulator(str(folder / key)).Reload()
     return {name: [(event.step, event.value) for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
 
 
@@ -90,3 +97,64 @@ def test_a_full_disk_is_a_line_about_the_run(tmp_path: Path, full: str) -> None:
     line = f"{tmp_path / 'metrics.jsonl'}: the disk is full; free some space and go on with --resume"
     assert not thread.is_alive()
     assert said == [line] * 2
+
+
+def score(run: Store, step: int, kid: float) -> None:
+    """Leave what was measured of a look, a minute a step after the first."""
+    how = Sampling(
+        prompts=["a dog"], negative_prompt="", seed=0, steps=2, guidance=1, height=8, width=8, dtype="fp32"
+    )  # fmt: skip
+    number = Score(
+        value=kid, low=None, high=None, higher_is_better=False, num_fake=1, num_real=1, extractor="x", resize="x",
+        dtype="fp32", fake=[0],
+    )  # fmt: skip
+    made = datetime.datetime.fromtimestamp(60 * step, datetime.timezone.utc)
+    write_scores(run, Evaluation(
+        adapter="dog@1", step=step, base={}, dataset="d", images=1, held_out=0, sampling=how, scores={"kid": number},
+        samples=None, created=made,
+    ), None)  # fmt: skip
+
+
+def test_scores_that_come_late_are_curves_beside_the_workers(run: Store, tmp_path: Path) -> None:
+    curves = Curves(run)
+    with Tracker(run) as tracker:
+        for row in ROWS:
+            tracker.log(row)
+            if row["step"] in (4, 5):  # each after its step, while the workers' file goes on
+                score(run, int(row["step"]) - 2, float(row["step"]))
+                curves.add(int(row["step"]) - 2)
+    for key, _, _ in run.list("tensorboard"):
+        run.download(key, tmp_path / "copy" / key)
+    assert events(tmp_path / "copy", FOLDER) == {"kid": [(2, 4.0), (3, 5.0)]}
+    times = EventAccumulator(str(tmp_path / "copy" / FOLDER)).Reload().Scalars("kid")
+    assert [event.wall_time for event in times] == [120, 180]
+    assert [step for step, _ in events(tmp_path / "copy")["loss"]] == [1, 2, 3, 4, 5]
+    curves.close()
+
+
+def test_looks_that_are_scored_again_are_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Store(tmp_path)
+    curves = Curves(run)
+    for step in (2, 4, 6):
+        score(run, step, 1.0)
+        curves.add(step)
+    forget_scores(run, 2)  # workers were lost, and went on from step 2
+    score(run, 4, 0.5)
+    curves.add(4)
+    assert events(tmp_path, FOLDER) == {"kid": [(2, 1.0), (4, 0.5)]}
+    curves.close()
+    later = time.time() + 60
+    monkeypatch.setattr("time.time", lambda: later)  # files of events are named by the second
+    score(run, 8, 0.25)  # by a launcher that ended before it was shown
+    score(run, 3, 0.75)
+    resumed = Curves(run)
+    resumed.add(3)
+    score(run, 9, 0.125)
+    resumed.add(9)
+    resumed.close()
+    assert events(tmp_path, FOLDER) == {"kid": [(2, 1.0), (3, 0.75), (4, 0.5), (8, 0.25), (9, 0.125)]}
+
+
+def test_a_run_has_no_curves_beside_it_before_the_first_look(tmp_path: Path) -> None:
+    Curves(Store(tmp_path)).close()
+    assert list(tmp_path.iterdir()) == []
