@@ -325,7 +325,7 @@ def show(rows: list[Row], progress: Progress) -> None:
     """Progress of the newest row."""
     for row in rows:
         if "said" in row:
-            progress("score", 0, 0, row["said"])
+            progress(row.get("of", "score"), 0, 0, row["said"])
         elif measured := [f"{name} {short(row[name])}" for name in METRICS if name in row]:
             progress("look", 0, 0, "  ".join([f"step {int(row['step'])}", *measured]))
     if row := next((row for row in reversed(rows) if "loss" in row), {}):

@@ -70,7 +70,10 @@ def main(config: dict[str, Any]) -> None:
     import ray
     import ray.train
     import ray.train.torch
+    import torch
     from ray.train.v2._internal.execution.context import get_train_context
+
+    from gtl.train.halve import HalvedError, no_room
 
     board, pending = config["board"], []
     notices: list[Any] = []
@@ -96,6 +99,13 @@ def main(config: dict[str, Any]) -> None:
     except UserError as error:
         ray.get(board.post_mistake.remote(str(error)))
         raise  # the other ranks may wait for this one; Ray Train ends them all
+    except HalvedError as error:
+        ray.get(board.push.remote({"step": 0.0, "said": str(error), "of": "memory"}))
+        raise
+    except torch.OutOfMemoryError:  # before there was a batch
+        recipe = parse_recipe(config["job"]["recipe"])
+        ray.get(board.post_mistake.remote(f"model.source: {recipe.model.source}: {no_room(recipe)}"))
+        raise
 
 
 def run(job: Job, device: torch.device, notify: Notify) -> None:
@@ -104,6 +114,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     Leaves metrics, checkpoints, the exported adapter and, last of all, `RESULT` in the run's folder.
 
     Raises:
+        HalvedError: a device has no room for the micro-batch; new workers go on with half of it.
         UserError: versions or models differ, the model does not fit the recipe, the loss diverges, a store fails.
     """
     import torch
@@ -113,6 +124,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     from gtl.data.plan import Plan
     from gtl.train.assemble import assemble
     from gtl.train.flops import peak_flops
+    from gtl.train.halve import halving, limit, read_limit
     from gtl.train.loop import Lane, stop_on_signals, train
     from gtl.train.saver import Saver
     from gtl.train.track import Tracker
@@ -126,6 +138,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
     plan = settle(recipe, trainee.family, device, job.dtype, batches.steps_per_epoch)
+    plan = limit(plan, recipe, dist.get_world_size(), of_first(lambda: read_limit(job.run), device))
     engines = make_engines(trainee, recipe, plan, device)
     done, spent = restore(engines, job.run, device)
 
@@ -160,7 +173,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         lane = Lane(recipe.train.seed, recipe.train.checkpoints.every, save_all, report, look, device, peak, done)
         loader = make_loader(dataset, batches, trainee, plan, recipe.data.seed, done, device)
-        with stop_on_signals(lane):
+        with stop_on_signals(lane), halving(job.run, recipe, plan):
             done = train(engines, loader, lane)
     dist.barrier()  # rank 0 has written everything
     if done < plan.steps and not look.enough and not of_first(lambda: has_enough, device):
