@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 
 from gtl.config import Study
 from gtl.report.chart import short
+from gtl.search.desk import Desk
 from gtl.search.record import ENDED, Record, TrialRecord, trial_name
 from gtl.search.schedule import make_scheduler, make_searcher, remember
 from gtl.search.space import TRIAL, param_space
@@ -51,10 +52,10 @@ def run_trials(
     Raises:
         KeyboardInterrupt: the study was stopped; its trials have saved.
     """
-    board = make_board()
+    board = make_board(Desk)
     with stop_signals(lambda: board.ask.remote("stop")) as seen:
         teller = Teller(study, place, record, devices, progress, hours, seen)
-        scheduler = make_scheduler(study)
+        scheduler = make_scheduler(study, together=concurrency >= study.num_trials)
         remember(scheduler, study, list(record.trials.values()))
         inner = make_searcher(study)
         numbered = None

@@ -182,8 +182,11 @@ def open_model(recipe: Recipe, progress: Progress) -> DiffusionFamily:
 class Companion(Protocol):
     """What goes along with a run's workers."""
 
-    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
-        """Takes what asks the workers for something, and what ends the run because of a mistake of the user's."""
+    def attach(
+        self, ask: Callable[[Wish], object], give_up: Callable[[str], object], let: Callable[[float], object]
+    ) -> None:
+        """Takes what asks the workers for something, what ends the run because of a mistake of the user's, and what
+        lets workers that wait go on from their look at a step."""
 
     def follow(self, rows: Sequence[Row]) -> list[Row]:
         """Takes the rows that the workers posted; returns rows of its own."""
@@ -217,7 +220,7 @@ def run_workers(start: Start, progress: Progress, companion: Companion | None = 
         board.ask.remote("stop")
 
     if companion is not None:
-        companion.attach(board.ask.remote, give_up)
+        companion.attach(board.ask.remote, give_up, board.let.remote)
     failures: list[BaseException] = []
 
     def fit() -> None:

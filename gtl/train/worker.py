@@ -36,6 +36,9 @@ CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
 """In a run's folder, written last: all steps are made and the adapter is exported."""
 
+PAUSE_S = 0.1
+"""Between two questions whether a run may go on from a look."""
+
 Found = TypeVar("Found")
 Notify = Callable[[dict[str, float]], "Wish | Literal['enough'] | None"]
 """Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything. enough: to save and stop as one
@@ -57,6 +60,8 @@ class Job:
     """Of the frozen weights: fp32 or bf16."""
     beside: bool = False
     """Whether others measure the pictures of every look's weights, instead of the workers in turn with training."""
+    waits: tuple[str, ...] = ()
+    """Metrics of the looks from which the run goes on only when it is let; none: it waits for nobody."""
     code: str = __version__
 
     @property
@@ -77,9 +82,17 @@ def main(config: dict[str, Any]) -> None:
 
     board, pending = config["board"], []
     notices: list[Any] = []
+    waits, looked = config["job"]["waits"], 0.0
 
     def notify(row: dict[str, float]) -> Wish | Literal["enough"] | None:
-        """Post a row without waiting; the answer to an earlier one is soon enough."""
+        """Post a row without waiting; the answer to an earlier one is soon enough.
+
+        What waits at a look does so here, a step behind it: by then the look's state is saved.
+        """
+        nonlocal looked
+        while looked and not ray.get(board.may_go_on.remote(looked)):
+            time.sleep(PAUSE_S)
+        looked = row["step"] if waits and all(name in row for name in waits) else 0.0
         pending.append(board.push.remote(row))
         answered, pending[:] = ray.wait(pending, num_returns=len(pending), timeout=0)
         if wishes := [wish for wish in ray.get(answered) if wish]:
