@@ -287,6 +287,21 @@ def bench_search(
     print(table(result))
 
 
+@bench_app.command("stopping")
+def bench_stopping(
+    study: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a study whose trials all ran to their end.")],
+    orders: Annotated[int, typer.Option(help="Orders of its trials, drawn at random.")] = 200,
+    concurrency: Annotated[int, typer.Option(help="Trials at once.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the orders.")] = 0,
+    set_: Set = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:
+    """What early stopping (asha) would have lost and spared, replayed on the curves of a study under fifo."""
+    from gtl.bench import stopping
+
+    print(stopping.table(stopping.bench_stopping(study, set_ or (), orders, concurrency, seed, json_)))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo"),

@@ -37,7 +37,7 @@ class Clock:
     step_seconds: list[float] = field(default_factory=list)
     arrivals: dict[int, float] = field(default_factory=dict)
 
-    def attach(self, ask: object, give_up: object) -> None:
+    def attach(self, ask: object, give_up: object, let: object) -> None:
         """Asks for nothing."""
 
     def follow(self, rows: Sequence[Row]) -> list[Row]:

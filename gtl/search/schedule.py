@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gtl.config import Study
 from gtl.config.search import Asha, BohbBands, HyperBand, HyperoptSearch, OptunaSearch, Pbt
 from gtl.config.trials import longest
-from gtl.search.space import TRIAL, define_by_run, keep_inside, mutations, tune_domains
+from gtl.search.space import define_by_run, keep_inside, mutations, tune_domains
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -37,12 +37,13 @@ INSTALL = {
 Bands = TypeVar("Bands", bound="HyperBandScheduler")
 
 
-def make_scheduler(study: Study, steps: int | None = None) -> TrialScheduler:
+def make_scheduler(study: Study, steps: int | None = None, *, together: bool = True) -> TrialScheduler:
     """The scheduler. All that trials report to Ray Tune has to have `step` and the study's metrics: rows at looks.
 
     Args:
         study: See `gtl.load_study`.
         steps: Optimizer steps of the longest trial; needed where the recipe says epochs.
+        together: Whether all trials have a place at once, so that those of a population can wait for each other.
 
     Raises:
         UserError: there is nothing between a trial's first look and its last.
@@ -63,7 +64,7 @@ def make_scheduler(study: Study, steps: int | None = None) -> TrialScheduler:
     if isinstance(config, Asha):
         return make_asha(config, metric, mode, steps=steps, every=every, warmup=study.base.train.schedule.warmup)
     if isinstance(config, Pbt):
-        return make_population(config, study, steps=steps, every=every)
+        return make_population(config, study, steps=steps, every=every, together=together)
     assert isinstance(config, HyperBand | BohbBands)
     kind = HyperBandForBOHB if isinstance(config, BohbBands) else HyperBandScheduler
     # The brackets are as deep as its unit of time is fine; in steps the first cut would be before the first look.
@@ -110,32 +111,23 @@ def remember(scheduler: TrialScheduler, study: Study, trials: Sequence[TrialReco
             scheduler._brackets[0].on_result(who, int(look[STEP]), value)
 
 
-def make_population(config: Pbt, study: Study, *, steps: int, every: int) -> TrialScheduler:
-    """Population based training that leaves a trial alone once it is at its end.
+def make_population(config: Pbt, study: Study, *, steps: int, every: int, together: bool) -> TrialScheduler:
+    """Population based training, see `gtl.search.population`.
 
     Args:
         config: The study's section.
         study: Says what may change and how far.
         steps: Optimizer steps of a trial.
         every: Steps between two looks.
+        together: Whether all trials have a place at once.
     """
-    from ray.tune.schedulers import PopulationBasedTraining
-
-    class Population(PopulationBasedTraining):
-        def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-            config, operations = super()._get_new_config(trial, trial_to_clone)
-            return {**config, TRIAL: trial.config[TRIAL]}, operations  # who takes over stays who it is
-
-        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if result[STEP] >= steps:
-                return str(self.CONTINUE)
-            return str(super().on_trial_result(controller, trial, result))
+    from gtl.search.population import Population
 
     ((metric, mode),) = study.directions.items()
     interval = max(every, steps // 8) if config.interval == "auto" else config.interval
     return Population(
-        STEP, metric, mode, perturbation_interval=interval, burn_in_period=interval,
-        hyperparam_mutations=mutations(study), quantile_fraction=config.quantile,
+        steps=steps, together=together, metric=metric, mode=mode, perturbation_interval=interval,
+        burn_in_period=interval, hyperparam_mutations=mutations(study), quantile_fraction=config.quantile,
         resample_probability=config.resample, perturbation_factors=config.factors,
         custom_explore_fn=partial(keep_inside, study.space),
     )  # fmt: skip

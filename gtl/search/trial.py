@@ -6,8 +6,9 @@ import json
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gtl.search.space import TRIAL
 from gtl.session import session
 from gtl.storage import Store
 from gtl.train.board import Row, Wish
-from gtl.train.checkpoint import complete
+from gtl.train.checkpoint import complete, step_key
 from gtl.train.job import CHECKPOINTS, RESULT
 from gtl.train.launch import begin, open_model, run_workers
 from gtl.train.track import read_rows
@@ -35,6 +36,10 @@ FAILED = "failed"
 """In a run's folder: why the trial came to nothing, in one line."""
 CLEANUP_S = 120.0
 """That a trial may take to save and stop."""
+WAIT_S = 0.2
+"""Between two looks whether it has, or whether a state is there."""
+PAUSING = ("pbt", "hyperband", "bohb")
+"""Schedulers that pause trials at a look and let them go on from it: their trials wait there to be told."""
 
 
 class TrialFailed(Exception):  # noqa: N818 - it is what happened
@@ -62,7 +67,7 @@ class Place:
         beside["metrics"] = [*dict.fromkeys([*study.measured, *beside["metrics"]])]
         if train["early_stopping"] is None and len(study.metrics) == 1:
             train["checkpoints"]["best"] = train["checkpoints"]["best"] or study.metrics[0]
-        if study.scheduler.type in ("pbt", "hyperband", "bohb"):  # which go on from looks
+        if study.scheduler.type in PAUSING:  # which go on from looks
             train["checkpoints"]["every"] = changed["evaluate"]["every"]
         changed["storage"]["runs"] = f"{self.url}/trials"
         return parse_recipe(changed)
@@ -81,17 +86,22 @@ class Relay:
         self.rows: queue.Queue[Row | None] = queue.Queue()
         """The rows, and None at the end."""
         self.ask: Callable[[Wish], object] = lambda wish: None
+        self.let: Callable[[float], object] = lambda step: None
+        self._told = 0.0
 
-    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
-        """To stop the workers."""
-        self.ask = ask
+    def attach(
+        self, ask: Callable[[Wish], object], give_up: Callable[[str], object], let: Callable[[float], object]
+    ) -> None:
+        """To stop the workers, and to let them go on from a look."""
+        self.ask, self.let = ask, let
 
     def follow(self, rows: Sequence[Row]) -> list[Row]:
-        """Hand on looks after the first step; adds none."""
+        """Hand on looks after the first step, each once, also where the workers had to start again; adds none."""
         if ray.get(self._board.wish.remote()) is not None:
             self.ask("stop")
         for row in rows:
-            if row[STEP] > 0 and all(name in row for name in self._metrics):
+            if row[STEP] > self._told and all(name in row for name in self._metrics):
+                self._told = row[STEP]
                 self.rows.put(row)
         return []
 
@@ -103,8 +113,8 @@ class Relay:
 class Trial(Trainable):
     """Lives as an actor with a sliver of a CPU; the run's workers have places of their own, or it trains in a pack.
 
-    `step` lasts until the run has looked at what it learned. The run does not wait for an answer: a trial that is
-    stopped may have made a few steps more.
+    `step` lasts until the run has looked at what it learned. The run does not wait for an answer, so that a trial that
+    is stopped may have made a few steps more; but one that may be paused goes on only with the next `step`.
     """
 
     def setup(
@@ -120,14 +130,21 @@ class Trial(Trainable):
         self._relay = Relay(self._study.measured, board)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._is_inside = False
+        self._step = 0
 
     def step(self) -> dict[str, Any]:
         """What the next look measured; after the last one also what the trial cost."""
         if self._thread is None:
+            self._enter()
+            if self._run.exists(FAILED):  # Ray Tune tries all that failed again; this would come to the same
+                raise TrialFailed(self._run.read(FAILED).decode())
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
+        self._relay.let(self._step)
         row = self._relay.rows.get()
         if row is not None and row[STEP] < row["steps"]:
+            self._step = int(row[STEP])
             return self._result(row)
         self._thread.join()
         if self._failure is not None and ray.get(self._board.wish.remote()) is not None:
@@ -144,17 +161,27 @@ class Trial(Trainable):
         if self._thread is not None:
             self._relay.ask("stop")
             self._thread.join(CLEANUP_S)
+        if self._is_inside:
+            ray.get(self._board.leave.remote(self._number))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Where the state is."""
-        pointer = {"run": self._run.url(), "number": self._number}
+        pointer = {"run": self._run.url(), "number": self._number, "step": self._step}
         Path(checkpoint_dir, POINTER).write_text(json.dumps(pointer))
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Go on from the newest state of a run; another trial's takes the place of this one's."""
+        """Go on from the state of a run; another trial's takes the place of this one's."""
         pointer = json.loads(Path(checkpoint, POINTER).read_text())
         if pointer["number"] != self._number:
-            take_over(self._place.run(pointer["number"]), self._run, self._number)
+            self._enter()
+            take_over(self._place.run(pointer["number"]), self._run, pointer["step"])
+
+    def _enter(self) -> None:
+        """Wait until whoever was this trial before has left its run's folder: Ray Tune does not."""
+        end = time.monotonic() + CLEANUP_S
+        while not self._is_inside and not ray.get(self._board.enter.remote(self._number)) and time.monotonic() < end:
+            time.sleep(WAIT_S)
+        self._is_inside = True
 
     def _result(self, row: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: row[name] for name in self._study.measured}
@@ -167,8 +194,10 @@ class Trial(Trainable):
             with session() as cluster:
                 family = open_model(recipe, quiet)
                 name, version = trial_name(self._number), self._place.version
-                elsewhere = None if self._packs is None else self._packs.train
-                run_workers(begin(recipe, name, version, family, cluster, quiet), quiet, self._relay, elsewhere)
+                start = begin(recipe, name, version, family, cluster, quiet)
+                waits = self._study.measured if self._study.scheduler.type in PAUSING else ()
+                start = replace(start, job=replace(start.job, waits=waits))
+                run_workers(start, quiet, self._relay, None if self._packs is None else self._packs.train)
         except BaseException as error:  # handed to `step`, which is the actor's own thread
             self._failure = error
         finally:
@@ -183,12 +212,17 @@ def costs_of(run: Store) -> dict[str, float]:
     return {"adapter_bytes": float(size), "device_hours": float(json.loads(run.read(RESULT))["device_hours"])}
 
 
-def take_over(source: Store, target: Store, number: int) -> None:
-    """Put the newest state of another trial's run in the place of a run's own."""
-    found = complete(source, CHECKPOINTS)
+def take_over(source: Store, target: Store, step: int) -> None:
+    """Put the state that another trial's run had after a step in the place of a run's own; its newest if that is gone.
+
+    Waits for it, since it may just be written.
+    """
+    wanted, end = step_key(CHECKPOINTS, step), time.monotonic() + CLEANUP_S
+    while (not (found := complete(source, CHECKPOINTS)) or found[-1] < wanted) and time.monotonic() < end:
+        time.sleep(WAIT_S)
     if not found:
         return
-    key = found[-1]
+    key = wanted if wanted in found else found[-1]
     target.delete_folder(CHECKPOINTS)
     manifest = [name for name, _, _ in source.list(key) if name.endswith("manifest.json")]
     files = [name for name, _, _ in source.list(key) if name not in manifest]

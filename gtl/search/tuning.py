@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, RunConfig, Stopper
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper
 from ray.tune.search import Searcher
 
 from gtl.config import Study
 from gtl.report.chart import short
+from gtl.search.desk import Desk
 from gtl.search.pack import Packs
 from gtl.search.record import ENDED, Record, TrialRecord, trial_name
 from gtl.search.room import Room
@@ -30,8 +31,12 @@ from gtl.types import Progress
 
 STATE = "searcher.pkl"
 """In a study's folder: what a searcher has learned."""
-SLIVER = 0.01
-"""Of a CPU, for what drives a trial: its workers have their own."""
+DEATHS = 1
+"""Times that a trial goes on from its run's newest checkpoint after the process that drives it died, with its machine
+or without; its workers have train.max_failures of their own."""
+SLIVER: dict[str, float] = {"cpu": 0, "memory": 1}
+"""For what drives a trial, whose workers have places of their own: it has to be something, and nothing that they need,
+or on a machine with one CPU they would wait for ever."""
 
 
 def run_trials(
@@ -53,13 +58,13 @@ def run_trials(
     Raises:
         KeyboardInterrupt: the study was stopped; its trials have saved.
     """
-    board = make_board()
+    board = make_board(Desk)
     concurrency, devices = (room.concurrency, room.devices) if packs is None else (packs.concurrency, 1 / packs.places)
     if study.concurrency != "auto":
         concurrency = min(concurrency, study.concurrency)
     with stop_signals(lambda: board.ask.remote("stop")) as seen:
-        teller = Teller(study, place, record, devices, progress, hours, seen)
-        scheduler = make_scheduler(study)
+        teller = Teller(study, place, record, devices, progress, hours, seen, board)
+        scheduler = make_scheduler(study, together=concurrency >= study.num_trials)
         remember(scheduler, study, list(record.trials.values()))
         inner = make_searcher(study)
         numbered = None
@@ -72,7 +77,7 @@ def run_trials(
         with quiet_tune():
             driver = tune.with_parameters(Trial, place=place, board=board, packs=packs)
             tuner = tune.Tuner(
-                tune.with_resources(driver, {"cpu": SLIVER}),
+                tune.with_resources(driver, SLIVER),
                 param_space={} if numbered else param_space(study, left),
                 tune_config=tune.TuneConfig(
                     search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
@@ -82,11 +87,11 @@ def run_trials(
                     name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
                     callbacks=[teller], stop=End(study, record, hours, seen, board), verbose=0,
                     checkpoint_config=CheckpointConfig(checkpoint_frequency=1),  # pointers, of some bytes
+                    failure_config=FailureConfig(max_failures=DEATHS),
                 ),
             )  # fmt: skip
-            results = tuner.fit()
-        grid = [results[position] for position in range(len(results))]
-        teller.close({int(result.config[TRIAL]): result.error for result in grid if result.config and result.error})
+            tuner.fit()
+        teller.close()
         Store(place.url).delete_folder("tune")
     if seen:
         raise KeyboardInterrupt(f"{place.url}: stopped; its trials have saved, --resume goes on")
@@ -128,11 +133,12 @@ class Teller(Callback):
 
     def __init__(
         self, study: Study, place: Place, record: Record, devices: float, progress: Progress,
-        hours: Callable[[], float], seen: Sequence[int],
+        hours: Callable[[], float], seen: Sequence[int], board: Any,
     ) -> None:  # fmt: skip
-        """Nothing has happened yet; `seen` are the signals that ask the study to stop."""
+        """Nothing has happened yet; `seen` are the signals that ask the study to stop, `board` is what trials ask."""
         self._study, self._place, self._record = study, place, record
         self._devices, self._progress, self._hours, self._seen = devices, progress, hours, seen
+        self._board = board
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has begun, or goes on."""
@@ -147,18 +153,21 @@ class Teller(Callback):
         ran = self._place.run(int(trial.config[TRIAL])).exists(RESULT)
         self._update(trial, "finished" if ran else "running" if self._seen else "stopped")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's process died, and another will go on with it."""
+        self._board.leave.remote(int(trial.config[TRIAL]))
+        self._update(trial, "running")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial came to nothing."""
+        self._board.leave.remote(int(trial.config[TRIAL]))
         self._update(trial, "failed")
 
-    def close(self, errors: Mapping[int, Exception]) -> None:
-        """All is over: those that still ran were stopped by the budget; `errors` are of those whose process died."""
+    def close(self) -> None:
+        """All is over: those that still ran were stopped by the budget."""
         for one in self._record.trials.values():
             if one.state == "running" and not self._seen:
                 one.state = "stopped"
-            if one.state == "failed" and one.reason is None:
-                error = errors.get(int(one.trial), "its process died")
-                one.reason = str(error).strip().splitlines()[-1][:300]
         self._record.save(self._hours())
 
     def _update(self, trial: Any, state: str) -> None:
@@ -169,7 +178,7 @@ class Teller(Callback):
         costs = {key: value for key, value in costs_of(run).items() if key in self._study.metrics}
         one.read(run, self._study.measured, costs, self._devices)
         if state == "failed":
-            one.reason = run.read(FAILED).decode() if run.exists(FAILED) else None
+            one.reason = run.read(FAILED).decode() if run.exists(FAILED) else death_of(trial)
         self._record.save(self._hours())
         self._tell()
 
@@ -183,6 +192,13 @@ class Teller(Callback):
             shown = ", ".join(f"{key} {short(v) if isinstance(v, float) else v}" for key, v in best.config.items())
             parts.append(f"best {name} {short(best.metrics[name])} ({best.trial}: {shown})")
         self._progress("trials", done, self._study.num_trials, "  ".join(parts))
+
+
+def death_of(trial: Any) -> str:
+    """Why a trial failed that could not say so itself, in one line."""
+    file = Path(trial.error_file)  # the local one: Ray Tune's store has it later
+    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
+    return f"its process died: {lines[-1][:300] if lines else 'nothing is known of why'}"
 
 
 class End(Stopper):

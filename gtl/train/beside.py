@@ -66,7 +66,7 @@ class Beside:
         self._ask: Callable[[Wish], object] = lambda wish: None
         self._give_up: Callable[[str], object] = lambda mistake: None
 
-    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
+    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object], let: object) -> None:
         """To ask the workers to end when more looks would not be better, or when nothing can be scored."""
         self._ask, self._give_up = ask, give_up
 

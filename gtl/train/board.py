@@ -16,6 +16,7 @@ class Board:
         self._rows: list[Row] = []
         self._wish: Wish | None = None
         self._mistake: str | None = None
+        self._leave = 0.0
 
     def push(self, row: Row) -> Wish | None:
         """Post a row; what the launcher asks of the work."""
@@ -35,6 +36,14 @@ class Board:
         """Ask the work to save and stop; to stop stands above having enough."""
         self._wish = "stop" if "stop" in (self._wish, wish) else wish
 
+    def let(self, step: float) -> None:
+        """Let the work go on from its look at a step."""
+        self._leave = max(self._leave, step)
+
+    def may_go_on(self, step: float) -> bool:
+        """Whether work that waits at its looks may go on from one: it was let, or is asked to end."""
+        return self._leave >= step or self._wish is not None or self._mistake is not None
+
     def post_mistake(self, message: str) -> None:
         """Post what the user has to mend."""
         self._mistake = message
@@ -44,13 +53,13 @@ class Board:
         return self._mistake
 
 
-def make_board() -> Any:
+def make_board(kind: type[Board] = Board) -> Any:
     """A handle of a new board, on this machine: any other may be lost, and the run would be lost with it."""
     import ray
 
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     # Named, or a board that a search's trial makes would have to fit into the trial's own sliver of the cluster.
-    return ray.remote(num_cpus=0, label_selector=here, scheduling_strategy="DEFAULT")(Board).remote()
+    return ray.remote(num_cpus=0, label_selector=here, scheduling_strategy="DEFAULT")(kind).remote()
 
 
 class Post:

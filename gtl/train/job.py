@@ -36,6 +36,8 @@ class Job:
     """Of the frozen weights: fp32 or bf16."""
     beside: bool = False
     """Whether others measure the pictures of every look's weights, instead of the workers in turn with training."""
+    waits: tuple[str, ...] = ()
+    """Metrics of the looks from which the run goes on only when it is let; none: it waits for nobody."""
     code: str = __version__
 
     @property

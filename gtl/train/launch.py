@@ -182,8 +182,11 @@ def open_model(recipe: Recipe, progress: Progress) -> DiffusionFamily:
 class Companion(Protocol):
     """What goes along with a run's workers."""
 
-    def attach(self, ask: Callable[[Wish], object], give_up: Callable[[str], object]) -> None:
-        """Takes what asks the workers for something, and what ends the run because of a mistake of the user's."""
+    def attach(
+        self, ask: Callable[[Wish], object], give_up: Callable[[str], object], let: Callable[[float], object]
+    ) -> None:
+        """Takes what asks the workers for something, what ends the run because of a mistake of the user's, and what
+        lets workers that wait go on from their look at a step."""
 
     def follow(self, rows: Sequence[Row]) -> list[Row]:
         """Takes the rows that the workers posted; returns rows of its own."""
@@ -225,7 +228,7 @@ def run_workers(
         board.ask.remote("stop")
 
     if companion is not None:
-        companion.attach(board.ask.remote, give_up)
+        companion.attach(board.ask.remote, give_up, board.let.remote)
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -336,7 +339,7 @@ def show(rows: list[Row], progress: Progress) -> None:
     """Progress of the newest row."""
     for row in rows:
         if "said" in row:
-            progress("score", 0, 0, row["said"])
+            progress(row.get("of", "score"), 0, 0, row["said"])
         elif measured := [f"{name} {short(row[name])}" for name in METRICS if name in row]:
             progress("look", 0, 0, "  ".join([f"step {int(row['step'])}", *measured]))
     if row := next((row for row in reversed(rows) if "loss" in row), {}):

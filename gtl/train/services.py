@@ -145,7 +145,7 @@ class Services:
                 name: float(value) for name, value in row.items()
                 if name not in NOT_METRICS and isinstance(value, (int, float))
             }  # fmt: skip
-            for name, service in tuple(self._open.items()):
+            for name, service in tuple(self._open.items()) if metrics else ():
                 with self._guarded(name):
                     service.log(int(row["step"]), metrics)
 

@@ -23,18 +23,30 @@ if TYPE_CHECKING:
     from gtl.train.loop import Wish
     from gtl.train.plan import TrainPlan
 
+PAUSE_S = 0.1
+"""Between two questions whether a run may go on from a look."""
+
 
 def main(config: dict[str, Any]) -> None:
     """Entry of a Ray Train worker, also of one that takes the place of another that died."""
     import ray
     import ray.train
     import ray.train.torch
+    import torch
     from ray.train.v2._internal.execution.context import get_train_context
+
+    from gtl.train.halve import HalvedError, no_room
 
     board = config["board"]
     post, notices = Post(board), list[Any]()
+    waits, looked = config["job"]["waits"], 0.0
 
     def notify(row: dict[str, float]) -> Wish | Literal["enough"] | None:
+        """What waits at a look does so here, a step behind it: by then the look's state is saved."""
+        nonlocal looked
+        while looked and not ray.get(board.may_go_on.remote(looked)):
+            time.sleep(PAUSE_S)
+        looked = row["step"] if waits and all(name in row for name in waits) else 0.0
         if wish := post(row):
             return wish
         # `ray.train.get_preemption_info` asks all ranks, which takes longer than many a step; one is enough to know.
@@ -52,6 +64,13 @@ def main(config: dict[str, Any]) -> None:
     except UserError as error:
         ray.get(board.post_mistake.remote(str(error)))
         raise  # the other ranks may wait for this one; Ray Train ends them all
+    except HalvedError as error:
+        ray.get(board.push.remote({"step": 0.0, "said": str(error), "of": "memory"}))
+        raise
+    except torch.OutOfMemoryError:  # before there was a batch
+        recipe = parse_recipe(config["job"]["recipe"])
+        ray.get(board.post_mistake.remote(f"model.source: {recipe.model.source}: {no_room(recipe)}"))
+        raise
 
 
 def run(job: Job, device: torch.device, notify: Notify) -> None:
@@ -60,6 +79,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     Leaves metrics, checkpoints, the exported adapter and, last of all, `RESULT` in the run's folder.
 
     Raises:
+        HalvedError: a device has no room for the micro-batch; new workers go on with half of it.
         UserError: versions or models differ, the model does not fit the recipe, the loss diverges, a store fails.
     """
     import torch.distributed as dist
@@ -67,7 +87,8 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     from gtl.data.dataset import Dataset
     from gtl.data.plan import Plan
     from gtl.train.assemble import assemble
-    from gtl.train.course import Course
+    from gtl.train.course import Course, of_first
+    from gtl.train.halve import halving, limit, read_limit
     from gtl.train.loop import stop_on_signals, train
 
     if job.code != __version__:
@@ -79,13 +100,14 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
     plan = settle(recipe, trainee.family, device, job.dtype, steps_per_epoch)
+    plan = limit(plan, recipe, dist.get_world_size(), of_first(lambda: read_limit(job.run), device))
     engines = make_engines(trainee, recipe, plan, device)
 
     def used() -> float:
         return (time.monotonic() - begun) / 3600 * dist.get_world_size()
 
     course = Course(job, recipe, trainee, engines, plan, dataset, device, notify, used)
-    with course, stop_on_signals(course.lane):
+    with course, stop_on_signals(course.lane), halving(job.run, recipe, plan):
         train(engines, course.batches, course.lane)
     course.finish()
 

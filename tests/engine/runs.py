@@ -15,10 +15,13 @@ from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
 from gtl.train.job import Job
+from gtl.types import Batch, Losses
 from tests.engine.group import CONTEXT
 
 IMAGES = 10
 TIMEOUT_S = 180
+ROOM = 2
+
 
 @dataclass(frozen=True)
 class Kill:
@@ -26,7 +29,8 @@ class Kill:
 
     rank: int
     where: str
-    """step: within the optimizer's. write: in the middle of a checkpoint's file. commit: before its manifest."""
+    """step: within the optimizer's. write: in the middle of a checkpoint's file. commit: before its manifest.
+    memory: by an error, at a forward pass of more than `ROOM` images, and at all of them after that."""
     number: int
     """The how many-th of them."""
 
@@ -84,6 +88,8 @@ def member(rank: int, world: int, address: str, job: Job, kill: Kill | None) -> 
 
 def arm(kill: Kill) -> None:
     """Let this process die where it was told to."""
+    import torch
+
     from gtl.train.checkpoint import MANIFEST
     from gtl.train.engine import Engine
 
@@ -104,6 +110,18 @@ def arm(kill: Kill) -> None:
 
         Engine.step = dying_step  # type: ignore[method-assign]
         return
+    if kill.where == "memory":
+        forward = Engine.__call__
+
+        def full_forward(self: Engine, batch: Batch) -> Losses | None:
+            nonlocal left
+            left -= len(batch.weight) > ROOM
+            if left <= 0 and len(batch.weight) > ROOM:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(self, batch)
+
+        Engine.__call__ = full_forward  # type: ignore[method-assign]
+        return
     write = Store.write
 
     def dying_write(self: Store, key: str, data: bytes, *rest: Any, **named: Any) -> None:
@@ -121,5 +139,3 @@ def arm(kill: Kill) -> None:
 def learned(job: Job) -> dict[str, bytes]:
     """What a finished run leaves to learn from: its adapter's files."""
     return {key: job.run.read(key) for key, _, _ in job.run.list("adapter")}
-
-

@@ -249,19 +249,93 @@ def test_a_population_changes_rates_inside_their_range() -> None:
     assert len(configurations(made)) == 8
 
 
-def test_a_population_exchanges_at_its_interval_and_not_at_the_end() -> None:
+class Controller:
+    """What a population asks of Ray Tune's controller."""
+
+    def __init__(self, members: list[Trial]) -> None:
+        self.members, self.search_alg = members, None
+        self._cached_trial_decisions: dict[str, str] = {}
+        self.told: list[str] = []
+
+    def get_trials(self) -> list[Trial]:
+        return self.members
+
+    def get_live_trials(self) -> list[Trial]:
+        return [member for member in self.members if not member.is_finished()]
+
+    def _schedule_trial_train(self, trial: Trial) -> None:
+        self.told.append(trial.trial_id)
+
+
+def make_population(**asked: Any) -> tuple[Any, Controller, list[tuple[str, str]]]:
+    """A scheduler of four running trials, what it asks, and who exchanged: a poor one is paused then."""
     made = study("space={train.learning_rate: {loguniform: [1e-4, 1e-2]}}", "scheduler.type=pbt", "trials=4")
-    scheduler: Any = make_scheduler(made)
+    scheduler: Any = make_scheduler(made, **asked)
     members = [Trial("run", stub=True, trial_id=name, config={"train.learning_rate": 1e-3}) for name in "abcd"]
-    controller = SimpleNamespace(search_alg=None, get_trials=lambda: members)
-    exchanges = []
-    scheduler._checkpoint_or_exploit = lambda trial, _, upper, lower: exchanges.append(
-        (trial.trial_id, "good" if trial in upper else "poor" if trial in lower else "")
-    )
+    controller = Controller(members)
+    exchanges: list[tuple[str, str]] = []
+
+    def exchange(trial: Trial, _: Any, upper: list[Trial], lower: list[Trial]) -> None:
+        exchanges.append((trial.trial_id, "good" if trial in upper else "poor" if trial in lower else ""))
+        if trial in lower:
+            trial.status = Trial.PAUSED
+
+    scheduler._checkpoint_or_exploit = exchange
     for member in members:
         scheduler.on_trial_add(controller, member)
-    for step in (30, 60, 300):
-        for member, score in zip(members, (0.5, 0.9, 0.1, 0.4), strict=True):
-            scheduler.on_trial_result(controller, member, {"step": step, "prompt_accuracy": score})
-    assert [trial for trial, _ in exchanges] == ["a", "b", "c", "d"]  # at 60, as an eighth of 300 is 37
-    assert exchanges[2] == ("c", "poor")
+        member.status = Trial.RUNNING
+    return scheduler, controller, exchanges
+
+
+SCORES = {"a": 0.5, "b": 0.9, "c": 0.1, "d": 0.4}
+
+
+def look(scheduler: Any, controller: Controller, step: int, names: str = "abcd") -> list[str]:
+    members = [member for member in controller.members if member.trial_id in names]
+    return [
+        scheduler.on_trial_result(controller, one, {"step": step, "prompt_accuracy": SCORES[one.trial_id]})
+        for one in members
+    ]
+
+
+def test_a_population_exchanges_when_all_are_there_and_not_at_the_end() -> None:
+    scheduler, controller, exchanges = make_population()
+    assert look(scheduler, controller, 30) == ["CONTINUE"] * 4  # an eighth of 300 steps is 37
+    assert look(scheduler, controller, 60, "abc") == ["NOOP"] * 3
+    assert (exchanges, controller.told) == ([], [])
+    assert look(scheduler, controller, 60, "d") == ["CONTINUE"]
+    assert exchanges == [("b", "good"), ("c", "poor")]
+    assert controller.told == ["a", "b"]  # c starts again, and d goes on with its answer
+    assert look(scheduler, controller, 300) == ["CONTINUE"] * 4
+    assert len(exchanges) == 2
+
+
+def test_nobody_waits_for_a_trial_that_failed() -> None:
+    scheduler, controller, exchanges = make_population()
+    look(scheduler, controller, 60, "abd")
+    failed = controller.members[2]
+    scheduler.on_trial_error(controller, failed)
+    assert exchanges == [("b", "good"), ("d", "poor")] and controller.told == ["a", "b"]
+    failed.status = Trial.ERROR
+    assert look(scheduler, controller, 90, "ab") == ["NOOP", "NOOP"]
+    controller.members[3].status = Trial.RUNNING
+    assert look(scheduler, controller, 90, "d") == ["NOOP"]  # it is the poor one again, and paused
+    assert exchanges[2:] == [("b", "good"), ("d", "poor")]
+
+
+def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, controller, exchanges = make_population()
+    look(scheduler, controller, 60, "ab")
+    scheduler.choose_trial_to_run(controller)
+    assert controller.told == []
+    monkeypatch.setattr("gtl.search.population.WAIT_S", 0.0)
+    scheduler.choose_trial_to_run(controller)
+    assert exchanges == [("b", "good"), ("a", "poor")] and controller.told == ["b"]
+    assert look(scheduler, controller, 60, "cd") == ["CONTINUE"] * 2  # too late for this one
+
+
+def test_a_population_without_room_takes_turns() -> None:
+    scheduler, controller, exchanges = make_population(together=False)
+    controller.members[3].status = Trial.PENDING
+    assert look(scheduler, controller, 60, "a") == ["PAUSE"]
+    assert exchanges == [("a", "")] and controller.told == []

@@ -1,0 +1,211 @@
+"""`gtl bench stopping`: what early stopping would have cost a study whose trials all ran to their end."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from gtl import __version__
+from gtl.config import load_study
+from gtl.report.chart import short
+from gtl.report.study import Study, read_study
+from gtl.report.text import columns
+from gtl.storage import Store
+from gtl.types import UserError
+
+Curve = Sequence[tuple[int, float]]
+"""(step, metric) of a trial's looks, in their order."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one order."""
+
+    chosen: str
+    """The best of the trials that ran to their end."""
+    spent: int
+    """Steps of all trials."""
+
+
+def bench_stopping(
+    folder: str, overrides: Sequence[str], orders: int, concurrency: int, seed: int, file: Path | None
+) -> dict[str, Any]:
+    """Replay a finished study under ASHA, in many orders of its trials.
+
+    Args:
+        folder: URL of the study, whose trials all ran to their end (scheduler.type: fifo).
+        overrides: `key=value` for the study, such as scheduler.reduction_factor=4.
+        orders: How many, drawn at random.
+        concurrency: Trials at once.
+        seed: Of the orders.
+        file: Where the result is written too, as JSON.
+
+    Returns:
+        See `summary`.
+
+    Raises:
+        UserError: an argument is out of range, or the study has not what is needed.
+    """
+    from gtl.search.schedule import STEP, make_scheduler
+
+    for option, number in (("--orders", orders), ("--concurrency", concurrency)):
+        if number < 1:
+            raise UserError(f"{option}: {number}: must be 1 or more")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"--json: {file}: its folder does not exist")
+    record = read_study(Store(folder))
+    asked = load_study(f"{record.url}/study.yaml", ["scheduler={type: asha}", *overrides])
+    ((metric, mode),) = asked.directions.items()
+    curves = curves_of(record, metric)
+    paces = {one.trial: one.device_hours / one.steps for one in record.trials if one.steps}
+    steps = max(curve[-1][0] for curve in curves.values())
+    rng, outcomes, drawn = random.Random(seed), [], []
+    for _ in range(orders):
+        order = rng.sample(sorted(curves), len(curves))
+        scheduler = make_scheduler(asked, steps)
+        outcomes.append(replay(scheduler, curves, order, concurrency, (STEP, metric), mode, paces))
+        drawn.append(order)
+    result = {
+        "study": f"{record.name}@{record.version}", "metric": metric, "mode": mode, "concurrency": concurrency,
+        "seed": seed, "scheduler": asked.scheduler.model_dump(mode="json"),
+        **summary(curves, mode, drawn, outcomes), "gtl": __version__,
+    }  # fmt: skip
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def curves_of(record: Study, metric: str) -> dict[str, Curve]:
+    """The looks of a study's trials; those that failed are left out.
+
+    Raises:
+        UserError: trials were stopped or have not ended, or fewer than two have the metric.
+    """
+    if cut := [one for one in record.trials if one.state not in ("finished", "failed")]:
+        raise UserError(
+            f"{record.url}: {cut[0].trial} is {cut[0].state}: a replay needs whole trials; "
+            "give a study that ended, with scheduler.type: fifo"
+        )
+    found = {one.trial: [(int(step), value) for step, value in one.series(metric)] for one in record.trials}
+    curves: dict[str, Curve] = {one.trial: found[one.trial] for one in record.trials if one.state == "finished"}
+    curves = {trial: curve for trial, curve in curves.items() if any(math.isfinite(value) for _, value in curve)}
+    if len(curves) < 2:
+        raise UserError(f"{record.url}: {len(curves)} whole trials with {metric}: a replay needs two or more")
+    return curves
+
+
+def replay(
+    scheduler: Any, curves: Mapping[str, Curve], order: Sequence[str], concurrency: int, keys: tuple[str, str],
+    mode: str, paces: Mapping[str, float],
+) -> Outcome:  # fmt: skip
+    """Let a scheduler see recorded looks as if the trials ran now, each as fast as it was.
+
+    Of trials that are all equally fast the order in which they begin is that in which they come to every rung, however
+    many there are at once.
+
+    Args:
+        scheduler: Ray Tune's, new.
+        curves: Trial -> its whole curve.
+        order: In which trials begin.
+        concurrency: Trials at once; the next begins when one ends.
+        keys: Names of the step and of the metric in what trials report.
+        mode: max or min.
+        paces: Trial -> time of a step, in any unit; 1 where it is not known.
+    """
+    from types import SimpleNamespace
+
+    waiting = list(reversed(order))
+    looks: list[tuple[float, int, str, int]] = []
+    """A queue of (time, begun as the how many-th, trial, number of the look)."""
+    trials: dict[str, Any] = {}
+    spent, whole = 0, []
+
+    def begin(now: float) -> None:
+        name = waiting.pop()
+        trials[name] = SimpleNamespace(trial_id=name)
+        scheduler.on_trial_add(None, trials[name])
+        heapq.heappush(looks, (now + curves[name][0][0] * paces.get(name, 1.0), len(trials), name, 0))
+
+    for _ in range(min(concurrency, len(waiting))):
+        begin(0)
+    while looks:
+        now, number, name, at = heapq.heappop(looks)
+        step, value = curves[name][at]
+        report = dict(zip(keys, (step, value), strict=True))
+        is_last = at + 1 == len(curves[name])
+        if is_last:  # of which Ray Tune does not ask the scheduler
+            scheduler.on_trial_complete(None, trials[name], report)
+            whole.append(name)
+        elif scheduler.on_trial_result(None, trials[name], report) != scheduler.STOP:
+            took = (curves[name][at + 1][0] - step) * paces.get(name, 1.0)
+            heapq.heappush(looks, (now + took, number, name, at + 1))
+            continue
+        spent += step
+        if waiting:
+            begin(now)
+    return Outcome(min(whole, key=lambda name: cost(curves[name], mode)), spent)
+
+
+def cost(curve: Curve, mode: str) -> float:
+    """The best of a curve, as something that should be low."""
+    sign = 1 if mode == "min" else -1
+    return min(sign * value for _, value in curve if math.isfinite(value))
+
+
+def summary(
+    curves: Mapping[str, Curve], mode: str, orders: Sequence[Sequence[str]], outcomes: Sequence[Outcome]
+) -> dict[str, Any]:
+    """What was lost and what was spared.
+
+    Returns:
+        `regret`: the best trial's metric less the chosen one's, as a loss, over orders; `whole_regret`: the same of the
+        first trials of each order run whole, as many as the same steps are good for (at least one); `share`: of the
+        steps of all trials; `found`: share of orders in which the best trial was chosen; `spread`: between the best
+        trial and the worst.
+    """
+    costs = {name: cost(curve, mode) for name, curve in curves.items()}
+    lengths = {name: curve[-1][0] for name, curve in curves.items()}
+    best, total = min(costs, key=lambda name: costs[name]), sum(lengths.values())
+    whole = []
+    for order, outcome in zip(orders, outcomes, strict=True):
+        fits = sum(steps <= outcome.spent for steps in accumulate(lengths[name] for name in order))
+        whole.append(min(costs[name] for name in order[: max(fits, 1)]) - costs[best])
+    return {
+        "trials": len(curves), "orders": len(outcomes), "best": best, "spread": max(costs.values()) - costs[best],
+        "regret": distribution([costs[outcome.chosen] - costs[best] for outcome in outcomes]),
+        "whole_regret": distribution(whole),
+        "share": distribution([outcome.spent / total for outcome in outcomes]),
+        "found": statistics.fmean(costs[outcome.chosen] == costs[best] for outcome in outcomes),
+    }  # fmt: skip
+
+
+def distribution(values: Sequence[float]) -> dict[str, float]:
+    """Mean and quantiles: the smallest of the values that so large a share of them does not exceed."""
+    ordered = sorted(values)
+    at = {f"q{share}": ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] for share in (10, 50, 90)}
+    return {"mean": statistics.fmean(values), **at, "max": ordered[-1]}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A result for reading."""
+    names = ("mean", "q10", "q50", "q90", "max")
+    rows = [["", "mean", "10 %", "median", "90 %", "most"]]
+    for key, title in (
+        ("regret", f"regret in {result['metric']}"), ("whole_regret", "of as many steps on whole trials"),
+        ("share", "share of all steps"),
+    ):  # fmt: skip
+        rows.append([title, *(short(result[key][name]) for name in names)])
+    return (
+        f"{result['study']}: {result['orders']} orders of {result['trials']} whole trials, {result['concurrency']} at "
+        f"once, under {result['scheduler']['type']}\n{columns(rows)}\n"
+        f"the best, {result['best']}, was chosen in {result['found']:.0%}; best and worst are "
+        f"{short(result['spread'])} apart"
+    )
