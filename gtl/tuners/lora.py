@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +55,7 @@ class Lora:
             layer = cast("nn.Linear | nn.Conv2d", parts[part].get_submodule(target))
             self._check(target, layer)
             named = target if part == self.family.main else f"{part}.{target}"
-            adapter = adapt(layer, self._peft_config(), zlib.crc32(named.encode(), seed))
+            adapter = adapt(layer, self._peft_config(), zlib.crc32(named.encode(), seed), random_b=self._random_b)
             parts[part].set_submodule(target, adapter)
             for key, parameter in adapter.named_parameters():
                 if parameter.requires_grad:
@@ -128,9 +127,12 @@ class Lora:
             parameter.data.copy_(weights.tensors[name] * (theirs if suffix == B else 1.0))
 
     @property
+    def _random_b(self) -> bool:
+        return self.config.initialization == "random_b"
+
+    @property
     def _scale(self) -> float:
-        config = self.config
-        return config.resolved_alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+        return self.config.scale
 
     def _peft_config(self) -> LoraConfig:
         from peft import LoraConfig
@@ -143,7 +145,7 @@ class Lora:
             target_modules=["layer"],
             use_dora=config.dora,
             use_rslora=config.rslora,
-            init_lora_weights=cast(Any, True if config.initialization == "default" else config.initialization),
+            init_lora_weights=cast(Any, self._random_b or config.initialization == "default" or config.initialization),
         )
 
     def _check(self, target: str, layer: nn.Linear | nn.Conv2d) -> None:
@@ -172,8 +174,10 @@ def targets_of(targets: str | list[str], module: nn.Module, others: Sequence[nn.
     return [ending for ending in targets if has(module, ending) or not any(has(other, ending) for other in others)]
 
 
-def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Module:
+def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int, *, random_b: bool = False) -> nn.Module:
     """The layer inside PEFT's adapter layer, with fp32 adapter weights whatever the layer's own dtype.
+
+    With `random_b`, A is zero and B random instead of the other way round; PEFT has no name for it.
 
     The layer's weight stays what it is, perhaps mapped from a file, unless the initialisation takes a part out of it.
     """
@@ -187,6 +191,11 @@ def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Mod
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the layer is
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
+        if random_b:
+            adapter = cast(Any, holder["layer"])
+            torch.nn.init.zeros_(adapter.lora_A[ADAPTER].weight)
+            b = adapter.lora_B[ADAPTER].weight
+            torch.nn.init.normal_(b, std=b.shape[1] ** -0.5)  # of what one output sums over: a group's share of the rank
     if not str(config.init_lora_weights).startswith(PRINCIPAL):
         layer.weight.data = stored
     # Over a bf16 layer autocast picks the dtypes. PEFT's own cast of the input to fp32 would only make it keep a copy

@@ -229,6 +229,7 @@ def test_a_card_says_the_same(changes: dict, reason: str | None) -> None:
     ("config", "reason"),
     [
         ({"rank": 4, "alpha": 3.0, "rslora": True, "freeze_depth": 0.5, "train": ["unet"]}, None),
+        ({"initialization": "random_b"}, None),
         ({"dora": True}, "it is a DoRA, which rescales whole weights of the base"),
         ({"train": ["unet", "text_encoder"]}, "it trains unet, text_encoder; slots are in unet alone"),
         (
