@@ -123,14 +123,15 @@ class LoraTuner(Section):
 
     @property
     def step_size(self) -> float | None:
-        """How far the first step of Adam at rate 1 moves a layer's output, up to a factor that is the same at all ranks.
+        """How far Adam's first step at rate 1 moves a layer's output, up to a factor that is the same at all ranks.
 
         Adam moves every element by about the rate. Behind a random A each of the rank hidden values then adds to the
         output in the gradient's direction: rank times as much as one of them (PEFT's gaussian A is itself as 1 / rank).
-        Behind a random B they add as random numbers of variance 1 / rank: as much as one. A rate that is best at one
-        rank is best at another as the inverse of this, if the first step decides. That there are these two kinds,
-        rates as 1 / rank and rates that stay, is of Chen et al. 2026 (arXiv 2602.06204), the argument here our own.
-        None: of initialisations from the base weight, which it does not tell.
+        Behind a random B they add as random numbers of variance 1 / rank: as much as one. Where this is the same at
+        all ranks, so may the best rate be. That there are such settings, and others whose best rate falls as 1 / rank,
+        is of Chen et al. 2026 (arXiv 2602.06204); the argument here is our own, and of the first step only: later both
+        matrices have moved, and what their changes do together grows as scale * rank.
+        None: of initialisations from the base weight or orthogonal ones, of which it tells nothing.
         """
         moved = {"default": float(self.rank), "gaussian": 1.0, "random_b": 1.0}.get(self.initialization)
         return None if moved is None else self.scale * moved

@@ -46,8 +46,6 @@ def make_room(study: Study, place: Place, cluster: Cluster) -> Room:
     """
     if study.pack not in ("auto", "off"):
         raise UserError(f"pack: {study.pack}: trials do not train in one pass yet; leave it out")
-    if study.transfer_rank:
-        raise UserError("transfer_rank: true: a rate is not carried over ranks yet; leave it out")
     recipes = {recipe.train: recipe for recipe in (place.recipe(study, values) for values in corners(study))}
     largest = max((choose_resources(recipe, cluster) for recipe in recipes.values()), key=size_of)
     workers = largest.workers[0] if isinstance(largest.workers, tuple) else largest.workers

@@ -195,7 +195,7 @@ def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int, *, random
             adapter = cast(Any, holder["layer"])
             torch.nn.init.zeros_(adapter.lora_A[ADAPTER].weight)
             b = adapter.lora_B[ADAPTER].weight
-            torch.nn.init.normal_(b, std=b.shape[1] ** -0.5)  # of what one output sums over: a group's share of the rank
+            torch.nn.init.normal_(b, std=b.shape[1] ** -0.5)  # of what an output sums over: a group's share
     if not str(config.init_lora_weights).startswith(PRINCIPAL):
         layer.weight.data = stored
     # Over a bf16 layer autocast picks the dtypes. PEFT's own cast of the input to fp32 would only make it keep a copy
