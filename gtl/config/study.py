@@ -13,7 +13,7 @@ from gtl.config.metrics import METRICS
 from gtl.config.names import NAME
 from gtl.config.recipe import Recipe
 from gtl.config.search import Asha, Fifo, RandomSearch, Scheduler, Searcher
-from gtl.config.space import Space, applying, check_space, count_points
+from gtl.config.space import Domain, Space, applying, check_space, count_points
 from gtl.config.trials import check_fit, check_trials
 from gtl.types import UserError
 
@@ -112,7 +112,9 @@ class Study(Section):
     learning rate, schedule, seed and freeze depth. auto: as many as give the most trials an hour, which is measured
     when the study begins; off where that is less than a fifth more."""
     transfer_rank: bool = False
-    """Search the learning rate at the space's smallest rank, then carry it to the others. Refused until it is there."""
+    """Search at the space's smallest rank alone, then run every other rank once, to its end, with the configuration
+    that was best there; trials are of the search, these come on top. The learning rate is carried as it is, and refused
+    where it is known to move with the rank: with the usual random A, tuner.alpha has to be a number."""
     publish: Publish = Publish()
     confirm: Confirm = Confirm()
 
@@ -143,8 +145,18 @@ class Study(Section):
         return count_points(self.space)
 
     @property
+    def at_smallest_rank(self) -> "Study":
+        """What is searched before the rate is carried; the study itself where it is not."""
+        if not self.transfer_rank:
+            return self
+        smallest = Domain(choice=(min(self.space["tuner.rank"].values),))
+        return self.model_copy(update={"transfer_rank": False, "space": {**self.space, "tuner.rank": smallest}})
+
+    @property
     def num_trials(self) -> int:
         """Trials that are begun at most."""
+        if self.transfer_rank:
+            return self.at_smallest_rank.num_trials + (self.space["tuner.rank"].size or 1) - 1
         points, budget = self.num_points, self.budget
         asked = self.trials
         if asked is None and self.searcher.type == "grid":

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gtl.config.judged import check_measured
 from gtl.config.search import Asha, Pbt
 from gtl.config.space import Domain, Space, alternatives, ancestors, applying, count_points, label, points
-from gtl.config.tuners import LoraTuner
+from gtl.config.tuners import LoraTuner, Tuner
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ MUTABLE = (
     "objective.offset_noise", "objective.timesteps",
 )  # fmt: skip
 """Keys that may change in the middle of a run: the weights and the data stay what they are."""
+PARAMETRISATION = ("tuner", "tuner.type", "tuner.alpha", "tuner.rslora", "tuner.initialization", "tuner.dora")
+"""Keys that decide whether a rate holds at another rank."""
 MOST_PROBES = 256
 """Recipes that are checked when a study is parsed: some milliseconds' work."""
 
@@ -128,11 +131,40 @@ def check_transfer(study: Study) -> None:
     for key in ("tuner.rank", "train.learning_rate"):
         if key not in study.space:
             raise UserError(f"transfer_rank: true: carries the learning rate over ranks; {key} is not in the space")
-    if study.space["tuner.rank"].size is None:
-        raise UserError("transfer_rank: true: needs the ranks listed; give space.tuner.rank choice or grid")
+    for key, domain in study.space.items():
+        if key in PARAMETRISATION:
+            raise UserError(f"space.{key}: transfer_rank: true: a rate holds for one of them; put it under set")
+        if domain.when and key in ("tuner.rank", "train.learning_rate"):
+            raise UserError(f"space.{key}.when: transfer_rank: true: every trial has one; leave the condition out")
+    if study.space["tuner.rank"].size in (None, 1):
+        raise UserError("transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid")
     if len(study.metrics) > 1 or isinstance(study.scheduler, Pbt):
         raise UserError("transfer_rank: true: carries the rate that is best by one metric and for a whole run; "
                         "take one metric and asha or fifo")  # fmt: skip
+    check_steps(study.base.tuner, study.space["tuner.rank"].values)
+
+
+def check_steps(tuner: Tuner, ranks: Sequence[int]) -> None:
+    """Refuse adapters whose first step, and so whose best rate, is known to change with the rank.
+
+    Raises:
+        UserError: says what would be right.
+    """
+    if not isinstance(tuner, LoraTuner):
+        raise UserError(f"transfer_rank: true: is of LoRA trials, and tuner.type is {tuner.type}")
+    small, large = (tuner.model_copy(update={"rank": rank}).step_size for rank in (min(ranks), max(ranks)))
+    if small is None or large is None:
+        raise UserError(
+            "transfer_rank: true: how a rate moves with the rank is not known for tuner.initialization: "
+            f"{tuner.initialization}; take default or random_b"
+        )
+    if not math.isclose(small, large):
+        wanted = "a number, such as 16" if tuner.initialization == "default" else "auto"
+        also = " and tuner.rslora: false" if tuner.rslora else ""
+        raise UserError(
+            f"transfer_rank: true: with tuner.alpha: {tuner.alpha} the best rate moves with the rank; "
+            f"set it to {wanted}{also}"
+        )
 
 
 def check_looks(study: Study) -> None:

@@ -1,5 +1,6 @@
 """Tuners: which weights move."""
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, StrictFloat, StrictInt, Tag, model_validator
@@ -67,11 +68,13 @@ class LoraTuner(Section):
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
     initialization: (
-        Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+        Literal["default", "gaussian", "orthogonal", "random_b", "pissa", "olora"]
         | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
     ) = "default"
-    """How A and B start. default: Kaiming A, zero B. pissa and olora start from the base weight's principal part, which
-    pissa_niter_16 finds by 16 rounds of subspace iteration, much faster in large layers."""
+    """How A and B start. default: Kaiming A, zero B. random_b: zero A, and normal B of variance 1 / rank (Init[A] and
+    Init[B] of Hayou et al. 2024, arXiv 2406.08447); with alpha auto the first step of Adam then moves every weight by
+    about the learning rate, whatever the rank, as full tuning does. pissa and olora start from the base weight's
+    principal part, which pissa_niter_16 finds by 16 rounds of subspace iteration, much faster in large layers."""
     init: Init | None = None
     """Continue from a published LoRA of the same rank and layers."""
 
@@ -79,6 +82,15 @@ class LoraTuner(Section):
     def _check_rank(self) -> "LoraTuner":
         if self.initialization == "orthogonal" and self.rank % 2:
             raise ValueError(f"rank: {self.rank}: initialization orthogonal halves it; take an even rank")
+        return self
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> "LoraTuner":
+        if self.initialization == "random_b" and self.rslora:
+            raise ValueError(
+                "rslora: True: is a scale for a random A; with initialization random_b the rank is in B already, so "
+                "leave rslora out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -103,6 +115,26 @@ class LoraTuner(Section):
     def resolved_alpha(self) -> float:
         """alpha as a number."""
         return float(self.rank) if self.alpha == "auto" else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.resolved_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def step_size(self) -> float | None:
+        """How far Adam's first step at rate 1 moves a layer's output, up to a factor that is the same at all ranks.
+
+        Adam moves every element by about the rate. Behind a random A each of the rank hidden values then adds to the
+        output in the gradient's direction: rank times as much as one of them (PEFT's gaussian A is itself as 1 / rank).
+        Behind a random B they add as random numbers of variance 1 / rank: as much as one. Where this is the same at
+        all ranks, so may the best rate be. That there are such settings, and others whose best rate falls as 1 / rank,
+        is of Chen et al. 2026 (arXiv 2602.06204); the argument here is our own, and of the first step only: later both
+        matrices have moved, and what their changes do together grows as scale * rank.
+        None: of initialisations from the base weight or orthogonal ones, of which it tells nothing.
+        """
+        moved = {"default": float(self.rank), "gaussian": 1.0, "random_b": 1.0}.get(self.initialization)
+        return None if moved is None else self.scale * moved
 
 
 class FullTuner(Section):

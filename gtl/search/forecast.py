@@ -101,8 +101,13 @@ def space_table(study: Study) -> str:
 
 def trials_table(study: Study) -> str:
     """A row a trial, where they are known beforehand."""
+    then = ""
+    if study.transfer_rank:
+        _, *others = sorted(study.space["tuner.rank"].values)
+        then = f"\nthen the best of them once more at each other rank: {', '.join(map(str, others))}"
     if study.searcher.type not in ("random", "grid"):
-        return f"{study.num_trials} trials, which {study.searcher.type} chooses as it goes on"
+        searched = study.at_smallest_rank.num_trials
+        return f"{searched} trials, which {study.searcher.type} chooses as it goes on{then}"
     found = configurations(study)
     rows = [["trial", *study.space]]
     rows += [
@@ -110,7 +115,7 @@ def trials_table(study: Study) -> str:
         for number, values in enumerate(found[:SHOWN])
     ]
     more = f"\nand {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return columns(rows) + more
+    return columns(rows) + more + then
 
 
 def need(study: Study, room: Room, clock: Clock) -> str:
@@ -128,7 +133,8 @@ def need(study: Study, room: Room, clock: Clock) -> str:
     looks = math.ceil(steps / study.base.evaluate.every) + 1
     seconds = steps * clock.step + looks * clock.look
     share = expected_share(study, steps)
-    total = study.num_trials * share * seconds
+    searched = study.at_smallest_rank.num_trials
+    total = (searched * share + study.num_trials - searched) * seconds
     lines += [
         f"a whole trial: {duration(seconds)}, start not included",
         f"the study: {short(total * room.devices / 3600)} {'GPU' if room.resources.gpus_per_worker else 'worker'}-hours"

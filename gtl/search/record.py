@@ -42,6 +42,8 @@ class TrialRecord:
     """waiting, running, finished, stopped (before its end, since others were better, or time was up) or failed."""
     reason: str | None = None
     """Why it failed."""
+    carried: str | None = None
+    """The trial at the smallest rank whose configuration this is, where the study carries that over ranks."""
     steps: int = 0
     """Made."""
     metrics: dict[str, float] = field(default_factory=dict)

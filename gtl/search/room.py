@@ -12,7 +12,7 @@ from gtl.session import Cluster
 from gtl.train.launch import open_model
 from gtl.train.prepare import prepare
 from gtl.train.resources import Resources, choose_resources
-from gtl.types import Progress, UserError
+from gtl.types import Progress
 
 if TYPE_CHECKING:
     from gtl.search.trial import Place
@@ -44,8 +44,6 @@ def make_room(study: Study, place: Place, cluster: Cluster) -> Room:
     Raises:
         UserError: the largest trial does not fit into the cluster, or the study asks for what there is not yet.
     """
-    if study.transfer_rank:
-        raise UserError("transfer_rank: true: a rate is not carried over ranks yet; leave it out")
     recipes = {recipe.train: recipe for recipe in (place.recipe(study, values) for values in corners(study))}
     largest = max((choose_resources(recipe, cluster) for recipe in recipes.values()), key=size_of)
     workers = largest.workers[0] if isinstance(largest.workers, tuple) else largest.workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,10 @@ def configurations(study: Study) -> list[dict[str, Any]]:
     """What a random or a grid study tries, in this order: by dotted keys of the recipe, without those that don't apply.
 
     The same study gives the same list in every process, and with more trials one that goes on from it. No two are the
-    same, but in a population (pbt), whose members go ways of their own.
+    same, but in a population (pbt), whose members go ways of their own. Those that a rate is carried to (transfer_rank)
+    are not among them: see `carried`.
     """
+    study = study.at_smallest_rank
     if study.searcher.type == "grid":
         found = list(itertools.islice(points(study.space), study.num_points))
         if study.num_trials < len(found) or study.budget.hours or study.budget.gpu_hours:
@@ -45,6 +47,12 @@ def configurations(study: Study) -> list[dict[str, Any]]:
     return list(seen.values())
 
 
+def carried(study: Study, best: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The best configuration at the smallest rank, at every other rank in turn."""
+    others = sorted(set(study.space["tuner.rank"].values) - {best["tuner.rank"]})
+    return [study.configuration({**best, "tuner.rank": rank}) for rank in others]
+
+
 def draw(study: Study, number: int) -> dict[str, Any]:
     """One random configuration; `grid` keys take their values in turn, each of their combinations equally often.
 
@@ -61,9 +69,8 @@ def draw(study: Study, number: int) -> dict[str, Any]:
     return applying(study.space, values)
 
 
-def param_space(study: Study, numbers: Sequence[int] | None = None) -> dict[str, Any]:
-    """Ray Tune's search space of a random or a grid study: the list of its configurations, one trial each; all of them
-    or those with some numbers.
+def param_space(study: Study, configs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Ray Tune's search space of trials that are known, by their numbers: one trial each.
 
     A trial's config is flat: its number under `trial`, and every key of the space, None where it does not apply;
     `Study.configuration` and `Study.recipe_of` know which do. In a population (pbt), who takes over another's weights
@@ -71,14 +78,13 @@ def param_space(study: Study, numbers: Sequence[int] | None = None) -> dict[str,
     """
     from ray import tune
 
-    found = configurations(study)
-    chosen = {key: tune.sample_from(partial(look_up, found, key)) for key in study.space}
-    return {TRIAL: tune.grid_search(list(range(len(found)) if numbers is None else numbers)), **chosen}
+    chosen = {key: tune.sample_from(partial(look_up, configs, key)) for key in study.space}
+    return {TRIAL: tune.grid_search(list(configs)), **chosen}
 
 
-def look_up(found: list[dict[str, Any]], key: str, given: Mapping[str, Any]) -> Any:
+def look_up(configs: Mapping[int, Mapping[str, Any]], key: str, given: Mapping[str, Any]) -> Any:
     """A key's value in the configuration of the trial whose config is given, or something that has it as `config`."""
-    return found[given.get("config", given)[TRIAL]].get(key)
+    return configs[given.get("config", given)[TRIAL]].get(key)
 
 
 def define_by_run(space: Space, trial: Trial) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from gtl.config import Study
 from gtl.config.load import dump_study, load_recipe, load_study
 from gtl.config.metrics import METRICS
 from gtl.config.names import new_version
+from gtl.config.search import Fifo, RandomSearch
 from gtl.evaluate.result import Evaluation
 from gtl.report.command import write_page
 from gtl.search.choose import Outcome, rank, top, winner
 from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now, trial_name
 from gtl.search.room import Room, fill, make_room
-from gtl.search.space import configurations
+from gtl.search.space import carried, configurations
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.launch import Start, begin, open_model, publish
@@ -118,7 +119,36 @@ def search(
     study: Study, place: Place, record: Record, room: Room, cluster: Cluster, progress: Progress,
     hours: Callable[[], float],
 ) -> None:  # fmt: skip
-    """Run the trials that are left.
+    """Run the trials that are left; where a rate is carried over ranks, first those at the smallest.
+
+    Raises:
+        KeyboardInterrupt: the study was stopped.
+    """
+    first, trials = study.at_smallest_rank, record.trials
+    if not any(one.carried for one in trials.values()):
+        run_left(first, place, record, list(trials), room, cluster, progress, hours)
+        if study.transfer_rank:
+            carry(study, place, record)
+            record.save(hours())
+    if added := [name for name, one in trials.items() if one.carried]:
+        whole = first.model_copy(update={"scheduler": Fifo(), "searcher": RandomSearch()})
+        run_left(whole, place, record, added, room, cluster, progress, hours)
+
+
+def carry(study: Study, place: Place, record: Record) -> None:
+    """List a trial at every other rank, of the configuration that was best at the smallest, if any ran to its end."""
+    for best in rank(record.finished(), study.directions)[:1]:
+        for values in carried(study, record.trials[best.trial].config):
+            number = len(record.trials)
+            trial = trial_name(number)
+            record.trials[trial] = TrialRecord(trial, values, place.run(number).url(), carried=best.trial)
+
+
+def run_left(
+    study: Study, place: Place, record: Record, trials: Sequence[str], room: Room, cluster: Cluster,
+    progress: Progress, hours: Callable[[], float],
+) -> None:  # fmt: skip
+    """Run those of some trials that are left, and what else a searcher asks for.
 
     Raises:
         KeyboardInterrupt: the study was stopped.
@@ -126,11 +156,11 @@ def search(
     from gtl.search.pack import packs_for
     from gtl.search.tuning import run_trials
 
-    left = [int(name) for name, one in sorted(record.trials.items()) if one.state not in ENDED]
+    left = [int(name) for name in sorted(trials) if record.trials[name].state not in ENDED]
     if study.searcher.type in ("random", "grid") and not left:
         return
-    unfinished = study.num_trials - sum(one.state in ENDED for one in record.trials.values())
-    with packs_for(study, place, room, cluster, unfinished, progress) as packs:
+    asked = study.num_trials - sum(one.state in ENDED for one in record.trials.values())
+    with packs_for(study, place, room, cluster, max(asked, len(left)), progress) as packs:
         run_trials(study, place, record, room, packs, left, progress, hours)
 
 

@@ -68,8 +68,8 @@ def run_trials(
         remember(scheduler, study, list(record.trials.values()))
         inner = make_searcher(study)
         numbered = None
+        begun = {number: record.trials[trial_name(number)].config for number in left}
         if inner is not None:
-            begun = {number: record.trials[trial_name(number)].config for number in left}
             numbered = Numbered(inner, begun, len(record.trials), place, seen)
         samples = study.num_trials - sum(one.state in ENDED for one in record.trials.values()) if numbered else 1
         if numbered and samples < 1:
@@ -78,7 +78,7 @@ def run_trials(
             driver = tune.with_parameters(Trial, place=place, board=board, packs=packs)
             tuner = tune.Tuner(
                 tune.with_resources(driver, SLIVER),
-                param_space={} if numbered else param_space(study, left),
+                param_space={} if numbered else param_space(study, begun),
                 tune_config=tune.TuneConfig(
                     search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
                     reuse_actors=False, trial_name_creator=trial_id, trial_dirname_creator=trial_id,
@@ -191,7 +191,7 @@ class Teller(Callback):
             name = self._study.metrics[0]
             shown = ", ".join(f"{key} {short(v) if isinstance(v, float) else v}" for key, v in best.config.items())
             parts.append(f"best {name} {short(best.metrics[name])} ({best.trial}: {shown})")
-        self._progress("trials", done, self._study.num_trials, "  ".join(parts))
+        self._progress("trials", done, self._record.study.num_trials, "  ".join(parts))
 
 
 def death_of(trial: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +86,8 @@ class Lora:
 
     def _adapter(self, part: str, target: str, layer: nn.Linear | nn.Conv2d, seed: int) -> nn.Module:
         named = target if part == self.family.main else f"{part}.{target}"
-        return adapt(layer, self._peft_config(), zlib.crc32(named.encode(), seed))
+        seed = zlib.crc32(named.encode(), seed)
+        return adapt(layer, self._peft_config(), seed, random_b=self._random_b)
 
     def targets(self, parts: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
         """Parts and names of the layers in them that get an adapter, in order.
@@ -157,10 +157,13 @@ class Lora:
             parameter.data.copy_(weights.tensors[name] * (theirs if suffix == B else 1.0))
 
     @property
+    def _random_b(self) -> bool:
+        return self.config.initialization == "random_b"
+
+    @property
     def scale(self) -> float:
         """What the product of B and A is multiplied by."""
-        config = self.config
-        return config.resolved_alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+        return self.config.scale
 
     def _peft_config(self) -> LoraConfig:
         from peft import LoraConfig
@@ -173,7 +176,7 @@ class Lora:
             target_modules=["layer"],
             use_dora=config.dora,
             use_rslora=config.rslora,
-            init_lora_weights=cast(Any, True if config.initialization == "default" else config.initialization),
+            init_lora_weights=cast(Any, self._random_b or config.initialization == "default" or config.initialization),
         )
 
     def _check(self, target: str, layer: nn.Linear | nn.Conv2d) -> None:
@@ -202,8 +205,10 @@ def targets_of(targets: str | list[str], module: nn.Module, others: Sequence[nn.
     return [ending for ending in targets if has(module, ending) or not any(has(other, ending) for other in others)]
 
 
-def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Module:
+def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int, *, random_b: bool = False) -> nn.Module:
     """The layer inside PEFT's adapter layer, with fp32 adapter weights whatever the layer's own dtype.
+
+    With `random_b`, A is zero and B random instead of the other way round; PEFT has no name for it.
 
     The layer's weight stays what it is, perhaps mapped from a file, unless the initialisation takes a part out of it.
     """
@@ -217,6 +222,11 @@ def adapt(layer: nn.Linear | nn.Conv2d, config: LoraConfig, seed: int) -> nn.Mod
     with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU, wherever the layer is
         torch.default_generator.manual_seed(seed)
         inject_adapter_in_model(config, holder, adapter_name=ADAPTER)
+        if random_b:
+            adapter = cast(Any, holder["layer"])
+            torch.nn.init.zeros_(adapter.lora_A[ADAPTER].weight)
+            b = adapter.lora_B[ADAPTER].weight
+            torch.nn.init.normal_(b, std=b.shape[1] ** -0.5)  # of what an output sums over: a group's share
     if not str(config.init_lora_weights).startswith(PRINCIPAL):
         layer.weight.data = stored
     # Over a bf16 layer autocast picks the dtypes. PEFT's own cast of the input to fp32 would only make it keep a copy

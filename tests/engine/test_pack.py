@@ -18,7 +18,7 @@ from tests.engine.runs import make_job
 
 RANK = 8
 RUNS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-    ({"rank": 4}, {"learning_rate": 1e-3}),
+    ({"rank": 4, "initialization": "random_b"}, {"learning_rate": 1e-3}),
     (
         {"rank": 2, "alpha": 3.0, "freeze_depth": 0.5},
         {"learning_rate": 3e-4, "schedule": {"type": "cosine", "warmup": 5}},

@@ -140,6 +140,29 @@ def test_a_population_takes_over_weights(ray_cluster: None, place: Path) -> None
     assert theirs[60] < 0.95 * looks[60] and looks[90] < 0.95 * looks[60]
 
 
+def test_a_rate_is_carried_from_the_smallest_rank_and_what_was_cut_off_goes_on(ray_cluster: None, place: Path) -> None:
+    space = {"tuner.rank": {"choice": [4, 2]}, "train.learning_rate": {"grid": [1e-7, 2e-2]}}
+    study = parse_study(make_values(place, space, 4, searcher={"type": "grid"}, scheduler={"type": "fifo"},
+                                    transfer_rank=True, set={"tuner.alpha": 8}))  # fmt: skip
+    expected = [(2, 1e-7, None), (2, 2e-2, None), (4, 2e-2, "00001")]
+
+    def tried(record: Record) -> list[tuple[int, float, str | None]]:
+        trials = record.trials.values()
+        assert {one.state for one in trials} == {"finished"}
+        return [(one.config["tuner.rank"], one.config["train.learning_rate"], one.carried) for one in trials]
+
+    record = tune(study, "ranks")
+    assert tried(record) == expected
+    left = json.loads(record.folder.read("study.json"))
+    left["ended"], left["trials"][2]["state"] = None, "running"
+    record.folder.write("study.json", json.dumps(left).encode())
+    results = sorted((place / "runs" / "ranks").glob("*/trials/*/*/result.json"))
+    results[2].unlink()
+    before = [path.stat().st_mtime_ns for path in results[:2]]
+    assert tried(tune(study, "ranks", resume=True)) == expected
+    assert [path.stat().st_mtime_ns for path in results[:2]] == before and results[2].exists()
+
+
 COMMAND = [sys.executable, "-c", "from gtl.cli import main; main()", "tune"]
 
 

@@ -213,6 +213,9 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
          "tuner.init: 'a@': should be NAME, NAME@VERSION or NAME@ALIAS of a published adapter, without a scale"),
         ("tuner={init: dog, initialization: pissa}",
          "tuner: init: 'dog': gives the initial weights, and so does initialization: pissa; keep one"),
+        ("tuner={initialization: random_b, rslora: true}",
+         "tuner: rslora: True: is a scale for a random A; with initialization random_b the rank is in B already, so "
+         "leave rslora out"),
         ("tuner={type: freeze}", "tuner.freeze_depth: missing; a recipe needs it"),
         ("tuner={type: freeze, freeze_depth: 1.0}",
          "tuner.freeze_depth: 1.0: should be a fraction in [0, 1), or a whole number of blocks, which is written 1"),

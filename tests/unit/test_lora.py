@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gtl.families.base import DiffusionFamily
 from gtl.train.place import place
 from gtl.tuners import make_tuner
 from gtl.tuners.depth import is_under, resolve_depth
+from gtl.tuners.lora import Lora, adapt
 from gtl.types import UserError
 from tests.tiny import make_sd
 
@@ -149,6 +151,72 @@ def test_initial_weights_depend_on_seed_and_layer_only(family: DiffusionFamily, 
     assert not torch.equal(starts[0], starts[1])
 
 
+def test_random_b_is_zero_a_and_b_of_variance_one_over_rank(family: DiffusionFamily) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    drawn = {}
+    for rank in (4, 64):
+        _, parameters = adapted(family, seed=5, rank=rank, initialization="random_b", targets="attention")
+        assert all(not value.any() for name, value in parameters.items() if name.endswith("lora_A.weight"))
+        drawn[rank] = {name: value for name, value in parameters.items() if name.endswith("lora_B.weight")}
+        every = torch.cat([value.flatten() for value in drawn[rank].values()])
+        assert every.std().item() == pytest.approx(rank**-0.5, rel=0.02)
+        assert every.mean().item() == pytest.approx(0, abs=0.02 * rank**-0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+    _, few = adapted(family, seed=5, rank=4, initialization="random_b", freeze_depth=4)
+    _, other = adapted(family, seed=6, rank=4, initialization="random_b")
+    shared = few.keys() & drawn[4].keys()
+    assert shared and all(torch.equal(few[name], drawn[4][name]) for name in shared)
+    assert not any(torch.equal(other[name], drawn[4][name]) for name in shared)
+    starts = [value for name, value in other.items() if name.endswith("to_q.lora_B.weight")]
+    assert not torch.equal(starts[0], starts[1])
+
+
+def first_step(rank: int, **config: object) -> tuple[Tensor, Tensor]:
+    """By how much, per unit of rate, the first step of Adam moves a layer's weight and its output for one input."""
+    tuner = LoraTuner(rank=rank, **config)
+    torch.manual_seed(0)
+    layer, x, wanted = nn.Linear(32, 512, bias=False), torch.randn(32), torch.randn(512)
+    before = layer.weight.detach().clone()
+    peft = Lora(tuner, cast(DiffusionFamily, None))._peft_config()
+    adapter = adapt(layer, peft, 0, random_b=tuner.initialization == "random_b")
+    adam = torch.optim.Adam([value for value in adapter.parameters() if value.requires_grad], 1e-6, eps=1e-30)
+    (adapter(x) @ wanted).backward()
+    adam.step()
+    moved = (adapter(torch.eye(32)).T - before).detach() * 1e6
+    return moved, moved @ x
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"alpha": 3.0}, {"rslora": True, "alpha": 3.0}, {"initialization": "gaussian"}, {"initialization": "random_b"},
+    {"initialization": "random_b", "alpha": 3.0},
+])  # fmt: skip
+def test_the_first_step_of_adam_is_as_long_as_step_size_says(config: dict[str, object]) -> None:
+    lengths = {rank: first_step(rank, **config)[1].norm().item() for rank in (4, 64)}
+    sizes = {rank: LoraTuner(rank=rank, **config).step_size for rank in (4, 64)}
+    assert sizes[4] and sizes[64]
+    assert lengths[64] / lengths[4] == pytest.approx(sizes[64] / sizes[4], rel=0.3)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 64])
+def test_from_a_random_b_adam_moves_every_weight_by_the_rate(rank: int) -> None:
+    moved, _ = first_step(rank, initialization="random_b")
+    assert moved.square().mean().sqrt().item() == pytest.approx(1, rel=0.05)
+
+
+def test_step_sizes() -> None:
+    found = {
+        (initialization, rslora, alpha): LoraTuner(
+            rank=16, initialization=initialization, rslora=rslora, alpha=alpha
+        ).step_size
+        for initialization, rslora, alpha in [
+            ("default", False, "auto"), ("default", False, 8.0), ("default", True, 8.0), ("gaussian", False, 8.0),
+            ("random_b", False, "auto"), ("random_b", False, 8.0), ("pissa", False, "auto"),
+        ]
+    }  # fmt: skip
+    assert list(found.values()) == [16.0, 8.0, 32.0, 0.5, 1.0, 0.5, None]
+
+
 @pytest.mark.parametrize("config", [{}, {"initialization": "gaussian"}, {"dora": True}, {"initialization": "pissa"}])
 def test_a_bf16_base_starts_as_its_fp32_copy_does(
     family: DiffusionFamily, tmp_path: Path, config: dict[str, object]
@@ -252,6 +320,28 @@ def test_export_works_on_the_published_base(
     torch.testing.assert_close(predict(family, fresh), trained, rtol=1e-3, atol=1e-4)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["r"] == (8 if initialization.startswith(("pissa", "olora")) else 4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_random_b_starts_as_the_base_and_what_is_exported_is_as_any_other(
+    family: DiffusionFamily, tmp_path: Path, dora: bool
+) -> None:
+    unet = family.load("unet")
+    untouched = predict(family, unet)
+    targets = ["to_q", "conv1"]
+    config = LoraTuner(rank=4, alpha=6.0, initialization="random_b", dora=dora, targets=targets)
+    tuner = make_tuner(config, family)
+    parameters = tuner.apply({"unet": unet}, 0)
+    torch.testing.assert_close(predict(family, unet), untouched, rtol=1e-4, atol=1e-5)
+    tuner.export(disturb(parameters), tmp_path)
+    fresh = family.load("unet")
+    apply({"unet": fresh}, tmp_path)
+    torch.testing.assert_close(predict(family, fresh), predict(family, unet), rtol=1e-3, atol=1e-4)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, 6, False)
+    onwards = family.load("unet")
+    make_tuner(LoraTuner(rank=4, dora=dora, targets=targets), family).apply({"unet": onwards}, 0, tmp_path)
+    torch.testing.assert_close(predict(family, onwards), predict(family, unet), rtol=1e-3, atol=1e-4)
 
 
 def test_dropout_is_active_in_training_only(family: DiffusionFamily) -> None:

@@ -16,7 +16,7 @@ from ray.tune.search.variant_generator import generate_variants
 from gtl.config import Study, parse_study
 from gtl.config.load import set_study_key
 from gtl.search.schedule import make_scheduler, make_searcher
-from gtl.search.space import configurations, keep_inside, mutations, param_space
+from gtl.search.space import carried, configurations, keep_inside, mutations, param_space
 from gtl.types import UserError
 
 BASE: dict[str, Any] = {
@@ -91,18 +91,46 @@ def test_grid_keys_take_turns_in_a_random_study() -> None:
     assert counts == {(rank, dora): 2 for rank in (4, 8, 16) for dora in (True, False)}
 
 
+def told_to_ray_tune(made: Study) -> list[dict[str, Any]]:
+    space = param_space(made, dict(enumerate(configurations(made))))
+    return [spec["config"] for _, spec in generate_variants({"config": space})]
+
+
 @pytest.mark.parametrize("searcher", ["grid", "random"])
 def test_ray_tune_makes_exactly_these_trials(searcher: str) -> None:
     made = study(f"searcher.type={searcher}", "trials=5")
-    configs = [spec["config"] for _, spec in generate_variants({"config": param_space(made)})]
+    configs = told_to_ray_tune(made)
     assert [config["trial"] for config in configs] == [0, 1, 2, 3, 4]
     assert [made.configuration(config) for config in configs] == configurations(made)
     assert all(config.keys() == {"trial", *made.space} for config in configs)
 
 
+TRANSFER = (
+    "transfer_rank=true", "set.tuner.alpha=16", "trials=3",
+    "space={tuner.rank: {choice: [8, 2, 32]}, train.learning_rate: {loguniform: [1e-4, 1e-2]}, "
+    "tuner.freeze_depth: {choice: [2, 4], when: {tuner.rank: [2, 8]}}}",
+)  # fmt: skip
+
+
+def test_a_rate_is_searched_at_the_smallest_rank_and_carried_to_the_others() -> None:
+    made = study(*TRANSFER)
+    found = configurations(made)
+    assert [values["tuner.rank"] for values in found] == [2, 2, 2]
+    assert len({values["train.learning_rate"] for values in found}) == 3
+    assert made.num_trials == 3 + 2
+    best = found[1]
+    assert carried(made, best) == [
+        best | {"tuner.rank": 8},
+        {"tuner.rank": 32, "train.learning_rate": best["train.learning_rate"]},
+    ]
+    assert made.recipe_of(carried(made, best)[0]).tuner.scale == 16 / 8
+    grid = study(*TRANSFER, "searcher.type=grid", "space.train.learning_rate={grid: [1e-4, 1e-3]}", "trials=null")
+    assert (len(configurations(grid)), grid.num_trials) == (2 * 2, 2 * 2 + 2)
+
+
 def test_ray_tunes_own_generator_takes_lists_and_sections_whole() -> None:
     made = study("space={tuner: {choice: [{type: full}, {rank: 2, targets: [to_q]}]}}", "searcher.type=grid")
-    configs = [spec["config"] for _, spec in generate_variants({"config": param_space(made)})]
+    configs = told_to_ray_tune(made)
     assert [made.recipe_of(config).tuner.type for config in configs] == ["full", "lora"]
     assert made.recipe_of(configs[1]).tuner.targets == ["to_q"]
 

@@ -28,6 +28,8 @@ KINDS = (
     "tuner.freeze_depth: {quniform: [0.0, 0.8, 0.2], when: {tuner.type: freeze}}}"
 )
 
+RANKS = ("transfer_rank=true", "space.tuner.rank={choice: [4, 8]}")
+
 
 def study(*overrides: str) -> Study:
     values = copy.deepcopy(BASE)
@@ -295,6 +297,19 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         (["pack=1"], "pack: 1: should be greater than or equal to 2 or 'auto' or 'off'"),
         (["transfer_rank=true"],
          "transfer_rank: true: carries the learning rate over ranks; tuner.rank is not in the space"),
+        ([*RANKS, "space.tuner.rank={choice: [4]}"],
+         "transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid"),
+        ([*RANKS], "transfer_rank: true: with tuner.alpha: auto the best rate moves with the rank; "
+         "set it to a number, such as 16"),
+        ([*RANKS, "set.tuner.alpha=8", "set.tuner.rslora=true"],
+         "transfer_rank: true: with tuner.alpha: 8.0 the best rate moves with the rank; set it to a number, such as 16 "
+         "and tuner.rslora: false"),
+        ([*RANKS, "set.tuner.initialization=random_b", "set.tuner.alpha=8"],
+         "transfer_rank: true: with tuner.alpha: 8.0 the best rate moves with the rank; set it to auto"),
+        ([*RANKS, "set.tuner.initialization=pissa"], "transfer_rank: true: how a rate moves with the rank is not known "
+         "for tuner.initialization: pissa; take default or random_b"),
+        ([*RANKS, "space.tuner.alpha={choice: [4, 8]}"],
+         "space.tuner.alpha: transfer_rank: true: a rate holds for one of them; put it under set"),
         (["publish.name=Dog"],
          "publish.name: 'Dog': should start with a-z or 0-9 and go on with a-z, 0-9, '.', '_' or '-'"),
     ],
@@ -310,7 +325,8 @@ def test_a_mistake_is_one_line(overrides: list[str], message: str) -> None:
         ["space={tuner: {choice: [{type: lora, rank: 2}, {type: full}]}}"],
         ["space={tuner.targets: {choice: [attention, [to_q, to_k]]}}"],
         ["space={train.learning_rate: {choice: [1e-4, 1e-3]}}", "pack=4"],
-        ["transfer_rank=true", "space.tuner.rank={choice: [4, 8]}"],
+        [*RANKS, "set.tuner.alpha=16"],
+        [*RANKS, "set.tuner.initialization=random_b"],
         ["scheduler.type=pbt", "trials=4"],
         ["scheduler.type=fifo", "set.evaluate.every=300"],
     ],
@@ -343,15 +359,20 @@ def test_several_metrics_are_not_stopped_early_by_default() -> None:
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_a_ready_study_loads_and_says_how_to_run_it(file: Path) -> None:
-    assert load_study(file).num_trials <= 18
+    assert load_study(file).num_trials <= (42 if file.stem == "rank_transfer" else 18)
     assert file.read_text().split("recipe:")[0].count(f"#   gtl tune {file.relative_to(ROOT)}\n") == 1
 
 
 def test_the_ready_studies_are_those_that_were_promised() -> None:
     assert [file.stem for file in STUDIES] == [
-        "freeze_depth", "freeze_rank_lr", "learning_rate", "lora_rank", "pbt_learning_rate", "smoke", "strategy",
+        "freeze_depth", "freeze_rank_lr", "learning_rate", "lora_rank", "pbt_learning_rate", "rank_transfer", "smoke",
+        "strategy",
     ]  # fmt: skip
     assert load_study(ROOT / "tune_configs" / "smoke.yaml").num_trials == 4
+    ranks = load_study(ROOT / "tune_configs" / "rank_transfer.yaml")
+    assert ranks.num_trials == 6 * 7
+    assert all(ranks.recipe_of({"tuner.rank": rank}).tuner.step_size == 16 for rank in (2, 64))
+    assert load_study(ROOT / "tune_configs" / "rank_transfer.yaml", ["transfer_rank=true"]).num_trials == 7 + 5
     with pytest.raises(UserError, match="val_loss does not tell which kind of transfer is better"):
         load_study(ROOT / "tune_configs" / "strategy.yaml", ["metric=val_loss", "set.data.validation=0.1"])
 
