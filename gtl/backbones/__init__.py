@@ -29,11 +29,29 @@ def open_backbone(spec: str) -> Backbone:
 
         return open_inception(spec.removeprefix(INCEPTION))
     if spec.startswith("builtin:"):
-        if spec != BUILTIN:
-            raise UserError(f"{spec}: no such built-in backbone; there is {BUILTIN}")
+        find_backbone(spec)
         from gtl.backbones.scenes import builtin_folder, open_scenes
 
         return open_scenes(builtin_folder())
     from gtl.backbones.pretrained import open_pretrained
 
     return open_pretrained(spec)
+
+
+def find_backbone(spec: str) -> None:
+    """Refuse what `open_backbone` would not find here, before anything is computed for it; nothing is read.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if spec.startswith(INCEPTION):
+        from gtl.backbones.inception import find_inception
+
+        find_inception(spec.removeprefix(INCEPTION))
+    elif spec.startswith("builtin:"):
+        if spec != BUILTIN:
+            raise UserError(f"{spec}: no such built-in backbone; there is {BUILTIN}")
+    else:
+        from gtl.backbones.pretrained import find_pretrained
+
+        find_pretrained(spec)

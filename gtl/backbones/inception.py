@@ -169,21 +169,31 @@ class Inception(nn.Module):
         return features, F.linear(features, self.fc.weight)
 
 
+def find_inception(path: str) -> Path:
+    """The file of the weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(path).expanduser()
+    if not path or not file.is_file():
+        found = "a folder" if path and file.is_dir() else "no such file" if path else "no file named"
+        raise UserError(f"inception:{path}: {found}; give the path of {FILE}, which pytorch-fid publishes")
+    return file
+
+
 def open_inception(path: str) -> Extractor:
     """The network with pytorch-fid's weights.
 
     Raises:
         UserError: the file is missing, damaged or of another network.
     """
-    file = Path(path).expanduser()
-    if not path or not file.is_file():
-        found = "a folder" if path and file.is_dir() else "no such file" if path else "no file named"
-        raise UserError(f"inception:{path}: {found}; give the path of {FILE}, which pytorch-fid publishes")
+    file = find_inception(path)
     try:
         data = file.read_bytes()
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
         raise UserError(f"{file}: not readable as weights ({reason}); get {FILE} again") from error
     with torch.device("meta"):
         network = Inception()

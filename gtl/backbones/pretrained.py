@@ -79,11 +79,11 @@ class ClipExtractor(Extractor):
         return torch.cat(found)
 
 
-def open_pretrained(spec: str) -> Extractor:
-    """A model of a local folder or of the hub.
+def find_pretrained(spec: str) -> Path:
+    """The folder, if it is none of the hub.
 
     Raises:
-        UserError: there is no such model, it is none that sees, or its files are damaged or incomplete.
+        UserError: there is no such folder, and the hub can have no model of that name.
     """
     path = Path(spec).expanduser()
     if not path.is_dir() and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
@@ -91,6 +91,16 @@ def open_pretrained(spec: str) -> Extractor:
             f"{spec}: no such folder; a backbone is builtin:backbone, inception:FILE, or a folder or hub id of a "
             "transformers model that sees"
         )
+    return path
+
+
+def open_pretrained(spec: str) -> Extractor:
+    """A model of a local folder or of the hub.
+
+    Raises:
+        UserError: there is no such model, it is none that sees, or its files are damaged or incomplete.
+    """
+    path = find_pretrained(spec)
     with light():
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 

@@ -167,12 +167,14 @@ def evaluate(
     from gtl.config import load_recipe
     from gtl.evaluate.result import table
     from gtl.evaluate.run import evaluate as score
+    from gtl.storage import Store
 
     loaded = load_recipe(recipe, set_ or ())
     with Bar() as bar:
         found = score(loaded, [*([None] if base or not adapter else []), *(adapter or [])], progress=bar)
     if json_ is not None:
-        json_.write_text(json.dumps([json.loads(evaluation.to_json()) for evaluation in found], indent=1) + "\n")
+        text = json.dumps([json.loads(evaluation.to_json()) for evaluation in found], indent=1) + "\n"
+        Store(json_.parent).write(json_.name, text.encode())
     print(table(found))
 
 

@@ -23,7 +23,7 @@ from gtl.generate.crew import (
     naming_machine,
     work_through,
 )
-from gtl.images import decode
+from gtl.images import BrokenImage, decode
 from gtl.storage import Store
 from gtl.types import Progress, UserError
 
@@ -116,7 +116,7 @@ class Examiner:
             return encode_texts(self._backbone, items), None
         if isinstance(items[0], ImageWork):
             return features_of(self._backbone, keys_of(items), lambda at: load_square(items[at]), self._cache)
-        drawn: tuple[Tensor, Tensor | None] = self._backbone([decode(Store(i.folder).read(i.key)) for i in items])
+        drawn: tuple[Tensor, Tensor | None] = self._backbone([load_drawn(item) for item in items])
         return drawn
 
 
@@ -174,6 +174,19 @@ def encode_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     if not isinstance(backbone, TextBackbone):
         raise UserError(f"evaluate.clip: {backbone.name}: reads no text; expected a CLIP model")
     return backbone.encode_texts(texts)
+
+
+def load_drawn(item: Drawn) -> Image:
+    """A sample.
+
+    Raises:
+        UserError: its file is gone or damaged.
+    """
+    folder = Store(item.folder)
+    try:
+        return decode(folder.read(item.key))
+    except BrokenImage as error:
+        raise UserError(f"{folder.url(item.key)}: damaged ({error}); remove it, and it is drawn again") from error
 
 
 def load_square(work: ImageWork) -> Image:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from gtl.backbones import find_backbone
 from gtl.config.metrics import METRICS
 from gtl.config.recipe import Evaluate
 from gtl.data.reference import Reference
@@ -77,6 +78,20 @@ def check_images(asked: Evaluate, images: Reference) -> None:
                 )
 
 
+def check_extractors(asked: Evaluate, prompts: Sequence[str]) -> None:
+    """Refuse extractors that are not there, and prompts that the reader cannot read, before pictures are drawn.
+
+    Raises:
+        UserError: names the key.
+    """
+    for need in needs_of(asked):
+        if need.extractor != "reader":
+            find_backbone(need.spec)
+            continue
+        for prompt in prompts:
+            check_caption(prompt)
+
+
 def score_all(asked: Evaluate, found: Mapping[str, Found], images: Reference) -> tuple[dict[str, Score], list[Copy]]:
     """The scores of a model's samples, and those nearest to images trained on.
 
@@ -89,7 +104,7 @@ def score_all(asked: Evaluate, found: Mapping[str, Found], images: Reference) ->
         UserError: a backbone does not give what a metric needs, or features are not finite.
     """
     from gtl.evaluate.memorization import memorization
-    from gtl.evaluate.scores import score
+    from gtl.evaluate.scores import FEW, score
 
     scores: dict[str, Score] = {}
     nearest: list[Copy] = []
@@ -106,7 +121,15 @@ def score_all(asked: Evaluate, found: Mapping[str, Found], images: Reference) ->
                 nearest = copies(copied, images)
             else:
                 scores[name] = make_score(score(name, rows), asdict(facts))
-    return {name: scores[name] for name in asked.metrics}, nearest
+        if "fid" in need.metrics and min(len(rows["real"]), len(rows["fake"])) < FEW:
+            scores["kid"] = make_score(score("kid", rows), asdict(facts))  # which the note of fid sends readers to
+    return {name: scores[name] for name in in_order(asked.metrics, scores)}, nearest
+
+
+def in_order(asked: Sequence[str], scores: Mapping[str, Score]) -> list[str]:
+    """Metrics as they were asked for; kid, if nobody did, comes before the fid that it stands in for."""
+    added = [name for name in scores if name not in asked]
+    return [name for metric in asked for name in ([*added, metric] if metric == "fid" else [metric])]
 
 
 def named(drawn: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
@@ -121,13 +144,23 @@ def is_right(picture: Image, prompt: str) -> float:
     Raises:
         UserError: the prompt is no such caption.
     """
-    from gtl.data.scenes.captions import read_caption
     from gtl.data.scenes.reader import judge
     from gtl.evaluate.scenes import is_right as all_right
 
+    check_caption(prompt)
+    return float(all_right(judge(picture, prompt)))
+
+
+def check_caption(prompt: str) -> None:
+    """Refuse a prompt that the reader of the built-in scenes cannot judge a picture by.
+
+    Raises:
+        UserError: the prompt is no such caption.
+    """
+    from gtl.data.scenes.captions import read_caption
+
     if not read_caption(prompt).things:
         raise UserError(f"evaluate.metrics: prompt_accuracy: {prompt!r}: no caption of the built-in scenes")
-    return float(all_right(judge(picture, prompt)))
 
 
 def copies(found: Memorization, images: Reference) -> list[Copy]:

@@ -15,13 +15,15 @@ from gtl.config.metrics import check_metrics, of_pictures
 from gtl.config.names import parse_reference
 from gtl.config.recipe import Evaluate
 from gtl.data.reference import Reference, reference
-from gtl.evaluate.extract import Drawn, Item, examine
+from gtl.evaluate.extract import Drawn, Item, examine, load_drawn
 from gtl.evaluate.measure import (
     MAX_REAL,
     READER_FACTS,
     Found,
     Need,
+    check_extractors,
     check_images,
+    in_order,
     is_right,
     named,
     needs_of,
@@ -31,7 +33,6 @@ from gtl.evaluate.measure import (
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score
 from gtl.evaluate.sampling import plan, requests
 from gtl.generate.spread import Model, Order, Origin, Published, spread
-from gtl.images import decode
 from gtl.session import session
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
@@ -84,6 +85,7 @@ def evaluate_all(
     origin, base = recipe.model, family.fingerprint()
     asked = recipe.evaluate.model_copy(update={"metrics": of_pictures(recipe.evaluate.metrics)})
     sampling = plan(asked, images, dtype)
+    check_extractors(asked, sampling.prompts)
     place = Origin(origin.source, origin.revision, origin.variant)
     drawings = [
         Drawing(
@@ -98,7 +100,8 @@ def evaluate_all(
     found = []
     for adapter, drawing, loss in zip(chosen, drawings, losses, strict=True):
         scores, nearest = measure(asked, drawing, images, progress)
-        scores = {name: (scores | loss)[name] for name in recipe.evaluate.metrics}
+        scores |= loss
+        scores = {name: scores[name] for name in in_order(recipe.evaluate.metrics, scores)}
         evaluation = Evaluation(
             adapter=None if adapter is None else title(adapter), base={"source": origin.source, "fingerprint": base},
             dataset=images.fingerprint, images=images.number,
@@ -198,7 +201,7 @@ class Drawing:
 
     def sample(self, position: int) -> Image:
         """One that is drawn already."""
-        return decode(self.folder.read(self.keys[position]))
+        return load_drawn(Drawn(self.folder.url(), self.keys[position]))
 
 
 def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -196,6 +196,10 @@ class Crew:
 
         for worker in {*self._at_work, *(call.worker for call in self._calls.values())}:
             ray.kill(worker)
+        failed, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if self._calls else ([], [])
+        for call in failed:  # or Ray prints the error of a batch that was begun when another one's ended the work
+            with suppress(Exception):
+                ray.get(call)
 
     def _start(self) -> None:
         worker = self._make.remote(*self._arguments)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gtl.adapters import apply
 from gtl.generate.engine import Engine, Request, check
-from gtl.types import quiet
+from gtl.types import UserError, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,7 @@ def draw(
     """Draw the requests on an engine that has no others; see `generate`.
 
     Raises:
-        UserError: a request is wrong.
+        UserError: a request is wrong, or what is drawn is NaN.
     """
     show = progress or quiet
     waiting = iter(enumerate(requests))
@@ -68,9 +68,15 @@ def draw(
             return
         finished = engine.step()
         for item, pixels in zip(finished, engine.decode(finished), strict=True):
+            index = positions.pop(item.handle)
+            if pixels.isnan().any():
+                raise UserError(
+                    f"{requests[index].prompt!r}, seed {requests[index].seed}: the model draws NaN, no picture; "
+                    "weights are damaged, or an adapter's scale is far too large"
+                )
             done += 1
             show("draw", done, len(requests))
-            yield positions.pop(item.handle), to_image(pixels)
+            yield index, to_image(pixels)
 
 
 def load_parts(

@@ -109,14 +109,14 @@ def test_samples_are_drawn_once_and_more_go_beside_them(
     file = place / "recipe.yaml"
     file.write_text(json.dumps(make_recipe(place, metrics=["diversity"]).model_dump(mode="json")))
     monkeypatch.setattr(sys, "argv", ["gtl", "evaluate", str(file), "--adapter", "dog", "--base",
-                                      "--json", str(place / "scores.json")])  # fmt: skip
+                                      "--json", str(place / "new" / "scores.json")])  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "the model alone" and lines[4] == "dog@v1" and lines[8] == "dog@v1 less the model alone"
     assert lines[1].split() == ["metric", "value", "95", "%", "interval", "better", "samples", "extractor"]
-    alone, dog = json.loads((place / "scores.json").read_text())
+    alone, dog = json.loads((place / "new" / "scores.json").read_text())
     assert dog["scores"]["diversity"]["value"] == pytest.approx(before.scores["diversity"].value)
 
 

@@ -349,6 +349,13 @@ def test_a_model_that_has_one_variant_only_is_drawn_with(tmp_path):
     assert read_recipe(path)["model"]["variant"] == "fp16"
 
 
+def test_a_picture_that_is_nan_is_no_black_one(sd, published, tmp_path):
+    _, registry = published
+    with pytest.raises(UserError, match=r"^'a dog', seed 4: the model draws NaN, no picture; weights are damaged"):
+        run(out=tmp_path / "out", prompt="a dog", seed=4, steps=2, registry=registry, adapters=["dog:1e38"])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_run_takes_the_base_from_the_adapter(sd, published, tmp_path):
     _, registry = published
     common = {"prompt": "a dog", "seed": 1, "steps": 3, "registry": registry}
