@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Config = Mapping[str, Any]
+BUILTIN = "builtin:"
+"""How the names of models begin that this project brings along, with weights."""
 
 
 @dataclass(frozen=True)

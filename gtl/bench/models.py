@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gtl.bench.configs import MODELS, Config
+from gtl.bench.configs import BUILTIN, MODELS, Config
 from gtl.storage import Store
 from gtl.types import DTYPES
 
@@ -36,7 +36,7 @@ def write_model(
 
     Args:
         folder: Is made.
-        name: In `gtl.bench.configs.MODELS`.
+        name: In `gtl.bench.configs.MODELS`, or a built-in model, which is there already.
         dtype: Of the weights in the files, fp32 or bf16.
         overrides: Other values in the configs of some parts.
     """
@@ -44,6 +44,8 @@ def write_model(
 
     from gtl.families import open_family
 
+    if name.startswith(BUILTIN):
+        return open_family(name)
     write_configs(folder, name, overrides)
     family = open_family(str(folder))
     write_weights(family, getattr(torch, DTYPES[dtype]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gtl.bench.configs import MODELS
+from gtl.bench.configs import BUILTIN, MODELS
 from gtl.config import Recipe, parse_recipe
 from gtl.types import UserError
 
@@ -22,7 +22,7 @@ class Setting:
     """The model, what moves in it, and how both loops go through their steps."""
 
     model: str = "small"
-    """In `gtl.bench.configs.MODELS`."""
+    """In `gtl.bench.configs.MODELS`, or builtin:tiny."""
     batch_size: int = 4
     """Images per optimizer step; of all workers together."""
     steps: int = 20
@@ -58,7 +58,7 @@ class Setting:
 
     def _recipe(self, folder: str, train: dict[str, Any]) -> Recipe:
         return parse_recipe({
-            "model": {"source": f"{folder}/model"},
+            "model": {"source": self.model if self.model.startswith(BUILTIN) else f"{folder}/model"},
             "tuner": TUNERS[self.tuner],
             "data": {"source": f"{folder}/images", "buckets": False},
             "train": train,
@@ -72,7 +72,8 @@ def settle(setting: Setting, file: Path | None) -> Setting:
     Raises:
         UserError: naming the option.
     """
-    for option, value, known in (("--model", setting.model, MODELS), ("--tuner", setting.tuner, TUNERS)):
+    models = (*MODELS, f"{BUILTIN}tiny")
+    for option, value, known in (("--model", setting.model, models), ("--tuner", setting.tuner, TUNERS)):
         if value not in known:
             raise UserError(f"{option}: {value!r}: choose from {', '.join(known)}")
     batch_size = setting.batch_size

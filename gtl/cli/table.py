@@ -227,8 +227,8 @@ def data_check(
 @bench_app.command("train")
 def bench_train(
     model: Annotated[str, typer.Option(
-        help="small, sd15, sd2, sdxl or flux (FLUX.1 dev, for a GPU of 80 GB; takes 24 GB of the folder for temporary "
-             "files, TMPDIR, and 32 GB of memory); random weights.",
+        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux (FLUX.1 dev, for a GPU of 80 GB; "
+             "takes 24 GB of the folder for temporary files, TMPDIR, and 32 GB of memory).",
     )] = "small",
     batch_size: Annotated[int, typer.Option(help="Images per step.")] = 4,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each loop in a round.")] = 20,
@@ -272,13 +272,15 @@ def bench_train(
 
 @bench_app.command("search")
 def bench_search(
-    model: Annotated[str, typer.Option(help="small, sd15, sd2, sdxl or flux; random weights.")] = "small",
+    model: Annotated[str, typer.Option(
+        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux.",
+    )] = "builtin:tiny",
     pack: Annotated[list[int], typer.Option(help="Trials in a forward pass; may be given several times.")] = [4],  # noqa: B006
     batch_size: Annotated[int, typer.Option(help="Images per optimizer step of a trial.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each in a round.")] = 20,
     rounds: Annotated[int, typer.Option(help="How often they take turns; the median counts.")] = 5,
-    json_: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
-) -> None:
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:  # fmt: skip
     """How many more trials an hour a study has when they train in one forward pass, against one by one."""
     from gtl.bench.search import bench_search as bench
     from gtl.bench.search import table

@@ -114,7 +114,8 @@ class Study(Section):
     transfer_rank: bool = False
     """Search at the space's smallest rank alone, then run every other rank once, to its end, with the configuration
     that was best there; trials are of the search, these come on top. The learning rate is carried as it is, and refused
-    where it is known to move with the rank: with the usual random A, tuner.alpha has to be a number."""
+    where it is known to move with the rank: with the usual random A, tuner.alpha has to be a number. random_b with
+    alpha auto is taken, though on the built-in model its rate moved (tune_configs/rank_transfer.yaml)."""
     publish: Publish = Publish()
     confirm: Confirm = Confirm()
 

@@ -130,7 +130,9 @@ class LoraTuner(Section):
         Behind a random B they add as random numbers of variance 1 / rank: as much as one. Where this is the same at
         all ranks, so may the best rate be. That there are such settings, and others whose best rate falls as 1 / rank,
         is of Chen et al. 2026 (arXiv 2602.06204); the argument here is our own, and of the first step only: later both
-        matrices have moved, and what their changes do together grows as scale * rank.
+        matrices have moved, and what their changes do together grows as scale * rank. On the built-in model the best
+        rate stayed with a random A and a number for alpha, under which this too is the same at all ranks; with alpha =
+        rank, and with random_b, it fell as 1 / sqrt(rank).
         None: of initialisations from the base weight or orthogonal ones, of which it tells nothing.
         """
         moved = {"default": float(self.rank), "gaussian": 1.0, "random_b": 1.0}.get(self.initialization)

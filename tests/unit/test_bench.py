@@ -71,7 +71,7 @@ def test_the_rate_of_matrix_products_is_one_that_a_machine_can_have() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "sd3"}, "--model: 'sd3': choose from small, sd15, sd2, sdxl, flux"),
+        ({"model": "sd3"}, "--model: 'sd3': choose from small, sd15, sd2, sdxl, flux, builtin:tiny"),
         ({"tuner": "dora"}, "--tuner: 'dora': choose from lora, full"),
         ({"steps": 0}, "--steps: 0: must be 1 or more"),
         ({"rounds": 0}, "--rounds: 0: must be 1 or more"),
