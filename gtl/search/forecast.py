@@ -11,7 +11,7 @@ from statistics import median
 
 from gtl.config import Study
 from gtl.config.space import label
-from gtl.config.trials import longest
+from gtl.config.trials import longest, unpacked
 from gtl.report.chart import short
 from gtl.report.facts import duration
 from gtl.report.text import columns
@@ -142,7 +142,17 @@ def need(study: Study, room: Room, clock: Clock) -> str:
     ]  # fmt: skip
     if share < 1:
         lines.append(f"{study.scheduler.type} stops trials early: that is {share:.0%} of their steps, more if they tie")
-    return "\n".join(lines)
+    return "\n".join([*lines, pack_line(study)])
+
+
+def pack_line(study: Study) -> str:
+    """Whether trials share forward passes."""
+    if study.pack == "off" or (reason := unpacked(study)) is not None:
+        return f"each trial trains alone: {'pack is off' if study.pack == 'off' else reason}"
+    when = f"{study.pack} in a forward pass" if study.pack != "auto" else (
+        "several in a forward pass where that pays, which is measured when the study begins"
+    )  # fmt: skip
+    return f"trials train {when}; the times above are of trials alone"
 
 
 def expected_share(study: Study, steps: int) -> float:
