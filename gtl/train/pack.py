@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ class Member:
     course: Course
     steps: Iterator[tuple[int, Sequence[Batch]]]
     hours: Hours
+    files: ExitStack
+    """Closes what the course has open."""
     error: Exception | None = None
     """Why it left, other than at its end or because it was asked to."""
 
@@ -127,12 +129,13 @@ class Pack:
         engine, trainee, plan, dataset = self._seat(job, recipe, slot)
         try:
             course = Course(job, recipe, trainee, {self._name: engine}, plan, dataset, self._device, notify, hours)
-            course.__enter__()
+            files = ExitStack()
+            files.enter_context(course)
         except BaseException:
             engine.leave()
             raise
         self._free.remove(slot)
-        member = Member(engine, course, course.lane.watch(course.batches), hours)
+        member = Member(engine, course, course.lane.watch(course.batches), hours, files)
         self.members.append(member)
         self.members.sort(key=lambda member: member.engine.slot)  # their weights are read where they lie
         return member
@@ -192,7 +195,7 @@ class Pack:
     def _dismiss(self, member: Member) -> None:
         """Let a member save, write its result if it is at its end, and leave."""
         failed = member.error
-        with member.alone(), member.course:
+        with member.alone(), member.files:
             if failed is not None:
                 raise failed
             member.course.lane.finish()
