@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,11 +29,15 @@ DRIVER, WORKER = ("ray::ResourceTrainable", "ray::Trial"), ("ray::RayTrainWorker
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head node with one CPU."""
+    """A head node with one CPU, and what tells Ray Train whether a run's controller lives: the dashboard."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the raylets, and so of their workers
-    running = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 1, "include_dashboard": False})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = {**NODE, "num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
+    running = Cluster(initialize_head=True, head_node_args=head)
     yield running
     running.shutdown()
 
@@ -145,6 +150,7 @@ def test_a_study_survives_a_node(cluster: Any, place: Path) -> None:
     study = Study(place, "nodes", cluster.address, [1e-3, 2e-3])
     study.wait_for(lambda: study.saved(0) and study.saved(1))
     cluster.remove_node(node, allow_graceful=False)
+    assert max(len(study.rows(number)) for number in (0, 1)) < STEPS
     trials = study.end()
     assert [(trial["state"], trial["steps"]) for trial in trials] == [("finished", STEPS)] * 2
     assert [study.rows(number) for number in (0, 1)] == [[0, *range(1, STEPS + 1)]] * 2
