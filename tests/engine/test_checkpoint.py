@@ -15,7 +15,7 @@ from gtl import families
 from gtl.adapters.card import LIBRARIES
 from gtl.config import parse_recipe
 from gtl.storage import Store
-from gtl.train import checkpoint, worker
+from gtl.train import checkpoint, course
 from gtl.train.assemble import assemble
 from gtl.train.checkpoint import Shapes, State, complete, latest, load, prune, save, step_key
 from gtl.train.job import CHECKPOINTS, Job
@@ -200,7 +200,7 @@ def save_a_lora(job: Job, stage: int) -> None:
     plan = TrainPlan(steps=9, stage=stage, micro_batch=1, accumulation=1)
     engines = make_engines(trainee, recipe, plan, torch.device("cpu"))
     with Saver() as saver:
-        worker.save(engines, job, plan, 0, 0.0, CHECKPOINTS, 1, saver)
+        course.save(engines, job, plan, 0, 0.0, CHECKPOINTS, 1, saver)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
