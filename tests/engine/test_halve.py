@@ -12,8 +12,8 @@ import torch
 from gtl.config import Recipe, parse_recipe
 from gtl.storage import Store
 from gtl.train.halve import HALVED, HalvedError, Limit, halving, limit, read_limit
+from gtl.train.job import RESULT, Job
 from gtl.train.plan import TrainPlan
-from gtl.train.worker import RESULT, Job
 from gtl.types import UserError
 from tests.engine.runs import Kill, go, make_job
 
