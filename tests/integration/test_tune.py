@@ -163,6 +163,18 @@ def test_a_rate_is_carried_from_the_smallest_rank_and_what_was_cut_off_goes_on(r
     assert [path.stat().st_mtime_ns for path in results[:2]] == before and results[2].exists()
 
 
+@pytest.mark.soak
+def test_optuna_chooses_from_what_it_was_told(ray_cluster: None, place: Path) -> None:
+    space = {"train.learning_rate": {"loguniform": [1e-7, 2e-2]}}
+    study = parse_study(make_values(place, space, 4, searcher={"type": "optuna", "startup": 2}, trials=4,
+                                    scheduler={"type": "fifo"}, concurrency=2))  # fmt: skip
+    record = tune(study, "optuna")
+    assert [(name, one.state, one.steps) for name, one in sorted(record.trials.items())] == [
+        (f"0000{number}", "finished", 4) for number in range(4)
+    ]
+    assert len({one.config["train.learning_rate"] for one in record.trials.values()}) == 4
+
+
 COMMAND = [sys.executable, "-c", "from gtl.cli import main; main()", "tune"]
 
 
