@@ -15,9 +15,10 @@ from typing import Any
 from gtl import __version__
 from gtl.bench.models import write_dataset, write_model
 from gtl.bench.setting import Setting, settle
-from gtl.bench.train import IMAGES, WARM_UP, device_name, device_of, dtype_on, process_group
+from gtl.bench.train import IMAGES, WARM_UP, device_name, device_of, dtype_on
 from gtl.config import parse_recipe
 from gtl.storage import Store
+from gtl.train.group import process_group
 from gtl.train.job import Job
 from gtl.types import Progress, UserError
 

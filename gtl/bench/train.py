@@ -8,8 +8,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from gtl.bench.matrices import matmul_flops, utilisation
 from gtl.bench.models import write_dataset, write_model
 from gtl.bench.setting import Setting, settle
 from gtl.storage import Store
+from gtl.train.group import process_group
 from gtl.types import DTYPES, Progress
 
 if TYPE_CHECKING:
@@ -149,19 +149,6 @@ def timed(loop: Callable[[int], list[float]], steps: int, batch_size: int, devic
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return steps * batch_size / (time.perf_counter() - begun), statistics.fmean(losses)
-
-
-@contextmanager
-def process_group(folder: str, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """The group of a run's workers, which meet in a folder; of this process alone when there is one."""
-    import torch.distributed as dist
-
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=Path(folder, "rendezvous").as_uri(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def device_of(rank: int) -> torch.device:

@@ -129,7 +129,7 @@ class LoraTuner(Section):
         output in the gradient's direction: rank times as much as one of them (PEFT's gaussian A is itself as 1 / rank).
         Behind a random B they add as random numbers of variance 1 / rank: as much as one. Where this is the same at
         all ranks, so may the best rate be. That there are such settings, and others whose best rate falls as 1 / rank,
-        is of Chen et al. 2026 (arXiv 2602.06204); the argument here is our own, and of the first step only: later both
+        is of arXiv 2602.06204; the argument here is our own, and of the first step only: later both
         matrices have moved, and what their changes do together grows as scale * rank. On the built-in model the best
         rate stayed with a random A and a number for alpha, under which this too is the same at all ranks; with alpha =
         rank, and with random_b, it fell as 1 / sqrt(rank).

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
@@ -22,13 +21,18 @@ from gtl.report.chart import short
 from gtl.search.room import Room, corners
 from gtl.session import Cluster, get
 from gtl.train.board import Post
+from gtl.train.group import process_group
 from gtl.train.job import Job
 from gtl.train.launch import begin, open_model
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
+    import torch
+
     from gtl.search.trial import Place
     from gtl.train.pack import Member, Pack
+
+Answer = TypeVar("Answer")
 
 COUNTS = (1, 2, 4, 8)
 """Trials in a pass that `pack: auto` tries."""
@@ -64,20 +68,9 @@ class PackActor:
         Raises:
             Exception: what it met. A mistake of the user's is on the board instead.
         """
-        over: Future[None] = Future()
         post = Post(board)
-
-        def join() -> None:
-            try:
-                member = self._open(Job(**job)).join(Job(**job), post)
-            except Exception as error:
-                over.set_exception(error)
-            else:
-                self._ends[id(member)] = over
-
-        self._calls.put(join)
         try:
-            over.result()
+            self._ask(lambda: self._join(Job(**job), post)).result()
             post.finish()
         except UserError as error:
             ray.get(board.post_mistake.remote(str(error)))
@@ -87,31 +80,39 @@ class PackActor:
 
     def seconds(self, job: dict[str, Any], counts: Sequence[int]) -> dict[int, float]:
         """See `Pack.seconds`."""
-        taken: Future[dict[int, float]] = Future()
+        return self._ask(lambda: self._open(Job(**job)).seconds(Job(**job), counts))
 
-        def measure() -> None:
+    def _ask(self, act: Callable[[], Answer]) -> Answer:
+        """What the thread that computes makes of it between two steps."""
+        answer: Future[Answer] = Future()
+
+        def call() -> None:
             try:
-                taken.set_result(self._open(Job(**job)).seconds(Job(**job), counts))
+                answer.set_result(act())
             except Exception as error:
-                taken.set_exception(error)
+                answer.set_exception(error)
 
-        self._calls.put(measure)
-        return taken.result()
+        self._calls.put(call)
+        return answer.result()
+
+    def _join(self, job: Job, post: Post) -> Future[None]:
+        """Give a run its place; what is returned is done when it leaves."""
+        member = self._open(job).join(job, post)
+        over = self._ends[id(member)] = Future[None]()
+        return over
 
     def _open(self, job: Job) -> Pack:
-        from gtl.families import open_family
         from gtl.train.pack import Pack
         from gtl.train.worker import check_base
 
         if self._pack is None:
-            model = job.recipe["model"]
-            family = open_family(model["source"], model["family"], revision=model["revision"], variant=model["variant"])
-            check_base(family, job)
-            self._pack = Pack(job, device_here(), self._places, self._rank)
+            pack = Pack(job, device_here(), self._places, self._rank)
+            check_base(pack.family, job)
+            self._pack = pack
         return self._pack
 
     def _work(self) -> None:
-        with tempfile.TemporaryDirectory() as folder, group_of_one(folder):
+        with tempfile.TemporaryDirectory() as folder, process_group(folder, device_here()):
             while True:
                 has_members = self._pack is not None and bool(self._pack.members)
                 for call in waiting(self._calls, block=not has_members):
@@ -146,24 +147,11 @@ def waiting(calls: queue.Queue[Callable[[], None]], *, block: bool) -> Iterator[
         return
 
 
-def device_here() -> Any:
+def device_here() -> torch.device:
     """The actor's device."""
     import torch
 
     return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
-
-
-@contextmanager
-def group_of_one(folder: str) -> Iterator[None]:
-    """A process group for what is collective in a run."""
-    import torch.distributed as dist
-
-    backend = "nccl" if ray.get_gpu_ids() else "gloo"
-    dist.init_process_group(backend, init_method=Path(folder, "rendezvous").as_uri(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -211,18 +199,11 @@ class Packs:
 def packs_for(
     study: Study, place: Place, room: Room, cluster: Cluster, trials: int, progress: Progress
 ) -> Iterator[Packs | None]:
-    """Packs for so many trials; None where they train alone.
-
-    Raises:
-        UserError: the study asks for what can't be packed.
-    """
-    reason = unpacked(study)
-    if reason is not None and study.pack not in ("auto", "off"):
-        raise UserError(f"pack: {study.pack}: {reason}")
-    most = max(COUNTS) if study.pack == "auto" else study.pack
-    if reason is not None or study.pack == "off" or not isinstance(most, int) or trials < 2:
+    """Packs for so many trials; None where they train alone."""
+    if study.pack == "off" or unpacked(study) is not None or trials < 2:
         yield None
         return
+    most = max(COUNTS) if study.pack == "auto" else study.pack
     rank = max(recipe.tuner.rank for recipe in map(study.recipe_of, corners(study)))  # type: ignore[union-attr]
     resources = room.resources
     take = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}

@@ -42,7 +42,7 @@ def make_room(study: Study, place: Place, cluster: Cluster) -> Room:
     """How many trials run at once, so that all of their workers have a place.
 
     Raises:
-        UserError: the largest trial does not fit into the cluster, or the study asks for what there is not yet.
+        UserError: the largest trial does not fit into the cluster.
     """
     recipes = {recipe.train: recipe for recipe in (place.recipe(study, values) for values in corners(study))}
     largest = max((choose_resources(recipe, cluster) for recipe in recipes.values()), key=size_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -74,14 +75,17 @@ def run_trials(
         samples = study.num_trials - sum(one.state in ENDED for one in record.trials.values()) if numbered else 1
         if numbered and samples < 1:
             return
+        # HyperBand makes its brackets of the trials that it knows, and Ray Tune tells it of no more than it may start.
+        known_at_once = study.scheduler.type == "hyperband" and numbered is None
         with quiet_tune():
             driver = tune.with_parameters(Trial, place=place, board=board, packs=packs)
             tuner = tune.Tuner(
-                tune.with_resources(driver, SLIVER),
+                tune.with_resources(driver, share_of_head(concurrency) if known_at_once else SLIVER),
                 param_space={} if numbered else param_space(study, begun),
                 tune_config=tune.TuneConfig(
-                    search_alg=numbered, scheduler=scheduler, num_samples=samples, max_concurrent_trials=concurrency,
-                    reuse_actors=False, trial_name_creator=trial_id, trial_dirname_creator=trial_id,
+                    search_alg=numbered, scheduler=scheduler, num_samples=samples, reuse_actors=False,
+                    max_concurrent_trials=None if known_at_once else concurrency,
+                    trial_name_creator=trial_id, trial_dirname_creator=trial_id,
                 ),
                 run_config=RunConfig(
                     name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
@@ -95,6 +99,11 @@ def run_trials(
         Store(place.url).delete_folder("tune")
     if seen:
         raise KeyboardInterrupt(f"{place.url}: stopped; its trials have saved, --resume goes on")
+
+
+def share_of_head(concurrency: int) -> dict[str, float]:
+    """What a driver takes, so that there is room for so many: a share of a resource that every cluster has one of."""
+    return {"cpu": 0, "node:__internal_head__": math.floor(9000 / concurrency) / 10000}
 
 
 def trial_id(trial: Any) -> str:

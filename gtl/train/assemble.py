@@ -99,20 +99,19 @@ def join(
 
     from gtl.objectives import make_objective
     from gtl.train.quantize import quantize
-    from gtl.tuners.base import trained_parts
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
     parts = {name: family.load(name, device=device) for name in live_parts(recipe, family, objective)}
-    for part in parts.values():
-        part.requires_grad_(False)
+    if not adapted:
+        for part in parts.values():
+            part.requires_grad_(False)
     parameters = tuner.apply(parts, recipe.train.seed, init) if adapted else {}
     kind, main = recipe.model.quantization, parts.get(family.main)
     if kind is not None and main is not None and device != "meta":
         # After the tuner: what it takes of the base, such as DoRA's norms and PiSSA's factors, is of the whole weights.
         quantize(main, chain.from_iterable(family.blocks(main)), kind, arithmetic)
-    trained = trained_parts(recipe.tuner.train, list(parts)) if not adapted else ()
-    for name, part in parts.items():
-        part.train(name in trained or any(parameter.requires_grad for parameter in part.parameters()))
+    for part in parts.values():
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
     return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic), arithmetic)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -37,12 +37,31 @@ from gtl.types import DTYPES
 Found = TypeVar("Found")
 
 
+class Images(NamedTuple):
+    """A run's images, and their order."""
+
+    trained: Dataset
+    held_out: Dataset
+    batches: Plan
+    """Of those that are trained on."""
+
+
+def images_of(recipe: Recipe, dataset: Dataset) -> Images:
+    """What a run makes of a dataset.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    trained, held_out = dataset.split(recipe.data.validation)
+    return Images(trained, held_out, Plan(trained.entries, recipe.train.batch_size, recipe.data.seed))
+
+
 class Course:
     """What goes along with the steps of a run. As a context it has the run's files open."""
 
     def __init__(
         self, job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Learner], plan: TrainPlan,
-        dataset: Dataset, device: torch.device, notify: Notify, used: Callable[[], float],
+        images: Images, device: torch.device, notify: Notify, used: Callable[[], float],
     ) -> None:  # fmt: skip
         """Load the run's newest checkpoint into the engines. Collective.
 
@@ -52,7 +71,7 @@ class Course:
             trainee: The model, with what moves in it.
             engines: By player; what moves in each.
             plan: How the run goes through its steps.
-            dataset: All of its images, also those to hold out.
+            images: See `images_of`.
             device: Where the process group reduces tensors.
             notify: Is told of every row on rank 0.
             used: Device hours since this part of the run began.
@@ -60,16 +79,14 @@ class Course:
         self._job, self._recipe, self._trainee, self._engines = job, recipe, trainee, engines
         self._plan, self._device, self._notify, self._used = plan, device, notify, used
         done, self._spent = restore(engines, job.run, device)
-        sides = dataset.split(recipe.data.validation)
         self._tracker: Tracker | None = None
         self._saver, self._stack = Saver(), ExitStack()
         self._has_enough = False
-        self._look = make_watch(job, recipe, trainee, engines, plan, sides, device, done, self._keep)
+        self._look = make_watch(job, recipe, trainee, engines, plan, images, device, done, self._keep)
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         every = recipe.train.checkpoints.every
         self.lane = Lane(recipe.train.seed, every, self._save, self._report, self._look, device, peak, done)
-        batches = Plan(sides[0].entries, recipe.train.batch_size, recipe.data.seed)
-        self.batches = make_loader(sides[0], batches, trainee, plan, recipe.data.seed, done, device)
+        self.batches = make_loader(images.trained, images.batches, trainee, plan, recipe.data.seed, done, device)
 
     def __enter__(self) -> Course:
         with ExitStack() as stack:
@@ -134,10 +151,10 @@ def make_loader(
 
 def make_watch(
     job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Learner], plan: TrainPlan,
-    sides: tuple[Dataset, Dataset], device: torch.device, done: int, keep: Callable[[int, bool], None],
+    images: Images, device: torch.device, done: int, keep: Callable[[int, bool], None],
 ) -> Watch:  # fmt: skip
-    """What looks at the model from time to time; `sides` are the images it learns from and those it does not."""
-    trained, held_out = sides
+    """What looks at the model from time to time."""
+    trained, held_out, _ = images
     validation = Validation(
         held_out, trainee.objective, batch_size=plan.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
         seed=recipe.data.seed,

@@ -134,14 +134,8 @@ class Engine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the player is in evaluation mode, without gradients, and has its averaged weights. Collective."""
-        modes = {module: module.training for module in self._engine.module.modules()}
-        self._engine.module.eval()
-        try:
-            with torch.no_grad(), self._averaged(), self._discovering():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with in_evaluation(self._engine.module), self._averaged(), self._discovering():
+            yield
 
     @contextmanager
     def _discovering(self) -> Iterator[None]:
@@ -237,6 +231,19 @@ class Engine:
             if whole:
                 gathered[name] = dict(zip(values, whole, strict=True))
         return gathered
+
+
+@contextmanager
+def in_evaluation(player: nn.Module) -> Iterator[None]:
+    """Within it a player is in evaluation mode, without gradients."""
+    modes = {module: module.training for module in player.modules()}
+    player.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def make_config(

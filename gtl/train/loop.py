@@ -36,8 +36,8 @@ class DivergedError(UserError):
     """The loss or its gradient is no longer a finite number; every rank raises it at the same step."""
 
 
-class Player(Protocol):
-    """What the loop asks of an engine."""
+class Stepper(Protocol):
+    """What the lane asks of an engine that made a step."""
 
     @property
     def grad_norm(self) -> float:
@@ -49,12 +49,16 @@ class Player(Protocol):
         """Rate of the last step."""
         ...
 
-    def __call__(self, batch: Batch) -> Losses | None:
-        """The batch's losses, or None when the player sits the step out."""
-        ...
-
     def take_flops(self) -> float:
         """Floating-point operations on this rank since the last call; 0 where they are not counted."""
+        ...
+
+
+class Player(Stepper, Protocol):
+    """What the loop asks of an engine."""
+
+    def __call__(self, batch: Batch) -> Losses | None:
+        """The batch's losses, or None when the player sits the step out."""
         ...
 
     def backward(self, total: Tensor) -> None:
@@ -234,7 +238,7 @@ class Lane:
         if not math.isfinite(shares[0]):
             raise self._diverged(f"{tally.prefix}loss", shares[0])
 
-    def note(self, tally: Tally, player: Player) -> None:
+    def note(self, tally: Tally, player: Stepper) -> None:
         """Take in what a player's step was.
 
         Raises:

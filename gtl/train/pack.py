@@ -22,10 +22,9 @@ from gtl.adapters.slots import Slots
 from gtl.config import Recipe, parse_recipe
 from gtl.config.tuners import LoraTuner
 from gtl.data.dataset import Dataset
-from gtl.data.plan import Plan
 from gtl.storage import Store
 from gtl.train.assemble import Trainee, assemble
-from gtl.train.course import Course, make_loader
+from gtl.train.course import Course, Images, images_of, make_loader
 from gtl.train.job import Job, Notify
 from gtl.train.loop import Tally
 from gtl.train.place import place
@@ -98,19 +97,21 @@ class Pack:
         recipe = parse_recipe(job.recipe)
         everywhere = recipe.tuner.model_copy(update={"freeze_depth": 0})
         self._trainee = assemble(recipe, job.dtype, adapted=False)
-        self._family = self._trainee.family
+        self.family = self._trainee.family
         ((self._name, self._player),) = self._trainee.players.items()
         parts = self._trainee.parts
-        lora = lora_of(recipe.model_copy(update={"tuner": everywhere}), self._family)
+        lora = lora_of(recipe.model_copy(update={"tuner": everywhere}), self.family)
         targets: dict[str, list[str]] = {}
         trained = {name: parts[name] for name in trained_parts(recipe.tuner.train, list(parts))}
         for part, target in lora.targets(trained):
             targets.setdefault(part, []).append(target)
+        for module in trained.values():
+            module.train()  # as it is where a run has it to itself
         place(self._player, self._trainee.dtype, device)
         self._stacks = [
             Slots(part, parts[part], names, places + 1, rank, trainable=True) for part, names in targets.items()
         ]
-        self._outline = {part: self._family.load(part, device="meta") for part in parts}
+        self._outline = {part: self.family.load(part, device="meta") for part in parts}
         """The parts as they were, without their weights."""
         self._free = list(range(1, places + 1))
         self._datasets: dict[str, Dataset] = {}
@@ -126,9 +127,9 @@ class Pack:
         if (job.base, job.dtype) != (self._base, self._dtype):
             raise UserError(f"{job.run.url()}: another model than that of the pack on {platform.node()}")
         recipe, hours, slot = parse_recipe(job.recipe), Hours(), self._free[0]
-        engine, trainee, plan, dataset = self._seat(job, recipe, slot)
+        engine, trainee, plan, images = self._seat(job, recipe, slot)
         try:
-            course = Course(job, recipe, trainee, {self._name: engine}, plan, dataset, self._device, notify, hours)
+            course = Course(job, recipe, trainee, {self._name: engine}, plan, images, self._device, notify, hours)
             files = ExitStack()
             files.enter_context(course)
         except BaseException:
@@ -140,20 +141,20 @@ class Pack:
         self.members.sort(key=lambda member: member.engine.slot)  # their weights are read where they lie
         return member
 
-    def _seat(self, job: Job, recipe: Recipe, slot: int) -> tuple[SlotEngine, Trainee, TrainPlan, Dataset]:
+    def _seat(self, job: Job, recipe: Recipe, slot: int) -> tuple[SlotEngine, Trainee, TrainPlan, Images]:
         """A run's first weights in a slot, the model as its own, how it goes through its steps, and its images."""
         if job.dataset not in self._datasets:
             self._datasets[job.dataset] = Dataset.load(Store(recipe.storage.cache), job.dataset)
-        dataset, tuner, init = self._datasets[job.dataset], lora_of(recipe, self._family), recipe.tuner.init
-        trained, _ = dataset.split(recipe.data.validation)
-        steps_per_epoch = Plan(trained.entries, recipe.train.batch_size, recipe.data.seed).steps_per_epoch
-        plan = settle(recipe, self._family, self._device, job.dtype, steps_per_epoch)
+        images = images_of(recipe, self._datasets[job.dataset])
+        tuner, init = lora_of(recipe, self.family), recipe.tuner.init
+        plan = settle(recipe, self.family, self._device, job.dtype, images.batches.steps_per_epoch)
         folder = None if init is None else Registry(recipe.storage.registry).fetch(init)
+        initial = tuner.initial(self._outline, recipe.train.seed, folder)
         engine = SlotEngine(
-            self._player, self._stacks, slot, tuner.scale, tuner.initial(self._outline, recipe.train.seed, folder),
-            recipe.train, total_steps=plan.steps, device=self._device,
+            self._player, self._stacks, slot, tuner.config.scale, initial, recipe.train, total_steps=plan.steps,
+            device=self._device,
         )  # fmt: skip
-        return engine, replace(self._trainee, tuner=tuner), plan, dataset
+        return engine, replace(self._trainee, tuner=tuner), plan, images
 
     def step(self) -> list[Member]:
         """One optimizer step of every member; those that left: at their end, because they were asked to, or failed.
@@ -254,10 +255,8 @@ class Pack:
         """
         recipe, taken = parse_recipe(job.recipe), {}
         seats = [self._seat(job, recipe, slot) for slot in self._free[: max(counts)]]
-        _, trainee, plan, dataset = seats[0]
-        trained, _ = dataset.split(recipe.data.validation)
-        batches = Plan(trained.entries, recipe.train.batch_size, recipe.data.seed)
-        loader = make_loader(trained, batches, trainee, plan, recipe.data.seed, 0, self._device)
+        _, trainee, plan, images = seats[0]
+        loader = make_loader(images.trained, images.batches, trainee, plan, recipe.data.seed, 0, self._device)
         micro_batches = loader.batches(0)
         for count in counts:
             engines = [seat[0] for seat in seats[:count]]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gtl.adapters.slots import Slots
 from gtl.config.recipe import Train
 from gtl.train.checkpoint import Shapes, State
+from gtl.train.engine import in_evaluation
 from gtl.train.optimizer import MOMENTS, make_optimizer, read_moments, write_moments
 from gtl.train.schedule import ema_decay, learning_rate
 from gtl.types import Batch, Losses
@@ -58,10 +59,6 @@ class SlotEngine:
         """0: a pass is of several runs, and is not counted."""
         return 0.0
 
-    def backward(self, total: Tensor) -> None:
-        """A pack's own: the losses of all runs go backward together."""
-        raise NotImplementedError
-
     def step(self) -> None:
         """Make the optimizer step. Skipped when the gradient isn't finite."""
         train = self._train
@@ -87,16 +84,10 @@ class SlotEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it the player is this run's, in evaluation mode, without gradients, and has its averaged weights."""
-        modes = {module: module.training for module in self._player.modules()}
-        self._player.eval()
         for slots in self._stacks:
             slots.assign_all(self.slot, self.scale)
-        try:
-            with torch.no_grad(), self._averaged():
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with in_evaluation(self._player), self._averaged():
+            yield
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -85,28 +85,25 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     import torch.distributed as dist
 
     from gtl.data.dataset import Dataset
-    from gtl.data.plan import Plan
     from gtl.train.assemble import assemble
-    from gtl.train.course import Course, of_first
+    from gtl.train.course import Course, images_of, of_first
     from gtl.train.halve import halving, limit, read_limit
     from gtl.train.loop import stop_on_signals, train
 
     if job.code != __version__:
         raise UserError(f"gtl {__version__} on a worker, {job.code} where the run was started; install one version")
     recipe, begun = parse_recipe(job.recipe), time.monotonic()
-    dataset = Dataset.load(Store(recipe.storage.cache), job.dataset)
-    trained, _ = dataset.split(recipe.data.validation)
-    steps_per_epoch = Plan(trained.entries, recipe.train.batch_size, recipe.data.seed).steps_per_epoch
+    images = images_of(recipe, Dataset.load(Store(recipe.storage.cache), job.dataset))
     trainee = assemble(recipe, job.dtype)
     check_base(trainee.family, job)
-    plan = settle(recipe, trainee.family, device, job.dtype, steps_per_epoch)
+    plan = settle(recipe, trainee.family, device, job.dtype, images.batches.steps_per_epoch)
     plan = limit(plan, recipe, dist.get_world_size(), of_first(lambda: read_limit(job.run), device))
     engines = make_engines(trainee, recipe, plan, device)
 
     def used() -> float:
         return (time.monotonic() - begun) / 3600 * dist.get_world_size()
 
-    course = Course(job, recipe, trainee, engines, plan, dataset, device, notify, used)
+    course = Course(job, recipe, trainee, engines, plan, images, device, notify, used)
     with course, stop_on_signals(course.lane), halving(job.run, recipe, plan):
         train(engines, course.batches, course.lane)
     course.finish()

@@ -122,7 +122,7 @@ class Lora:
         export = LoraExport(config.rank, config.resolved_alpha, config.rslora, config.dora, config.dropout)
         if config.initialization.startswith(PRINCIPAL):
             tensors = relative(tensors, self._initial)
-            export = LoraExport(2 * config.rank, self.scale * 2 * config.rank, False, config.dora, config.dropout)
+            export = LoraExport(2 * config.rank, config.scale * 2 * config.rank, False, config.dora, config.dropout)
         write_lora(tensors, folder, config=export)
 
     def _continue_from(self, parts: dict[str, nn.Module], trainable: dict[str, nn.Parameter], init: Path) -> None:
@@ -153,17 +153,12 @@ class Lora:
                 raise UserError(f"its rank is {rank} in {layer}; tuner.rank is {self.config.rank}")
         for name, parameter in trainable.items():
             layer, suffix = split_name(name)
-            theirs = weights.config.scale(layer, self.config.rank) / self.scale
+            theirs = weights.config.scale(layer, self.config.rank) / self.config.scale
             parameter.data.copy_(weights.tensors[name] * (theirs if suffix == B else 1.0))
 
     @property
     def _random_b(self) -> bool:
         return self.config.initialization == "random_b"
-
-    @property
-    def scale(self) -> float:
-        """What the product of B and A is multiplied by."""
-        return self.config.scale
 
     def _peft_config(self) -> LoraConfig:
         from peft import LoraConfig

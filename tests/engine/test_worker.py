@@ -16,7 +16,7 @@ from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
 from gtl.train.assemble import assemble
-from gtl.train.course import finish, make_watch
+from gtl.train.course import finish, images_of, make_watch
 from gtl.train.engine import Engine
 from gtl.train.job import Job
 from gtl.train.plan import TrainPlan
@@ -44,11 +44,11 @@ def make_job(folder: Path, **train: Any) -> Job:
 def watch_again(folder: Path, job: Job, done: int) -> dict[str, float]:
     """The verdict of a run that goes on after so many steps, before it makes another."""
     family = write_model(folder / "model", "small")
-    sides = write_dataset(Store(folder / "cache"), family, 4).split(0.3)
     recipe = parse_recipe(job.recipe)
+    images = images_of(recipe, write_dataset(Store(folder / "cache"), family, 4))
     plan = TrainPlan(steps=STEPS, stage=0, micro_batch=1, accumulation=1)
     trainee = assemble(recipe, "fp32")
-    watch = make_watch(job, recipe, trainee, {}, plan, sides, torch.device("cpu"), done, lambda step, is_best: None)
+    watch = make_watch(job, recipe, trainee, {}, plan, images, torch.device("cpu"), done, lambda step, is_best: None)
     return watch.verdict
 
 

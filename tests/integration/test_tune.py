@@ -45,7 +45,7 @@ def make_values(place: Path, space: dict[str, Any], steps: int, **asked: Any) ->
             "evaluate": {"every": 1, "steps": 2, "samples": 8, "prompts": ["a photo of a dog"]},
             "storage": {name: str(place / name) for name in ("runs", "cache", "registry")},
         },
-        "space": space, "metric": "val_loss", **asked,
+        "space": space, "metric": "val_loss", "pack": "off", **asked,  # or it would depend on the load who trains alone
     }  # fmt: skip
 
 
@@ -164,6 +164,24 @@ def test_a_rate_is_carried_from_the_smallest_rank_and_what_was_cut_off_goes_on(r
 
 
 @pytest.mark.soak
+def test_hyperband_pauses_trials_at_a_rung_and_goes_on_with_the_good_ones(ray_cluster: None, place: Path) -> None:
+    space = {"train.learning_rate": {"grid": [1e-7, 1.1e-7, 1.2e-7, 2e-2, 1.3e-7, 1.4e-7]}}
+    scheduler = {"type": "hyperband", "reduction_factor": 2}
+    study = parse_study(make_values(place, space, 40, scheduler=scheduler, trials=6, set={"evaluate.every": 10}))
+    record = tune(study, "bands")
+    found = [(one.state, one.steps) for _, one in sorted(record.trials.items())]
+    # Four looks make a first bracket of three whole runs, and one whose three trials wait for each other at the second.
+    assert found[:4] == [("finished", 40)] * 4
+    # The poor one of the three is dropped at the second look; it makes no other, and leaves within a few steps.
+    assert sorted(state for state, _ in found[4:]) == ["finished", "stopped"]
+    stopped = next(one for one in record.trials.values() if one.state == "stopped")
+    assert [look["step"] for look in stopped.looks] == [10, 20]
+    assert record.winner is not None and record.winner["trial"] == "00003"
+    for one in record.trials.values():
+        assert [look["step"] for look in one.looks] == list(range(10, one.steps + 1, 10))
+
+
+@pytest.mark.soak
 def test_optuna_chooses_from_what_it_was_told(ray_cluster: None, place: Path) -> None:
     space = {"train.learning_rate": {"loguniform": [1e-7, 2e-2]}}
     study = parse_study(make_values(place, space, 4, searcher={"type": "optuna", "startup": 2}, trials=4,
@@ -181,7 +199,7 @@ COMMAND = [sys.executable, "-c", "from gtl.cli import main; main()", "tune"]
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_study_that_ended_early_goes_on_and_repeats_nothing(place: Path, tmp_path: Path, how: signal.Signals) -> None:
     space = {"train.learning_rate": {"choice": [1e-3, 1e-2, 2e-2]}}
-    values = make_values(place, space, 6, searcher={"type": "grid"}, scheduler={"type": "fifo"})
+    values = make_values(place, space, 6, searcher={"type": "grid"}, scheduler={"type": "fifo"}, pack="auto")
     file = tmp_path / f"{how.name.lower()}.yaml"
     file.write_text(json.dumps(values))
     options: dict[str, Any] = {"env": {**os.environ, "RAY_ADDRESS": "local"}, "text": True}
