@@ -12,8 +12,7 @@ from pydantic import Field
 
 from gtl import __version__
 from gtl.adapters.card import Part
-from gtl.report.chart import short
-from gtl.report.evaluations import interval
+from gtl.report.evaluations import interval, rows_of
 from gtl.report.text import columns
 from gtl.types import UserError
 
@@ -167,25 +166,19 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 
 def scores_table(evaluation: Evaluation) -> str:
     """One model's scores, each with its interval and what it depends on."""
-    rows = [["metric", "value", "95 % interval", "better", "samples", "extractor"]]
-    notes = []
-    for name, score in evaluation.scores.items():
-        numbers = {"drawn": score.num_fake, "real": score.num_real}
-        counted = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
-        rows.append([
-            name, short(score.value), interval(score.low, score.high), "higher" if score.higher_is_better else "lower",
-            counted, score.extractor,
-        ])  # fmt: skip
-        rows += [[part, short(value), "", "", "", ""] for part, value in score.parts.items()]
-        if score.note:
-            notes.append(f"{name}: {score.note}")
-    return "\n".join([evaluation.title, columns(rows), *notes])
+    scores = evaluation.scores.items()
+    rows = [row for name, score in scores for row in rows_of(name, score.model_dump())]
+    notes = [f"{name}: {score.note}" for name, score in scores if score.note]
+    return "\n".join([evaluation.title, _columns_of(rows), *notes])
 
 
 def differences_table(first: Evaluation, other: Evaluation) -> str:
     """What of another model's scores differs from the first's by more than chance explains."""
-    rows = differences(first, other)
-    return "\n".join([f"{other.title} less {first.title}", columns([list(rows[0]), *(list(r.values()) for r in rows)])])
+    return "\n".join([f"{other.title} less {first.title}", _columns_of(differences(first, other))])
+
+
+def _columns_of(rows: Sequence[Mapping[str, str]]) -> str:
+    return columns([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def differences(first: Evaluation, other: Evaluation) -> list[dict[str, str]]:

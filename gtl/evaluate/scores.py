@@ -1,13 +1,14 @@
 """Scores of generated pictures from features: tensors in, numbers out.
 
-torchmetrics has the Frechet distance, the kernel distance and the inception score as bare numbers, the latter two of
-random subsets. Here every sample's influence is wanted as well, from which intervals and paired differences follow. It
-comes out of the same decomposition or sums as the value, which therefore costs nothing more; tests hold both equal.
+torchmetrics computes what it has: the Frechet distance and the inception score (its kernel distance is of random
+subsets, its CLIP score of one model's pictures). What it has of none is every sample's influence, from which intervals
+and paired differences follow; those are computed here.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -52,17 +53,30 @@ def fid(real: Tensor, fake: Tensor) -> Estimate:
     Raises:
         UserError: fewer than 100 samples on a side, NaN or infinity, or other numbers of features.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     real, fake = checked("fid", real=real, fake=fake)
+    distance = FrechetInceptionDistance(_Features(real.shape[1])).set_dtype(real.dtype)
+    distance.update(real, real=True)
+    distance.update(fake, real=False)
+    value = max(0.0, float(distance.compute()))  # rounding of equal sets may leave it below
     shift = fake.mean(dim=0) - real.mean(dim=0)
     real, fake = real - real.mean(dim=0), fake - fake.mean(dim=0)
     of_real, of_fake = (rows.square().sum(dim=1) * len(rows) / (len(rows) - 1) for rows in (real, fake))
     real_root, fake_root = _root(_factors(real), _factors(fake))
     of_real, of_fake = of_real - real_root, of_fake - fake_root
-    value = max(0.0, float(shift @ shift + of_real.mean() + of_fake.mean()))
     note = "the interval does not cover the bias of few samples"
     if min(len(real), len(fake)) < FEW:
         note = f"fewer than {FEW:,} samples: kid is the number to read; {note}"
     return estimate("fid", value, of_fake + 2 * fake @ shift, of_real - 2 * real @ shift, note=note)
+
+
+class _Features(torch.nn.Identity):
+    """Stands for the network where torchmetrics would extract features: they are there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
 
 
 def _factors(centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,11 +176,17 @@ def inception_score(logits: Tensor) -> Estimate:
     Raises:
         UserError: fewer than 100 pictures, NaN or infinity.
     """
+    from torchmetrics.image.inception import InceptionScore
+
     (logits,) = checked("inception_score", logits=logits)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()):  # it shuffles pictures before it groups them
+        warnings.simplefilter("ignore")  # that pictures are kept, and that one group has no deviation
+        groups = InceptionScore(_Features(logits.shape[1]), splits=1)
+        groups.update(logits)
+        value = float(groups.compute()[0])
     log_classes = logits.log_softmax(dim=1)
     log_all = log_classes.logsumexp(dim=0) - math.log(len(logits))
     divergence = (log_classes.exp() * (log_classes - log_all)).sum(dim=1)
-    value = float(divergence.mean().exp())
     return estimate("inception_score", value, value * divergence, note="compares only with as many pictures")
 
 

@@ -115,7 +115,7 @@ def test_samples_are_drawn_once_and_more_go_beside_them(
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "the model alone" and lines[4] == "dog@v1" and lines[8] == "dog@v1 less the model alone"
-    assert lines[1].split() == ["metric", "value", "95", "%", "interval", "better", "samples", "extractor"]
+    assert lines[1].split() == ["metric", "value", "95", "%", "interval", "better", "drawn", "real", "extractor"]
     alone, dog = json.loads((place / "new" / "scores.json").read_text())
     assert dog["scores"]["diversity"]["value"] == pytest.approx(before.scores["diversity"].value)
 
