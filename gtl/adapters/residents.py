@@ -27,6 +27,8 @@ from gtl.types import UserError
 Adapters = tuple[tuple[Path, float], ...]
 """Folders of published adapters with their scales, all active at once; () is the base alone."""
 HOST_BYTES = 4 << 30
+_MERGING = threading.Lock()
+"""PEFT makes its layers on the meta device by changing what all threads' modules do meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,8 @@ class Seat(NamedTuple):
     """Only seats of one company share a batch: () for all that are in slots, else those in its whole weights."""
     encoding: Adapters = ()
     """Those that change how prompts are encoded; () if none does."""
+    was_there: bool = True
+    """Whether it was on the device already."""
 
 
 BASE = Seat()
@@ -146,6 +150,11 @@ class Residents:
                 return Loaded(key, self._stack(tensors, key), {}, None)
             except UserError as error:  # layers or ranks that the slots have not
                 reason = str(error)
+        with _MERGING:
+            return Loaded(adapters, {}, self._merge(adapters), reason)
+
+    def _merge(self, adapters: Adapters) -> dict[str, Tensor]:
+        """The weights that adapters change, with all of them in."""
         fresh = {part: shadow(module) for part, module in self._plain.items()}
         changed: set[str] = set()
         for folder, _ in adapters:
@@ -159,7 +168,7 @@ class Residents:
         for name in sorted(changed):
             part, _, parameter = name.partition(".")
             weights[name] = fresh[part].get_parameter(parameter).data.to("cpu", self._live[name].dtype)
-        return Loaded(adapters, {}, weights, reason)
+        return weights
 
     def _stack(self, tensors: Mapping[str, Tensor], adapters: Adapters) -> dict[str, Stack]:
         where = " + ".join(str(folder) for folder, _ in adapters)
@@ -175,6 +184,7 @@ class Residents:
         if loaded.weights:
             return self._seat_alone(adapters, loaded)
         slot = next((slot for slot, key in self._slots.items() if key == loaded.key), None)
+        was_there = slot is not None
         if slot is None:
             slot = next((slot for slot in self._slots if not self._users[slot]), None)
             if slot is None:
@@ -187,7 +197,8 @@ class Residents:
                     slots.evict(slot)
         self._slots.move_to_end(slot)
         self._users[slot] += 1
-        return Seat(slot, adapters[0][1] if len(adapters) == 1 else 1.0, (), adapters if loaded.encodes else ())
+        scale = adapters[0][1] if len(adapters) == 1 else 1.0
+        return Seat(slot, scale, (), adapters if loaded.encodes else (), was_there)
 
     def _seat_alone(self, adapters: Adapters, loaded: Loaded) -> Seat | None:
         users, weights = self._alone.get(loaded.key, (0, {}))
@@ -196,7 +207,7 @@ class Residents:
                 return None
             weights = {name: value.to(self._live[name].device) for name, value in loaded.weights.items()}
         self._alone[loaded.key] = users + 1, weights
-        return Seat(0, 1.0, loaded.key, adapters if loaded.encodes else ())
+        return Seat(0, 1.0, loaded.key, adapters if loaded.encodes else (), users > 0)
 
     def leave(self, seat: Seat) -> None:
         """A request is through. What it took stays until its place is needed; whole weights leave with their last."""

@@ -175,6 +175,8 @@ class Engine:
         self._prompts: OrderedDict[tuple[Adapters, str], Conditions] = OrderedDict(
             {((), prompt): conditions for prompt, conditions in (encoded or {}).items()}
         )
+        self.rows = 0
+        """Requests in the last step."""
         self._work: dict[Hashable, int] = {}
         """Pixels denoised so far, by the key of those who share batches."""
 
@@ -225,6 +227,11 @@ class Engine:
         if (state := self._states.pop(handle, None)) is not None:
             self._leave(state.seat)
 
+    def steps_done(self, handle: int) -> int:
+        """Of a request; 0 of one that is not here."""
+        state = self._states.get(handle)
+        return 0 if state is None else state.index
+
     def _leave(self, seat: Seat) -> None:
         if self.residents is not None:
             self.residents.leave(seat)
@@ -233,6 +240,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Take one step of the requests whose turn it is; what came of it."""
         batch = self._batch()
+        self.rows = len(batch)
         if not batch:
             return []
         outputs = []
