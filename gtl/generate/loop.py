@@ -184,6 +184,10 @@ class EngineLoop:
             work += max(0, request.steps - done) * request.height * request.width / usual
         return Load(len(waiting) + reading, len(running), work)
 
+    def is_alive(self) -> bool:
+        """Whether all of its threads run."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def close(self, timeout: float = 0.0) -> None:
         """Take no more; let what is there finish for so many seconds, then end."""
         with self._wake:
