@@ -62,8 +62,7 @@ class Catalog:
         self.registry = Registry(settings.registry)
         self._cards: dict[tuple[str, str], Card] = {}
         self._lock = threading.Lock()
-        found = self._read()
-        self.bases = bases_of(settings, [card for card, _ in found])
+        self.bases = bases_from(settings)
         self._prints = {base.name: fingerprint_of(base) for base in self.bases}
         self._entries: tuple[Entry, ...] = ()
         self.refresh()
@@ -184,14 +183,24 @@ def model_of(entry: Entry, identity: str) -> Model:
     return Model(id=identity, created=int(card.created.timestamp()), gtl=origin)
 
 
-def bases_of(settings: Settings, cards: Sequence[Card]) -> tuple[Base, ...]:
-    """The bases that are served.
+def bases_from(settings: Settings) -> tuple[Base, ...]:
+    """The bases that are served, as settings and the registry say.
 
     Raises:
-        UserError: two of the registry's bases would have one name.
+        UserError: see `bases_of`, or the registry cannot be read.
     """
+    registry = Registry(settings.registry)
     if settings.bases != "auto":
         return tuple(settings.bases)
+    return bases_of([registry.show(f"{one.name}@{one.version}") for one in registry.list()])
+
+
+def bases_of(cards: Sequence[Card]) -> tuple[Base, ...]:
+    """What adapters were made for.
+
+    Raises:
+        UserError: two bases would have one name.
+    """
     found: dict[str, Base] = {}
     for card in cards:
         origin = card.base
@@ -220,5 +229,3 @@ def fingerprint_of(base: Base) -> str | None:
     if not is_here:
         return None
     return open_family(base.source, revision=base.revision, variant=base.variant).fingerprint()
-
-

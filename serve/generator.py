@@ -13,8 +13,8 @@ from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
 from serve.order import Drawn, Order
+from serve.pictures import encode
 from serve.settings import Base
-from serve.uploads import encode
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -71,6 +71,8 @@ class Settings(Section):
     """File of API keys, hashed; left out: anybody may ask, which is for loopback only."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     """Of a key; left out: any number."""
+    ingresses: Annotated[int, Field(ge=1)] = 1
+    """Processes that answer HTTP."""
     max_running: Annotated[int, Field(ge=1)] = 32
     """Pictures that an ingress has in work at once; the rest wait, fairly between keys."""
     max_waiting: Annotated[int, Field(ge=0)] = 64
