@@ -39,8 +39,10 @@ def generator(base: Base, settings: Settings) -> Application:
         scaling = {
             "autoscaling_config": {
                 "min_replicas": replicas.min, "initial_replicas": replicas.min, "max_replicas": replicas.max,
-                "policy": {"policy_function": "serve.scaling:ByWork"},
-                "upscale_delay_s": 2.0, "downscale_delay_s": 60.0, "metrics_interval_s": 1.0, "look_back_period_s": 2.0,
+                "policy": {"policy_function": "serve.scaling:ByWork", "policy_kwargs": {"target_s": replicas.target_s}},
+                "upscale_delay_s": 2.0, "downscale_delay_s": replicas.down_after_s,
+                "downscale_to_zero_delay_s": replicas.to_zero_after_s,
+                "metrics_interval_s": 1.0, "look_back_period_s": 2.0,
             }
         }  # fmt: skip
     deployed = serve.deployment(
