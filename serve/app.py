@@ -10,6 +10,7 @@ from ray.serve import Application
 from serve.catalog import bases_from
 from serve.generator import Generator
 from serve.ingress import Ingress
+from serve.routing import STATS_S
 from serve.settings import Base, Settings, resolved
 
 DRAIN_S = 60.0
@@ -50,6 +51,9 @@ def generator(base: Base, settings: Settings) -> Application:
         max_ongoing_requests=8 * base.max_batch,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus_of(base)},
         graceful_shutdown_timeout_s=DRAIN_S,
+        request_router_config={
+            "request_router_class": "serve.routing:ByAdapter", "request_routing_stats_period_s": STATS_S,
+        },
         **scaling,
     )(Generator)
     return deployed.bind(base.model_dump(mode="json"), settings.registry)

@@ -41,6 +41,8 @@ class Generator:
         self._engine = load(self._base)
         self._print = self._engine.family.fingerprint()
         self._loop = EngineLoop(self._engine)
+        self._names: dict[Path, str] = {}
+        """NAME@VERSION by the folder on this machine."""
         self._files = ThreadPoolExecutor(FETCHING, "fetch")
 
     async def draw(self, order: Order) -> AsyncIterator[Drawn]:
@@ -82,18 +84,33 @@ class Generator:
                     f"adapters: {name}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
                     f"{self._base.name} is {self._print[:12]}"
                 )
-            found.append((self._registry.fetch(name), scale))
+            folder = self._registry.fetch(name)
+            self._names[folder] = name
+            found.append((folder, scale))
         return tuple(found)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Seconds until all that is asked of this replica is done, at its newest pace."""
         return {"busy_s": self.busy()}
 
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What `serve.routing` goes by."""
+        return {"busy_s": self.busy(), "pace_s": self.pace(), "adapters": self.adapters()}
+
     def busy(self) -> float:
         """See `record_autoscaling_stats`."""
-        load, steps = self._loop.load(), list(self._loop.steps)
-        pace = statistics.fmean(step.seconds / step.rows for step in steps) if steps else 1.0
-        return load.work * pace
+        return self._loop.load().work * self.pace()
+
+    def pace(self) -> float:
+        """Seconds that a step of one picture took of late."""
+        steps = list(self._loop.steps)
+        return statistics.fmean(step.seconds / step.rows for step in steps) if steps else 1.0
+
+    def adapters(self) -> list[str]:
+        """NAME@VERSION of those in slots."""
+        residents = self._engine.residents
+        keys = () if residents is None else residents.resident()
+        return sorted({self._names[folder] for key in keys for folder, _ in key})
 
     def status(self) -> dict[str, Any]:
         """For people and metrics."""
@@ -102,12 +119,9 @@ class Generator:
             "base": self._base.name, "waiting": load.waiting, "running": load.running, "busy_s": self.busy(),
             "batch_size": statistics.fmean(step.rows for step in steps) if steps else 0.0,
             "step_s": statistics.fmean(step.seconds for step in steps) if steps else 0.0,
-            "slots": [[str(folder), scale] for key in self._residents() for folder, scale in key],
+            "adapters": self.adapters(),
             **{f"slot_{kind}": count for kind, count in self._loop.taken.items()},
         }  # fmt: skip
-
-    def _residents(self) -> tuple[Any, ...]:
-        return () if self._engine.residents is None else self._engine.residents.resident()
 
     def check_health(self) -> None:
         """Raise where the thread that draws has died: Ray Serve then starts another replica.
