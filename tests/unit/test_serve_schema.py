@@ -81,8 +81,8 @@ def test_what_openais_clients_send_is_accepted() -> None:
 
 
 def test_null_is_as_if_left_out() -> None:
-    names = set(Generation.model_fields) - {"prompt"}
-    assert generation(**dict.fromkeys(names)) == generation()
+    nothing: dict[str, Any] = dict.fromkeys(set(Generation.model_fields) - {"prompt"})
+    assert generation(**nothing) == generation()
 
 
 @pytest.mark.parametrize(
