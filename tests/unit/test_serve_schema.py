@@ -276,7 +276,7 @@ NO_WORDS = {"output_format", "user", "safety_identifier"}
 
 def test_requests_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        generation().n = 2  # type: ignore[misc]
+        generation().n = 2  # type: ignore[misc, unused-ignore]
 
 
 def test_check_returns_the_request_itself() -> None:
