@@ -81,8 +81,8 @@ def test_what_openais_clients_send_is_accepted() -> None:
 
 
 def test_null_is_as_if_left_out() -> None:
-    names = set(Generation.model_fields) - {"prompt"}
-    assert generation(**dict.fromkeys(names)) == generation()
+    nothing: dict[str, Any] = dict.fromkeys(set(Generation.model_fields) - {"prompt"})
+    assert generation(**nothing) == generation()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ NO_WORDS = {"output_format", "user", "safety_identifier"}
 
 def test_requests_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        generation().n = 2  # type: ignore[misc]
+        generation().n = 2  # type: ignore[misc, unused-ignore]
 
 
 def test_check_returns_the_request_itself() -> None:
