@@ -162,30 +162,13 @@ class Slots:
         return a, b
 
     def load(self, slot: int, adapters: Sequence[tuple[Path, float]]) -> None:
-        """`put` of `read`."""
-        self.put(slot, self.read(adapters))
-
-    def read(self, adapters: Sequence[tuple[Path, float]]) -> Stack:
-        """The sum of published LoRAs, each times a scale, ready for a slot. No slot is touched.
+        """Put the sum of published LoRAs, each times a scale, into a slot.
 
         Raises:
-            UserError: one is damaged or not for this part, `fits` refuses it, or it has a layer or ranks that the
-                slots have not.
+            UserError: see `joint` and `stack`; no slot is touched.
         """
-        parts = {self.part: self.module}
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for folder, factor in adapters:
-            if (reason := fits(folder)) is not None:
-                raise UserError(f"{folder}: {reason}; it needs a forward pass of its own")
-            weights = fitting_lora(parts, folder)
-            for name, group in layers_of(weights.tensors).items():
-                scale = factor * weights.config.scale(name, len(group[A]))
-                found.setdefault(name, []).append((group[A].float(), group[B].float() * scale))
-        joint = {}
-        for name, pairs in found.items():
-            joint[f"{name}.{A}"] = torch.cat([a for a, _ in pairs])
-            joint[f"{name}.{B}"] = torch.cat([b for _, b in pairs], dim=1)
-        return self.stack(joint, " + ".join(str(folder) for folder, _ in adapters))
+        tensors = joint({self.part: self.module}, adapters)
+        self.put(slot, self.stack(tensors, " + ".join(str(folder) for folder, _ in adapters)))
 
     def stack(self, tensors: Mapping[str, Tensor], where: str | Path = "adapter") -> Stack:
         """Canonical tensors, or what else has their names and shapes such as moments, ready for a slot.
@@ -250,6 +233,27 @@ class Slots:
             tensors[f"{name}.{A}"] = a.clone()
             tensors[f"{name}.{B}"] = b.T.clone(memory_format=torch.contiguous_format).view(-1, rank, *ones)
         return tensors
+
+
+def joint(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]) -> dict[str, Tensor]:
+    """The sum of published LoRAs, each times a scale, as one of their joint rank: canonical tensors for a scale of 1.
+
+    Raises:
+        UserError: one is damaged or for other parts too, or `fits` refuses it.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for folder, factor in adapters:
+        if (reason := fits(folder)) is not None:
+            raise UserError(f"{folder}: {reason}; it needs a forward pass of its own")
+        weights = fitting_lora(parts, folder)
+        for name, group in layers_of(weights.tensors).items():
+            scale = factor * weights.config.scale(name, len(group[A]))
+            found.setdefault(name, []).append((group[A].float(), group[B].float() * scale))
+    tensors = {}
+    for name, pairs in found.items():
+        tensors[f"{name}.{A}"] = torch.cat([a for a, _ in pairs])
+        tensors[f"{name}.{B}"] = torch.cat([b for _, b in pairs], dim=1)
+    return tensors
 
 
 def slot_layer(name: str, layer: nn.Module, rows: Rows) -> SlotLayer:

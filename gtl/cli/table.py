@@ -179,6 +179,23 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Of Ray Serve; else for here.")] = None,
+    set_: Set = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say what is wrong with it, or what it serves.")] = False,
+) -> None:
+    """Answer OpenAI's image API for every adapter of the registry, with a page at /; --set is for its `args`."""
+    from serve import command
+
+    loaded = command.read_config(config, set_ or ())
+    if check:
+        print(command.check(loaded))
+        return
+    with Bar() as bar:
+        command.run(loaded, bar)
+
+
+@app.command()
 def tune(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, such as those in tune_configs/.")],
     name: Annotated[str | None, typer.Option(help="Of the study, and of what it publishes; else the file's.")] = None,

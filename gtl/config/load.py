@@ -15,6 +15,12 @@ from gtl.config.study import Study
 from gtl.storage import Store
 from gtl.types import UserError
 
+SECTIONS = {
+    "recipe": "`model:` and `data:`", "study": "`recipe:` and `space:`",
+    "serve config": "`http_options:` and `applications:`",
+}  # fmt: skip
+"""What a file of each kind has in it."""
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a bucket URL of one, apply `key=value` overrides, check it.
@@ -30,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values)
 
 
-def read_sections(path: str | Path, kind: Literal["recipe", "study"]) -> dict[str, Any]:
+def read_sections(path: str | Path, kind: Literal["recipe", "study", "serve config"]) -> dict[str, Any]:
     """What is in a YAML file, or a bucket URL of one, whose outermost level is one of keys.
 
     Raises:
@@ -47,8 +53,7 @@ def read_sections(path: str | Path, kind: Literal["recipe", "study"]) -> dict[st
         raise UserError(f"{kind} {path}: not valid YAML: {explain_yaml(error)}") from error
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        expected = "`model:` and `data:`" if kind == "recipe" else "`recipe:` and `space:`"
-        raise UserError(f"{kind} {path}: expected sections such as {expected}, found {found}")
+        raise UserError(f"{kind} {path}: expected sections such as {SECTIONS[kind]}, found {found}")
     return values
 
 

@@ -45,7 +45,7 @@ def draw_share(
     """
     padded = [*requests, *[requests[-1]] * (-len(requests) % dist.get_world_size())]
     known = encode(family, parts, requests) if encoded is None else encoded
-    engine = Engine(family, parts, device, torch.float32, MAX_BATCH, known)
+    engine = Engine(family, parts, device, torch.float32, MAX_BATCH, encoded=known)
     mine = {engine.add(request): turn for turn, request in enumerate(share(padded))}
     pictures: dict[int, Image.Image] = {}
     while len(engine):

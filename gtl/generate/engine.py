@@ -1,4 +1,4 @@
-"""Many requests in one denoising batch, each with its own seed, number of steps, guidance and place in its schedule.
+"""Many requests in one denoising batch, each with its own adapters, seed, steps, guidance and place in its schedule.
 
 The unit of work is one step of one batch: requests join and leave between any two steps. Nothing here knows who asks.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.types import Geometry, UserError
 
 if TYPE_CHECKING:
@@ -89,13 +90,17 @@ class State:
     conditions: Conditions
     negative: Conditions | None
     """None without guidance."""
+    seat: Seat = BASE
+    previews: Sequence[int] = ()
+    """After which steps an estimate of the picture is wanted."""
     index: int = 0
     """Steps done."""
     key: Hashable = field(init=False)
     """Only states of one key share a batch."""
 
     def __post_init__(self) -> None:
-        self.key = tuple(self.latents.shape), shapes(self.conditions), self.negative and shapes(self.negative)
+        guided = self.negative and shapes(self.negative)
+        self.key = self.seat.company, tuple(self.latents.shape), shapes(self.conditions), guided
 
     @property
     def timestep(self) -> Tensor:
@@ -120,17 +125,23 @@ class State:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A denoised request, before decoding."""
+class Output:
+    """What is to be decoded of a request: the picture, or an estimate of it on the way."""
 
     handle: int
     request: Request
     latents: Tensor
     """[1, C, h, w], fp32."""
+    preview: int | None = None
+    """Which estimate it is, from 0; None: it is the picture, and the request is through."""
 
 
 class Engine:
-    """Denoises any number of requests on one model, up to `max_batch` of them in a step."""
+    """Denoises any number of requests on one model, as many in a step as the bounds allow.
+
+    Requests of different shapes, or with adapters that cannot share a pass, take turns: the next step is that of those
+    who have had least work done so far (start-time fair queuing, Goyal et al. 1996).
+    """
 
     def __init__(
         self,
@@ -139,77 +150,142 @@ class Engine:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         max_batch: int = 4,
+        *,
+        max_pixels: int | None = None,
         encoded: Mapping[str, Conditions] | None = None,
+        residents: Residents | None = None,
     ) -> None:
         """`parts` are on the device: the main part and the encoders in `dtype`, the codec in its own.
 
-        Without encoders the prompts are those that were `encoded` before.
+        Args:
+            family: The model's.
+            parts: See above. Without encoders the prompts are those that were `encoded` before.
+            device: Where they are.
+            dtype: Of the arithmetic.
+            max_batch: Pictures of a step at most.
+            max_pixels: Of a step's pictures together; a larger picture is drawn alone. None: any.
+            encoded: Conditions of prompts.
+            residents: The adapters that requests can have a seat with.
         """
-        self.family, self.parts = family, parts
-        self.device, self.dtype, self.max_batch = torch.device(device), dtype, max_batch
+        self.family, self.parts, self.residents = family, parts, residents
+        self.device, self.dtype = torch.device(device), dtype
+        self.max_batch, self.max_pixels = max_batch, max_pixels
         self._states: dict[int, State] = {}
         self._handles = itertools.count()
-        self._prompts: OrderedDict[str, Conditions] = OrderedDict(encoded or {})
+        self._prompts: OrderedDict[tuple[Adapters, str], Conditions] = OrderedDict(
+            {((), prompt): conditions for prompt, conditions in (encoded or {}).items()}
+        )
+        self.rows = 0
+        """Requests in the last step."""
+        self._work: dict[Hashable, int] = {}
+        """Pixels denoised so far, by the key of those who share batches."""
 
     def __len__(self) -> int:
         return len(self._states)
 
     @torch.inference_mode()
-    def add(self, request: Request) -> int:
-        """Take a request in; its handle comes back with the result.
+    def add(self, request: Request, seat: Seat = BASE, previews: Sequence[int] = ()) -> int:
+        """Take a request in; its handle comes back with what is drawn.
+
+        Args:
+            request: The picture.
+            seat: Of its adapters, which it leaves when it is through, cancelled or refused.
+            previews: After which steps an estimate of the picture is wanted.
 
         Raises:
             UserError: the family cannot draw it; see `check`.
         """
+        try:
+            state = self._begin(request, seat, previews)
+        except BaseException:
+            self._leave(seat)
+            raise
+        self._states[state.handle] = state
+        return state.handle
+
+    def _begin(self, request: Request, seat: Seat, previews: Sequence[int]) -> State:
         check(request, self.family)
         scheduler = self.family.sampler(request.steps, request.height, request.width)
         generator = torch.Generator().manual_seed(request.seed)
         shape = (1, *self.family.latent_shape(request.height, request.width))
         guided = self.family.classifier_free and request.guidance > 1
         noise = torch.randn(shape, generator=generator).to(self.device)
-        state = State(
+        return State(
             handle=next(self._handles),
             request=request,
             scheduler=scheduler,
             generator=generator,
             latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
-            conditions=self._completed(self._encoded(request.prompt), request),
-            negative=self._completed(self._negative(request.negative_prompt), request) if guided else None,
+            conditions=self._completed(self._encoded(request.prompt, seat), request),
+            negative=self._completed(self._negative(request.negative_prompt, seat), request) if guided else None,
+            seat=seat,
+            previews=previews,
         )
-        self._states[state.handle] = state
-        return state.handle
+
+    def cancel(self, handle: int) -> None:
+        """Drop a request between two steps. One that is through is none any more."""
+        if (state := self._states.pop(handle, None)) is not None:
+            self._leave(state.seat)
+
+    def steps_done(self, handle: int) -> int:
+        """Of a request; 0 of one that is not here."""
+        state = self._states.get(handle)
+        return 0 if state is None else state.index
+
+    def _leave(self, seat: Seat) -> None:
+        if self.residents is not None:
+            self.residents.leave(seat)
 
     @torch.inference_mode()
-    def step(self) -> list[Finished]:
-        """Take one step of the oldest request and of those that can share its batch; the ones that are through."""
+    def step(self) -> list[Output]:
+        """Take one step of the requests whose turn it is; what came of it."""
         batch = self._batch()
+        self.rows = len(batch)
         if not batch:
             return []
-        finished = []
+        outputs = []
         for state, prediction in zip(batch, self._predict(batch).split(1), strict=True):
+            wanted = state.index + 1 in state.previews
+            estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
-                del self._states[state.handle]
-                finished.append(Finished(state.handle, state.request, state.latents))
-        return finished
+                self.cancel(state.handle)
+                outputs.append(Output(state.handle, state.request, state.latents))
+            elif estimate is not None:
+                outputs.append(Output(state.handle, state.request, estimate, state.previews.index(state.index)))
+        return outputs
+
+    def _estimate(self, state: State, prediction: Tensor) -> Tensor:
+        """The picture that a prediction stands for, before the sampler makes its step."""
+        t = state.timestep.to(self.device).view(1)
+        return self.family.path.denoised(state.model_input(), prediction, t if t.is_floating_point() else t.long())
 
     @torch.inference_mode()
-    def decode(self, finished: Sequence[Finished]) -> list[Tensor]:
+    def decode(self, outputs: Sequence[Output]) -> list[Tensor]:
         """Pictures [3, H, W] in [0, 1], fp32 on the CPU, in the order given."""
         codec = self.parts[self.family.codec] if self.family.codec else None
         dtype = next(codec.parameters()).dtype if codec is not None else torch.float32
         pictures: list[Tensor] = []
-        for _, group in itertools.groupby(finished, key=lambda item: item.latents.shape):
+        for _, group in itertools.groupby(outputs, key=lambda item: item.latents.shape):
             for chunk in torch.cat([item.latents for item in group]).split(DECODE_BATCH):
                 pixels = self.family.decode(codec, chunk.to(dtype)).float()
                 pictures += (pixels / 2 + 0.5).clamp(0, 1).cpu().unbind()
         return pictures
 
     def _batch(self) -> list[State]:
-        oldest = next(iter(self._states.values()), None)
-        if oldest is None:
+        groups: dict[Hashable, list[State]] = {}
+        for state in self._states.values():
+            groups.setdefault(state.key, []).append(state)
+        if not groups:
+            self._work.clear()
             return []
-        fitting = (state for state in self._states.values() if state.key == oldest.key)
-        return list(itertools.islice(fitting, self.max_batch))
+        least = min((self._work[key] for key in groups if key in self._work), default=0)
+        self._work = {key: self._work.get(key, least) for key in groups}  # who comes anew has missed nothing
+        key = min(groups, key=self._work.__getitem__)
+        pixels = groups[key][0].request.height * groups[key][0].request.width
+        most = self.max_batch if self.max_pixels is None else min(self.max_batch, max(1, self.max_pixels // pixels))
+        batch = sorted(groups[key][:most], key=lambda state: state.seat[:2])  # rows of a slot in one matrix product
+        self._work[key] += pixels * len(batch)
+        return batch
 
     def _predict(self, batch: Sequence[State]) -> Tensor:
         """The model's outputs [B, C, h, w] in fp32; under guidance every state is two rows of the forward pass."""
@@ -220,6 +296,8 @@ class Engine:
         if negatives:
             noisy, t, conditions = torch.cat([noisy, noisy]), torch.cat([t, t]), negatives + conditions
         main = self.parts[self.family.main]
+        if self.residents is not None:
+            self.residents.wear([state.seat for state in batch] * (2 if negatives else 1), self.family.main)
         inputs = noisy.to(self.dtype), t.to(self.device), self.family.collate(conditions)
         prediction = self.family.predict(main, *inputs).float()
         if not negatives:
@@ -228,18 +306,22 @@ class Engine:
         unconditional, conditional = prediction.chunk(2)
         return self.family.guide(unconditional, conditional, scale)
 
-    def _encoded(self, prompt: str) -> Conditions:
+    def _encoded(self, prompt: str, seat: Seat) -> Conditions:
         # One by one, so that a prompt's embedding does not depend on its neighbours.
-        if prompt not in self._prompts:
+        key = seat.encoding, prompt
+        if key not in self._prompts:
             encoders = {part: self.parts[part] for part in self.family.encoders}
-            self._prompts[prompt] = self.family.encode_prompts(encoders, [prompt])[0]
+            if self.residents is not None:
+                for part in encoders:
+                    self.residents.wear([seat], part)
+            self._prompts[key] = self.family.encode_prompts(encoders, [prompt])[0]
             if len(self._prompts) > CACHED_PROMPTS:
                 self._prompts.popitem(last=False)
-        self._prompts.move_to_end(prompt)
-        return self._prompts[prompt]
+        self._prompts.move_to_end(key)
+        return self._prompts[key]
 
-    def _negative(self, prompt: str) -> Conditions:
-        encoded = self._encoded(self.family.negative_text(prompt))
+    def _negative(self, prompt: str, seat: Seat) -> Conditions:
+        encoded = self._encoded(self.family.negative_text(prompt), seat)
         return encoded if prompt else self.family.unconditional(encoded)
 
     def _completed(self, conditions: Conditions, request: Request) -> Conditions:

@@ -18,7 +18,7 @@ from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
 from gtl.generate.class_images import class_folder
 from gtl.generate.command import Adapter, choose_base, run
-from gtl.generate.engine import Engine, Finished, Request
+from gtl.generate.engine import Engine, Output, Request
 from gtl.generate.images import generate, load_parts, to_image
 from gtl.generate.prompts import Prompt, read_prompts
 from gtl.generate.spread import Model, Order, Origin, cut
@@ -163,8 +163,35 @@ def test_what_cannot_share_a_batch_does_not(sd, parts, rows):
     engine = Engine(open_family(str(with_ddim(sd))), parts, max_batch=2)
     two = replace(DOG, steps=2)
     draw(engine, two, replace(two, guidance=1.0), replace(two, width=96), two, two)
-    # Oldest first: the guided 64x64 pairs up, the unguided and the wide go alone, the third of the first kind last.
-    assert rows == [4, 4, 1, 1, 2, 2, 2, 2]
+    # Each kind has its turn, those with the least work done first: 1 is the unguided, 2 the wide, 4 a pair.
+    assert rows == [4, 1, 2, 1, 2, 4, 2, 2]
+
+
+def test_a_step_has_a_bound_of_pixels(sd, parts, rows):
+    engine = Engine(open_family(str(with_ddim(sd))), parts, max_batch=4, max_pixels=2 * 64 * 64)
+    one = replace(DOG, steps=1, guidance=1.0)
+    draw(engine, one, one, one, replace(one, width=192))
+    assert rows == [2, 1, 1], "the third has the next turn, since the wide one alone counts as three"
+
+
+def test_a_cancelled_request_is_gone(sd, parts, rows):
+    engine = Engine(open_family(str(with_ddim(sd))), parts)
+    kept, dropped = (engine.add(replace(DOG, steps=2, seed=seed)) for seed in (1, 2))
+    engine.step()
+    engine.cancel(dropped)
+    engine.cancel(dropped)
+    assert list(drain(engine)) == [kept]
+    assert rows == [4, 2]
+
+
+def test_previews_come_ever_closer_to_the_picture(sd, parts):
+    engine = Engine(open_family(str(with_ddim(sd))), parts)
+    handle = engine.add(replace(DOG, steps=8), previews=(2, 4, 7, 8))
+    outputs = [output for _ in range(8) for output in engine.step()]
+    assert [(output.handle, output.preview) for output in outputs] == [(handle, number) for number in (0, 1, 2, None)]
+    *previews, picture = engine.decode(outputs)
+    away = [float((preview - picture).abs().mean()) for preview in previews]
+    assert away == sorted(away, reverse=True) and 0 < away[2] < away[0] / 2
 
 
 def test_half_precision_draws_nearly_the_same_from_the_same_noise(sd, parts):
@@ -201,7 +228,7 @@ def test_decode_keeps_the_order_of_mixed_sizes(sd, parts):
     engine = Engine(open_family(str(sd)), parts)
     rng = torch.Generator().manual_seed(0)
     sides = [8, 8, 8, 8, 8, 4, 8]
-    items = [Finished(i, DOG, torch.randn(1, 4, side, 8, generator=rng)) for i, side in enumerate(sides)]
+    items = [Output(i, DOG, torch.randn(1, 4, side, 8, generator=rng)) for i, side in enumerate(sides)]
     pictures = engine.decode(items)
     assert [tuple(picture.shape) for picture in pictures] == [(3, 8 * side, 64) for side in sides]
     for item, picture in zip(items, pictures, strict=True):

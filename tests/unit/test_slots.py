@@ -181,16 +181,13 @@ def test_what_cannot_have_slots_is_refused_and_nothing_changes() -> None:
     assert type(part[0]) is nn.Linear
 
 
-def test_dora_deltas_and_text_encoders_say_why(tmp_path: Path) -> None:
+def test_dora_and_deltas_say_why(tmp_path: Path) -> None:
     part, _ = net()
     slots = Slots("unet", copy.deepcopy(part), ["layer"], 2, 4)
-    encoder = random_lora(part, "unet", rank=2) | random_lora(part, "text_encoder", rank=2)
-    write_lora(encoder, tmp_path / "encoder", config=LoraExport(rank=2, alpha=2.0))
     write_delta({"unet.layer.weight": part.layer.weight}, tmp_path / "delta")
     reasons = {
         write(part, tmp_path / "dora", 2, 2.0, 1, dora=True): "it is a DoRA, which rescales whole weights of the base",
         tmp_path / "delta": "it is a delta, which replaces weights of the base",
-        tmp_path / "encoder": "it changes text_encoder, and prompts are encoded before the batch",
     }
     for folder, reason in reasons.items():
         assert fits(folder) == reason
@@ -211,10 +208,7 @@ def test_dora_deltas_and_text_encoders_say_why(tmp_path: Path) -> None:
         ({}, None),
         ({"kind": "delta"}, "it is a delta, which replaces weights of the base"),
         ({"tuner": {"type": "lora", "dora": True}}, "it is a DoRA, which rescales whole weights of the base"),
-        (
-            {"files": {"text_encoder/adapter_config.json": File(sha256="", bytes=0)}},
-            "it changes text_encoder, and prompts are encoded before the batch",
-        ),
+        ({"files": {"text_encoder/adapter_config.json": File(sha256="", bytes=0)}}, None),
     ],
 )
 def test_a_card_says_the_same(changes: dict, reason: str | None) -> None:

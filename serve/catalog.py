@@ -1,0 +1,231 @@
+"""What is served under which name: bases, and the registry's versions and aliases as they stand now."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gtl.adapters import Card, Registry
+from gtl.adapters.sharing import fits
+from gtl.config.base import is_url
+from gtl.config.names import NAME
+from gtl.families import open_family
+from gtl.types import UserError
+from serve.errors import invalid, model_not_found
+from serve.schema import Adapter, Model, Origin
+from serve.settings import Base, Settings
+
+BUILT_IN = "builtin:tiny"
+"""Served where there is nothing else."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published version for a base that is served."""
+
+    base: Base
+    card: Card
+    aliases: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """NAME@VERSION."""
+        return f"{self.card.name}@{self.card.version}"
+
+
+class Chosen(NamedTuple):
+    """What a request asks for, with versions in place of aliases."""
+
+    base: Base
+    adapters: tuple[tuple[str, float], ...]
+    """NAME@VERSION and scale."""
+
+    @property
+    def title(self) -> str:
+        """As a client could ask for it again."""
+        names = [name if scale == 1 else f"{name}:{scale:g}" for name, scale in self.adapters]
+        return f"{self.base.name}:{'+'.join(names)}" if names else self.base.name
+
+
+class Catalog:
+    """The registry as it was read last. Cards never change, so each is read once."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read it.
+
+        Raises:
+            UserError: the registry cannot be read, or a base is none.
+        """
+        self.registry = Registry(settings.registry)
+        self._cards: dict[tuple[str, str], Card] = {}
+        self._lock = threading.Lock()
+        self.bases = bases_from(settings)
+        self._prints = {base.name: fingerprint_of(base) for base in self.bases}
+        self._entries: tuple[Entry, ...] = ()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the registry again.
+
+        Raises:
+            UserError: it cannot be read; what was read before stands.
+        """
+        with self._lock:
+            found = self._read()
+            entries = []
+            for card, aliases in found:
+                base = next((base for base in self.bases if self._is_for(card, base)), None)
+                if base is not None:
+                    entries.append(Entry(base, card, aliases))
+            self._entries = tuple(entries)
+
+    def _read(self) -> list[tuple[Card, tuple[str, ...]]]:
+        listings = self.registry.list()
+        cards = {
+            (one.name, one.version): self._cards.get((one.name, one.version))
+            or self.registry.show(f"{one.name}@{one.version}")
+            for one in listings
+        }
+        self._cards = cards
+        return [(cards[one.name, one.version], one.aliases) for one in listings]
+
+    def _is_for(self, card: Card, base: Base) -> bool:
+        known = self._prints[base.name]
+        if known is not None:
+            return card.base.fingerprint == known
+        return (card.base.source, card.base.revision) == (base.source, base.revision)
+
+    def choose(self, model: str | None, adapters: Iterable[Adapter]) -> Chosen:
+        """The base and the versions that a request means.
+
+        Args:
+            model: BASE, BASE:ADAPTER[@VERSION|@ALIAS] or the adapter alone; None: the first base.
+            adapters: That draw beside one that the model names.
+
+        Raises:
+            ApiError: 404, there is none such; 400, an adapter is given twice.
+        """
+        name, _, rest = (model or self.bases[0].name).partition(":")
+        base = next((base for base in self.bases if base.name == name), None)
+        wanted = [(rest, 1.0, "model")] if rest else []
+        if base is None and not rest:
+            found = self._find(None, name)
+            base, wanted = (None, []) if found is None else (found.base, [(name, 1.0, "model")])
+        if base is None:
+            raise model_not_found(model or "", [one.id for one in self.models()])
+        wanted += [(one.name, one.scale, "adapters") for one in adapters]
+        chosen: dict[str, float] = {}
+        for reference, scale, field in wanted:
+            entry = self._find(base, reference)
+            if entry is None:
+                names = [one.card.name for one in self._entries if one.base == base]
+                known = [f"{base.name}:{name}" for name in names] if field == "model" else names
+                raise model_not_found(model or "" if field == "model" else reference, dict.fromkeys(known), field)
+            if entry.name in chosen:
+                raise invalid(field, f"{entry.name} is given twice; give it once, with the scale you want")
+            chosen[entry.name] = scale
+        return Chosen(base, tuple(chosen.items()))
+
+    def _find(self, base: Base | None, reference: str) -> Entry | None:
+        """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""
+        name, _, wanted = reference.partition("@")
+        mine = [one for one in self._entries if one.card.name == name and base in (None, one.base)]
+        if not wanted:
+            return mine[-1] if mine else None
+        exact = [one for one in mine if one.card.version == wanted]
+        return next(iter(exact or [one for one in mine if wanted in one.aliases]), None)
+
+    def card(self, reference: str) -> Card:
+        """Of an adapter that is served.
+
+        Raises:
+            ApiError: 404.
+        """
+        if (entry := self._find(None, reference)) is None:
+            raise model_not_found(reference, {one.card.name for one in self._entries}, "name")
+        return entry.card
+
+    def models(self) -> list[Model]:
+        """Bases, and every version and alias."""
+        found = [Model(id=base.name, created=0, gtl=Origin(kind="base", base=base.name)) for base in self.bases]
+        for entry in self._entries:
+            for suffix in (entry.card.version, *entry.aliases):
+                found.append(model_of(entry, f"{entry.base.name}:{entry.card.name}@{suffix}"))
+        return found
+
+    def model(self, identity: str) -> Model:
+        """One of `models`, or the newest version of BASE:ADAPTER.
+
+        Raises:
+            ApiError: 404.
+        """
+        found = next((one for one in self.models() if one.id == identity), None)
+        if found is None:
+            chosen = self.choose(identity, ())
+            entry = self._find(chosen.base, chosen.adapters[0][0])
+            assert entry is not None
+            found = model_of(entry, identity)
+        return found
+
+
+def model_of(entry: Entry, identity: str) -> Model:
+    """What is told of an adapter."""
+    card = entry.card
+    origin = Origin(
+        kind="adapter", base=entry.base.name, adapter=card.name, version=card.version, aliases=entry.aliases,
+        shares_batch=fits(card) is None, family=card.base.family, tuner=card.tuner.get("type"),
+        objective=card.objective.get("type"), images=card.dataset.images if card.dataset else None,
+        steps=card.training.steps if card.training else None,
+    )  # fmt: skip
+    return Model(id=identity, created=int(card.created.timestamp()), gtl=origin)
+
+
+def bases_from(settings: Settings) -> tuple[Base, ...]:
+    """The bases that are served, as settings and the registry say.
+
+    Raises:
+        UserError: see `bases_of`, or the registry cannot be read.
+    """
+    registry = Registry(settings.registry)
+    if settings.bases != "auto":
+        return tuple(settings.bases)
+    return bases_of([registry.show(f"{one.name}@{one.version}") for one in registry.list()])
+
+
+def bases_of(cards: Sequence[Card]) -> tuple[Base, ...]:
+    """What adapters were made for.
+
+    Raises:
+        UserError: two bases would have one name.
+    """
+    found: dict[str, Base] = {}
+    for card in cards:
+        origin = card.base
+        base = Base(name=name_of(origin.source), source=origin.source, revision=origin.revision, variant=origin.variant)
+        if found.setdefault(base.name, base) != base:
+            raise UserError(
+                f"bases: auto: {origin.source} and {found[base.name].source} would both be {base.name!r}; name them"
+            )
+    return tuple(found.values()) or (Base(name=name_of(BUILT_IN), source=BUILT_IN),)
+
+
+def name_of(source: str) -> str:
+    """What a model is called by: the last part of where it is."""
+    last = source.rstrip("/").replace(":", "/").rpartition("/")[2].lower()
+    name = "".join(letter if NAME.fullmatch(f"a{letter}") else "-" for letter in last).lstrip("._-")
+    return name or "base"
+
+
+def fingerprint_of(base: Base) -> str | None:
+    """Of a model whose files are here; None for one that is elsewhere and need not be fetched to be listed.
+
+    Raises:
+        UserError: there is no model.
+    """
+    is_here = base.source.startswith("builtin:") or (not is_url(base.source) and os.path.isdir(base.source))
+    if not is_here:
+        return None
+    return open_family(base.source, revision=base.revision, variant=base.variant).fingerprint()

@@ -1,0 +1,131 @@
+"""What `gtl serve` does: a config checked, started here, and kept up until it is stopped."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gtl.config.keys import put
+from gtl.config.load import read_override, read_sections
+from gtl.session import session
+from gtl.types import Progress, UserError, quiet
+from serve.settings import Settings, resolved
+
+LOCAL = Path(__file__).with_name("local.yaml")
+BUILDER = "serve.app:build"
+
+
+class Config(NamedTuple):
+    """A Ray Serve config with one application of ours."""
+
+    name: str
+    route_prefix: str
+    proxy_location: str
+    http: dict[str, Any]
+    """`http_options`."""
+    settings: Settings
+
+    @property
+    def url(self) -> str:
+        """Of the endpoint, as this machine reaches it."""
+        host = self.http["host"]
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.http['port']}{self.route_prefix}"  # noqa: S104
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a Ray Serve config, the one for this machine if none is given; `key=value` go into the application's args.
+
+    Raises:
+        UserError: the file is no config of Ray Serve's, it has no application of ours, or a key or value is wrong.
+    """
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    where = str(path or LOCAL)
+    values = read_sections(where, "serve config")
+    applications = values.get("applications")
+    ours = [
+        one
+        for one in (applications if isinstance(applications, list) else [])
+        if isinstance(one, dict) and one.get("import_path") == BUILDER
+    ]
+    if len(ours) != 1:
+        raise UserError(f"{where}: applications: {len(ours)} with import_path {BUILDER}; expected one")
+    args = ours[0].get("args") or {}
+    for override in overrides:
+        key, value = read_override(override)
+        put(args, key, value, f"--set {override}")
+    ours[0]["args"] = args
+    try:
+        checked = ServeDeploySchema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    application = next(one for one in checked.applications if one.import_path == BUILDER)
+    settings = resolved(args)
+    http = checked.http_options.model_dump(exclude_unset=True)
+    http = {"host": "127.0.0.1", "port": 8000, **http}
+    if settings.keys is None and not is_loopback(http["host"]):
+        raise UserError(f"{where}: http_options.host: {http['host']}: others reach it; set args.keys to a file of keys")
+    return Config(application.name, application.route_prefix or "/", str(checked.proxy_location.value), http, settings)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check(config: Config) -> str:
+    """Everything that can be found wrong before anything is started; what would be served, a line each.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    import serve.app
+    from gtl.families import open_family
+    from serve.catalog import Catalog
+
+    if Path(serve.app.__file__).parent != LOCAL.parent:
+        raise UserError(f"{serve.app.__file__}: another module than gtl's is found as serve.app; start elsewhere")
+    catalog = Catalog(config.settings)
+    lines = []
+    for base in catalog.bases:
+        family = open_family(base.source, revision=base.revision, variant=base.variant)
+        lines.append(f"{base.name}: {base.source} ({family.name}), {base.replicas.min} to {base.replicas.max} replicas")
+    lines += [f"{model.id}" for model in catalog.models() if model.gtl.kind == "adapter"]
+    return "\n".join(lines)
+
+
+def run(config: Config, progress: Progress = quiet, stop: threading.Event | None = None) -> None:
+    """Start the endpoint and keep it up until `stop`, Ctrl-C or SIGTERM; what is being drawn is finished.
+
+    Raises:
+        UserError: the config is wrong, or the port is taken.
+    """
+    from ray import serve
+
+    from serve.app import build
+
+    stop = stop or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+    progress("start", 0, 0, "Ray")
+    with session():
+        try:
+            serve.start(proxy_location=config.proxy_location, http_options=config.http)
+            progress("start", 0, 0, "models")
+            application = build(config.settings.model_dump(mode="json"))
+            serve.run(application, name=config.name, route_prefix=config.route_prefix)
+            progress("ready", 0, 0, config.url)
+            while not stop.wait(0.2):
+                pass
+        finally:
+            serve.shutdown()

@@ -1,0 +1,210 @@
+"""The deployment that draws: one base model a replica, with the adapters of many requests in it."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gtl.adapters import Registry
+from gtl.config.names import parse_reference
+from gtl.types import DTYPES, UserError
+from serve.order import Drawn, Order
+from serve.pictures import encode
+from serve.settings import Base
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from gtl.generate.engine import Engine
+
+GIB = 2**30
+FETCHING = 2
+"""Threads that bring adapters onto this machine."""
+
+
+class Generator:
+    """Draws the orders of one base. Made by `serve.app.build`."""
+
+    def __init__(self, base: dict[str, Any], registry: str) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: the model is not what it should be.
+        """
+        from gtl.generate.loop import EngineLoop
+
+        self._base, self._registry = Base.model_validate(base), Registry(registry)
+        self._engine = load(self._base)
+        self._print = self._engine.family.fingerprint()
+        self._loop = EngineLoop(self._engine)
+        self._names: dict[Path, str] = {}
+        """NAME@VERSION by the folder on this machine."""
+        self._files = ThreadPoolExecutor(FETCHING, "fetch")
+
+    async def draw(self, order: Order) -> AsyncIterator[Drawn]:
+        """Previews and the picture of an order; whoever stops listening cancels it.
+
+        Raises:
+            UserError: the model cannot draw it, or an adapter does not fit.
+            Late: its time is up.
+            Closed: this replica is being stopped; another can draw it.
+        """
+        from gtl.generate.engine import Request
+
+        loop = asyncio.get_running_loop()
+        adapters = await loop.run_in_executor(self._files, self._fetch, order)
+        height, width = order.size or self._engine.family.default_size
+        request = Request(
+            order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
+        )  # fmt: skip
+        mail = Mail(loop, order, request)
+        ticket = self._loop.submit(request, mail, adapters, previews=order.previews, timeout=order.timeout_s)
+        try:
+            while True:
+                found = await mail.events.get()
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+                if found.preview is None:
+                    return
+        finally:
+            self._loop.cancel(ticket)
+
+    def _fetch(self, order: Order) -> tuple[tuple[Path, float], ...]:
+        """Folders of the adapters on this machine, with their scales."""
+        found = []
+        for name, scale in order.adapters:
+            card, _ = self._registry.resolve(name)
+            if card.base.fingerprint != self._print:
+                raise UserError(
+                    f"adapters: {name}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
+                    f"{self._base.name} is {self._print[:12]}"
+                )
+            folder = self._registry.fetch(name)
+            self._names[folder] = name
+            found.append((folder, scale))
+        return tuple(found)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Seconds until all that is asked of this replica is done, at its newest pace."""
+        return {"busy_s": self.busy()}
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What `serve.routing` goes by."""
+        return {"busy_s": self.busy(), "pace_s": self.pace(), "adapters": self.adapters()}
+
+    def busy(self) -> float:
+        """See `record_autoscaling_stats`."""
+        return self._loop.load().work * self.pace()
+
+    def pace(self) -> float:
+        """Seconds that a step of one picture took of late."""
+        steps = list(self._loop.steps)
+        return statistics.fmean(step.seconds / step.rows for step in steps) if steps else 1.0
+
+    def adapters(self) -> list[str]:
+        """NAME@VERSION of those in slots."""
+        residents = self._engine.residents
+        keys = () if residents is None else residents.resident()
+        return sorted({self._names[folder] for key in keys for folder, _ in key})
+
+    def status(self) -> dict[str, Any]:
+        """For people and metrics."""
+        load, steps = self._loop.load(), list(self._loop.steps)
+        return {
+            "base": self._base.name, "waiting": load.waiting, "running": load.running, "busy_s": self.busy(),
+            "batch_size": statistics.fmean(step.rows for step in steps) if steps else 0.0,
+            "step_s": statistics.fmean(step.seconds for step in steps) if steps else 0.0,
+            "adapters": self.adapters(),
+            **{f"slot_{kind}": count for kind, count in self._loop.taken.items()},
+        }  # fmt: skip
+
+    def check_health(self) -> None:
+        """Raise where the thread that draws has died: Ray Serve then starts another replica.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        if not self._loop.is_alive():
+            raise RuntimeError("the engine has stopped")
+
+    def __del__(self) -> None:
+        """Ray Serve has let finish what was running; end the threads."""
+        if (loop := getattr(self, "_loop", None)) is not None:
+            loop.close()
+
+
+class Mail:
+    """Brings what the engine's threads tell to the event loop that waits for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, order: Order, request: Any) -> None:
+        """For one order."""
+        self.events: asyncio.Queue[Drawn | Exception] = asyncio.Queue()
+        self._loop, self._order, self._request = loop, order, request
+
+    def preview(self, number: int, image: Image) -> None:
+        """An estimate."""
+        self._send(Drawn(encode(image, self._order.output_format, self._order.quality), size_of(image), number))
+
+    def finish(self, image: Image) -> None:
+        """The picture."""
+        from gtl import __version__
+
+        order, request = self._order, self._request
+        told = {
+            "negative_prompt": order.negative_prompt, "seed": order.seed, "steps": order.steps,
+            "guidance": order.guidance, "height": request.height, "width": request.width,
+            "adapters": [parse_reference(name)._replace(scale=scale).__str__() for name, scale in order.adapters],
+            "gtl": __version__, **order.told,
+        }  # fmt: skip
+        if order.keep_prompt:
+            told["prompt"] = order.prompt
+        else:
+            del told["negative_prompt"]
+        self._send(Drawn(encode(image, order.output_format, order.quality, told), size_of(image), None))
+
+    def fail(self, error: Exception) -> None:
+        """No picture."""
+        self._send(error)
+
+    def _send(self, event: Drawn | Exception) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+def size_of(image: Image) -> tuple[int, int]:
+    """(height, width)."""
+    return image.height, image.width
+
+
+def load(base: Base) -> Engine:
+    """The model on this process's device, its layers with slots.
+
+    Raises:
+        UserError: the model is not what it should be.
+    """
+    import torch
+
+    from gtl.adapters.residents import Residents
+    from gtl.families import open_family
+    from gtl.generate.engine import Engine
+    from gtl.generate.images import load_parts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("bf16" if device == "cuda" else "fp32") if base.dtype == "auto" else base.dtype
+    dtype = getattr(torch, DTYPES[name])
+    family = open_family(base.source, revision=base.revision, variant=base.variant)
+    parts = load_parts(family, (), device=device, dtype=dtype)
+    targets = {family.main: family.lora_targets(parts[family.main], base.targets)}
+    targets |= {part: family.encoder_targets(parts[part], "all-linear") for part in family.encoders}
+    residents = Residents(
+        {part: parts[part] for part in targets}, targets, base.slots + 1, base.max_rank,
+        host_bytes=int(base.host_gib * GIB),
+    )  # fmt: skip
+    height, width = family.default_size
+    pixels = base.max_pixels or base.max_batch * height * width
+    return Engine(family, parts, device, dtype, base.max_batch, max_pixels=pixels, residents=residents)

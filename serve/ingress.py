@@ -1,0 +1,248 @@
+"""The deployment that answers HTTP: checks a request, settles what it means, and lets generators draw it."""
+
+import asyncio
+import base64
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from gtl.storage import Store
+from serve import errors
+from serve.body import read_text
+from serve.catalog import Catalog, Chosen
+from serve.order import Drawn, Order
+from serve.schema import (
+    MAX_SEED,
+    Completed,
+    Drawing,
+    Generation,
+    ImagesResponse,
+    ModelList,
+    PartialImage,
+    Picture,
+    parse_generation,
+    sse,
+    to_json,
+)
+from serve.settings import Base, Settings
+
+TRIES = 3
+"""Replicas that a picture is asked of, one after the other, as they are lost."""
+LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+GRACE_S = 1.0
+"""A stream's first event is waited for so long, so that an error can still have its own status."""
+KEEP_ALIVE_S = 10.0
+"""Between two comments in a stream that has nothing to tell: proxies close silent connections."""
+
+app = FastAPI(title="gtl", docs_url="/docs", redoc_url=None)
+errors.install(app)
+
+
+def body_of(model: type[Drawing]) -> dict[str, Any]:
+    """The body in the API's own description."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], identity: str) -> AsyncIterator[bytes]:
+    """A stream's events, with comments while there are none; an error is its last event."""
+    following = first
+    try:
+        while True:
+            done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE_S)
+            if not done:
+                yield b": still drawing\n\n"
+                continue
+            yield following.result()
+            following = asyncio.ensure_future(anext(events))
+    except StopAsyncIteration:
+        return
+    except Exception as error:
+        yield errors.sse_error(errors.api_error(error, identity))
+    finally:
+        following.cancel()
+
+
+def seed_of(request: Request, n: int) -> int:
+    """A seed for who gave none; the same again for the same Idempotency-Key, whichever replica is asked."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return secrets.randbelow(2**32)
+    secret = request.headers.get("authorization", "")
+    digest = hashlib.sha256(f"{secret}\n{key}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % (MAX_SEED - n)
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """WIDTHxHEIGHT."""
+    return f"{size[1]}x{size[0]}"
+
+
+def json_of(data: bytes, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer of JSON that is written already."""
+    return Response(data, media_type="application/json", headers=dict(headers or {}))
+
+
+# What its routes use has to stand before it, since they are serialised here; and no annotation may be text, since the
+# copy's are not found where it is read.
+@serve.ingress(app)
+class Ingress:
+    """One of any number of doors to the same generators."""
+
+    def __init__(self, settings: dict[str, Any], generators: Mapping[str, DeploymentHandle[Any]]) -> None:
+        """Read the registry, and again every `refresh_s`.
+
+        Args:
+            settings: See `Settings`.
+            generators: Of each base, by its name.
+
+        Raises:
+            UserError: the registry cannot be read.
+        """
+        self._settings = Settings.model_validate(settings)
+        self._catalog = Catalog(self._settings)
+        self._generators = {name: handle.options(stream=True) for name, handle in generators.items()}
+        self._output = None if self._settings.output is None else Store(self._settings.output)
+        self._refreshing = asyncio.get_event_loop().create_task(self._refresh())
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.refresh_s)
+            with suppress(Exception):  # a store that does not answer now: what was read before stands
+                await asyncio.to_thread(self._catalog.refresh)
+
+    @app.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        """Whether this process answers."""
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models(self) -> Response:
+        """Bases, adapters and aliases."""
+        return json_of(to_json(ModelList(data=tuple(self._catalog.models()))))
+
+    @app.get("/v1/models/{identity:path}")
+    async def model(self, identity: str) -> Response:
+        """One of them."""
+        return json_of(to_json(self._catalog.model(identity)))
+
+    @app.get("/v1/adapters/{name}")
+    async def adapter(self, name: str, version: str | None = None) -> Response:
+        """An adapter's card."""
+        return json_of(self._catalog.card(name if version is None else f"{name}@{version}").to_json())
+
+    @app.post("/v1/registry/refresh")
+    async def refresh(self) -> dict[str, int]:
+        """Read the registry now: what was promoted since is served at once."""
+        await asyncio.to_thread(self._catalog.refresh)
+        return {"models": len(self._catalog.models())}
+
+    @app.post("/v1/images/generations", openapi_extra=body_of(Generation))
+    async def generations(self, request: Request) -> Response:
+        """Draw pictures of a prompt."""
+        asked = parse_generation(await read_text(request), self._settings.limits, urls=self._output is not None)
+        chosen = self._catalog.choose(asked.model, asked.adapters)
+        orders = self._orders(asked, chosen, request)
+        if asked.stream:
+            return await self._stream(asked, chosen, orders[0], "image_generation", request)
+        return await self._answer(asked, chosen, orders, request)
+
+    def _orders(self, asked: Drawing, chosen: Chosen, request: Request) -> list[Order]:
+        """One for each picture; nothing of them is left to chance afterwards."""
+        base, size = chosen.base, asked.pixels
+        seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
+        return [
+            Order(
+                asked.prompt, asked.negative_prompt or "", seed + i, asked.num_inference_steps or base.steps,
+                base.guidance if asked.guidance_scale is None else asked.guidance_scale,
+                None if size is None else (size[1], size[0]), chosen.adapters, asked.partial_images,
+                self._settings.timeout_s, asked.output_format, asked.compression,
+                {"model": base.source, "request": errors.request_id(request)}, self._settings.keep_prompt,
+            )
+            for i in range(asked.n)
+        ]  # fmt: skip
+
+    async def _answer(self, asked: Drawing, chosen: Chosen, orders: list[Order], request: Request) -> Response:
+        tasks = [asyncio.ensure_future(self._picture(chosen.base, order)) for order in orders]
+        try:
+            drawn = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        identity = errors.request_id(request)
+        pictures = []
+        for order, one in zip(orders, drawn, strict=True):
+            if self._output is not None and asked.response_format == "url":
+                key = f"{identity}-{order.seed}.{order.output_format}"
+                await asyncio.to_thread(self._output.write, key, one.data)
+                pictures.append(Picture(url=self._output.url(key), seed=order.seed))
+            else:
+                pictures.append(Picture(b64_json=base64.b64encode(one.data).decode(), seed=order.seed))
+        answer = ImagesResponse(
+            data=tuple(pictures), output_format=asked.output_format, size=size_text(drawn[0].size),
+            seed=orders[0].seed, model=chosen.title,
+        )  # fmt: skip
+        return json_of(to_json(answer), {"x-request-id": identity})
+
+    async def _picture(self, base: Base, order: Order) -> Drawn:
+        async for drawn in self._draw(base, order):
+            if drawn.preview is None:
+                return drawn
+        raise RuntimeError("a generator ended without a picture")
+
+    async def _stream(self, asked: Drawing, chosen: Chosen, order: Order, kind: str, request: Request) -> Response:
+        events = self._events(asked, chosen, order, kind)
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.wait([first], timeout=GRACE_S)
+        if first.done():
+            first.result()
+        headers = {"x-request-id": errors.request_id(request), "Cache-Control": "no-store"}
+        lines = told(first, events, errors.request_id(request))
+        return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+
+    async def _events(self, asked: Drawing, chosen: Chosen, order: Order, kind: str) -> AsyncIterator[bytes]:
+        async for drawn in self._draw(chosen.base, order):
+            shared: dict[str, Any] = {
+                "b64_json": base64.b64encode(drawn.data).decode(), "size": size_text(drawn.size),
+                "output_format": asked.output_format,
+                "type": f"{kind}.{'completed' if drawn.preview is None else 'partial_image'}",
+            }  # fmt: skip
+            if drawn.preview is None:
+                yield sse(Completed(seed=order.seed, model=chosen.title, **shared))
+            else:
+                yield sse(PartialImage(partial_image_index=drawn.preview, **shared))
+
+    async def _draw(self, base: Base, order: Order) -> AsyncIterator[Drawn]:
+        """Previews and the picture; from another replica where one is lost on the way."""
+        shown = -1
+        for attempt in range(TRIES):
+            response: Any = self._generators[base.name].draw.remote(order)
+            try:
+                async for drawn in response:
+                    if drawn.preview is None or drawn.preview > shown:
+                        shown = shown if drawn.preview is None else drawn.preview
+                        yield drawn
+                return
+            except BackPressureError as error:
+                raise errors.overloaded(5.0) from error
+            except LOST:
+                if attempt == TRIES - 1:
+                    raise
+            except Exception as error:
+                if type(getattr(error, "cause", error)).__name__ == "Late":
+                    raise errors.timed_out(order.timeout_s) from None
+                if type(getattr(error, "cause", error)).__name__ != "Closed" or attempt == TRIES - 1:
+                    raise
+            finally:
+                response.cancel()

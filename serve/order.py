@@ -1,0 +1,40 @@
+"""What travels between the ingress and a generator: plain values, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture to draw. All of it is settled at admission, so that another replica draws the same."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int] | None
+    """(height, width) in pixels; None: what the model was made for."""
+    adapters: tuple[tuple[str, float], ...] = ()
+    """NAME@VERSION and scale."""
+    previews: int = 0
+    timeout_s: float = 300.0
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    quality: int = 100
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What a PNG's metadata says beside."""
+    keep_prompt: bool = True
+
+
+class Drawn(NamedTuple):
+    """A preview, or the picture."""
+
+    data: bytes
+    """The encoded file."""
+    size: tuple[int, int]
+    """(height, width)."""
+    preview: int | None
+    """Its number; None: it is the picture."""
