@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from gtl.storage import replacing
@@ -36,19 +36,44 @@ class BrokenImage(ValueError):
     """Bytes that are no usable image; the message is the reason."""
 
 
-def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Decode the first frame to 8-bit RGB, upright, transparency on white.
 
     Raises:
-        BrokenImage: not an image, damaged, cut short, larger than `max_pixels`, or without a defined range of values.
+        BrokenImage: not an image in one of the formats, damaged, cut short, larger than `max_pixels`, or without a
+            defined range of values.
         OSError: the path cannot be read.
     """
-    image = _open(data, max_pixels)
+    image = _open(data, max_pixels, formats)
     try:
         return to_rgb(ImageOps.exif_transpose(image))
     except BrokenImage:
         raise
     except Exception as error:  # damaged files make decoders raise nearly anything
+        raise BrokenImage(_reason(error)) from error
+
+
+def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a PNG to what is to be repainted, "L", 255 where all of it: the transparent, as OpenAI's API has it.
+
+    In a mask without transparency it is the white.
+
+    Raises:
+        BrokenImage: see `decode`.
+    """
+    image = _open(data, max_pixels, ("PNG",))
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            opacity = image.convert("RGBA").getchannel("A")
+            if opacity.getextrema() != (255, 255):
+                return ImageChops.invert(opacity)
+        return to_rgb(image).convert("L")
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in `decode`
         raise BrokenImage(_reason(error)) from error
 
 
@@ -70,15 +95,15 @@ def probe(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) ->
     return (width, height) if sideways else (height, width)
 
 
-def _open(data: bytes | str | os.PathLike[str], max_pixels: int) -> Image.Image:
+def _open(data: bytes | str | os.PathLike[str], max_pixels: int, formats: Sequence[str] = FORMATS) -> Image.Image:
     content = data if isinstance(data, bytes) else Path(data).read_bytes()
     if not content:
         raise BrokenImage("the file is empty")
     Image.init()
     try:
-        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(io.BytesIO(content), formats=[name for name in formats if name in Image.OPEN])
     except UnidentifiedImageError as error:
-        raise BrokenImage(f"no image in a known format ({', '.join(FORMATS)})") from error
+        raise BrokenImage(f"no image in a known format ({', '.join(formats)})") from error
     except Exception as error:  # as in `decode`
         raise BrokenImage(_reason(error)) from error
     if image.width * image.height > max_pixels:

@@ -52,7 +52,8 @@ def generator(base: Base, settings: Settings) -> Application:
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus_of(base)},
         graceful_shutdown_timeout_s=DRAIN_S,
         request_router_config={
-            "request_router_class": "serve.routing:ByAdapter", "request_routing_stats_period_s": STATS_S,
+            "request_router_class": "serve.routing:ByAdapter",
+            "request_routing_stats_period_s": STATS_S,
         },
         **scaling,
     )(Generator)

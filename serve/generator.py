@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
-from serve.order import Drawn, Order
+from serve.errors import timed_out
+from serve.order import Drawn, Order, Stopped
 from serve.pictures import encode
 from serve.settings import Base
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from gtl.generate.engine import Engine
+    from gtl.generate.loop import Course
 
 GIB = 2**30
 FETCHING = 2
@@ -50,10 +52,11 @@ class Generator:
 
         Raises:
             UserError: the model cannot draw it, or an adapter does not fit.
-            Late: its time is up.
-            Closed: this replica is being stopped; another can draw it.
+            ApiError: its time is up.
+            Stopped: this replica is being stopped; another can draw it.
         """
         from gtl.generate.engine import Request
+        from gtl.generate.loop import Closed
 
         loop = asyncio.get_running_loop()
         adapters = await loop.run_in_executor(self._files, self._fetch, order)
@@ -62,12 +65,15 @@ class Generator:
             order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
         )  # fmt: skip
         mail = Mail(loop, order, request)
-        ticket = self._loop.submit(request, mail, adapters, previews=order.previews, timeout=order.timeout_s)
+        try:
+            ticket = self._loop.submit(request, mail, adapters, previews=order.previews, timeout=order.timeout_s)
+        except Closed as error:
+            raise outward(error, order) from None
         try:
             while True:
                 found = await mail.events.get()
                 if isinstance(found, Exception):
-                    raise found
+                    raise outward(found, order)
                 yield found
                 if found.preview is None:
                     return
@@ -138,6 +144,15 @@ class Generator:
             loop.close()
 
 
+def outward(error: Exception, order: Order) -> Exception:
+    """An error for a process that has no torch, which the loop's own would bring."""
+    from gtl.generate.loop import Closed, Late
+
+    if isinstance(error, Late):
+        return timed_out(order.timeout_s)
+    return Stopped() if isinstance(error, Closed) else error
+
+
 class Mail:
     """Brings what the engine's threads tell to the event loop that waits for it."""
 
@@ -150,7 +165,7 @@ class Mail:
         """An estimate."""
         self._send(Drawn(encode(image, self._order.output_format, self._order.quality), size_of(image), number))
 
-    def finish(self, image: Image) -> None:
+    def finish(self, image: Image, course: Course) -> None:
         """The picture."""
         from gtl import __version__
 
@@ -165,7 +180,8 @@ class Mail:
             told["prompt"] = order.prompt
         else:
             del told["negative_prompt"]
-        self._send(Drawn(encode(image, order.output_format, order.quality, told), size_of(image), None))
+        data = encode(image, order.output_format, order.quality, told)
+        self._send(Drawn(data, size_of(image), None, (course.waited_s, course.step_s, course.batch, course.was_there)))
 
     def fail(self, error: Exception) -> None:
         """No picture."""

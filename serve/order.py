@@ -38,3 +38,9 @@ class Drawn(NamedTuple):
     """(height, width)."""
     preview: int | None
     """Its number; None: it is the picture."""
+    course: tuple[float, float, float, bool] | None = None
+    """How the picture came about, as `gtl.generate.loop.Course`."""
+
+
+class Stopped(Exception):
+    """A generator is being stopped, and another one can draw."""

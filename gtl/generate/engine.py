@@ -175,8 +175,8 @@ class Engine:
         self._prompts: OrderedDict[tuple[Adapters, str], Conditions] = OrderedDict(
             {((), prompt): conditions for prompt, conditions in (encoded or {}).items()}
         )
-        self.rows = 0
-        """Requests in the last step."""
+        self.batch: tuple[int, ...] = ()
+        """Handles of the requests in the last step."""
         self._work: dict[Hashable, int] = {}
         """Pixels denoised so far, by the key of those who share batches."""
 
@@ -240,7 +240,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Take one step of the requests whose turn it is; what came of it."""
         batch = self._batch()
-        self.rows = len(batch)
+        self.batch = tuple(state.handle for state in batch)
         if not batch:
             return []
         outputs = []

@@ -37,6 +37,27 @@ class Closed(Exception):
     """The loop takes no more requests, or ended before this one was through."""
 
 
+class Step(NamedTuple):
+    """What the loop tells of a step."""
+
+    rows: int
+    """Requests in it."""
+    seconds: float
+
+
+class Course(NamedTuple):
+    """How a picture came about."""
+
+    waited_s: float
+    """Until its first step began."""
+    step_s: float
+    """Of a step on average."""
+    batch: float
+    """Requests in a step on average, itself among them."""
+    was_there: bool
+    """Whether its adapters were on the device already."""
+
+
 class Listener(Protocol):
     """Is told what becomes of a request, from the loop's threads: quick, and never raising."""
 
@@ -44,8 +65,8 @@ class Listener(Protocol):
         """An estimate of the picture, the numbers from 0."""
         ...
 
-    def finish(self, image: Image) -> None:
-        """The picture. Nothing follows."""
+    def finish(self, image: Image, course: Course) -> None:
+        """The picture, and how it came about. Nothing follows."""
         ...
 
     def fail(self, error: Exception) -> None:
@@ -68,14 +89,16 @@ class Ticket:
     """The engine's, once it is drawn."""
     is_over: bool = False
     since: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    was_there: bool = True
+    steps: list[Step] = field(default_factory=list)
+    """That it was in."""
 
-
-class Step(NamedTuple):
-    """What the loop tells of a step."""
-
-    rows: int
-    """Requests in it."""
-    seconds: float
+    def course(self) -> Course:
+        """So far."""
+        number = max(1, len(self.steps))
+        seconds, rows = sum(step.seconds for step in self.steps), sum(step.rows for step in self.steps)
+        return Course(self.waited, seconds / number, rows / number, self.was_there)
 
 
 class Load(NamedTuple):
@@ -246,6 +269,7 @@ class EngineLoop:
                         continue
                     return
                 seat = found
+                ticket.was_there = found.was_there
                 self.taken["hits" if found.was_there else "misses"] += 1
             with self._wake:
                 self._waiting.remove(ticket)
@@ -254,7 +278,7 @@ class EngineLoop:
             except Exception as error:
                 self._fail(ticket, error)
                 continue
-            ticket.handle = handle
+            ticket.handle, ticket.waited = handle, time.monotonic() - ticket.since
             self._running[handle] = ticket
 
     def _step(self) -> None:
@@ -270,7 +294,10 @@ class EngineLoop:
         except Exception as error:
             self._fail_all(error)
             return
-        self.steps.append(Step(self.engine.rows, time.perf_counter() - began))
+        step = Step(len(self.engine.batch), time.perf_counter() - began)
+        self.steps.append(step)
+        for handle in self.engine.batch:
+            self._running[handle].steps.append(step)
         if outputs:
             done = [(self._running[output.handle], output) for output in outputs]
             for _, output in done:
@@ -296,7 +323,7 @@ class EngineLoop:
                     )
                 elif not ticket.is_over:
                     ticket.is_over = True
-                    ticket.listener.finish(to_image(pixels))
+                    ticket.listener.finish(to_image(pixels), ticket.course())
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not ticket.is_over:

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -202,6 +204,32 @@ def test_a_replica_that_dies_costs_time_and_no_picture(client: OpenAI, shelf: Pa
         pictures = [one.result() for one in drawn]
     assert same(pictures[0], alone(shelf, 11, steps=60))
     assert same(pictures[1], alone(shelf, 11, ("dog@v1", 1.0), steps=60))
+
+
+def test_an_ingress_tells_how_it_is(endpoint: str, client: OpenAI) -> None:
+    assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
+    ready = httpx.get(f"{endpoint}/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "missing": []})
+    before = numbers_of(endpoint)
+    draw(client, "tiny:dog@prod", 1)
+    after = numbers_of(endpoint)
+    for name in (
+        'gtl_pictures_total{adapter="dog@v1",base="tiny"}', 'gtl_step_seconds_count{base="tiny"}',
+        'gtl_requests_total{path="/v1/images/generations",status="200"}',
+    ):  # fmt: skip
+        assert after[name] == before.get(name, 0) + 1, name
+    assert after["gtl_pictures_running"] == after["gtl_pictures_waiting"] == 0
+
+
+def numbers_of(endpoint: str) -> dict[str, float]:
+    lines = httpx.get(f"{endpoint}/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+def test_no_process_that_answers_http_has_torch(endpoint: str) -> None:
+    code = "import sys, serve.ingress; print([name for name in ('torch', 'diffusers', 'peft') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 WRONG: dict[str, tuple[dict[str, Any], int, str]] = {

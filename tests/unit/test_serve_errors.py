@@ -2,6 +2,8 @@ import asyncio
 import json
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -242,3 +244,15 @@ def test_openais_client_raises_what_ends_a_stream() -> None:
     with pytest.raises(openai.APIError, match="too many requests wait") as caught:
         ask("overloaded", stream=True)
     assert caught.value.code == "overloaded"
+
+
+LIGHT = """
+import json, sys
+import serve.body, serve.errors, serve.keys, serve.schema, serve.share, serve.uploads
+print(json.dumps(sorted({"torch", "ray", "diffusers", "transformers", "peft", "numpy", "pyarrow"} & set(sys.modules))))
+"""
+
+
+def test_the_edges_of_the_api_load_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == []
