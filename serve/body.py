@@ -82,6 +82,8 @@ async def read_form(request: Request, files: Iterable[str], max_bytes: int) -> F
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 name = name.removesuffix("[]")
+                if not value.filename and not value.size:
+                    continue  # what a browser sends for a file that was not chosen
                 if name not in names:
                     raise invalid(name[:80], f"a file; files go into {' and '.join(names)}", "unknown_parameter")
                 if name in found.files:

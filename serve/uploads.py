@@ -52,6 +52,8 @@ async def read_edit(request: Request, limits: Limits, *, urls: bool) -> tuple[Ed
     for name, text in form.fields:
         if name not in ("image", "mask"):
             fields.append((name, text))
+        elif not text:
+            continue  # as every empty field of a form
         elif name in files:
             raise invalid(name, "given twice; one file is taken", "invalid_value")
         else:

@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import io
+import re
 import struct
 import zlib
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from gtl.images import BrokenImage, decode_mask
@@ -132,6 +135,32 @@ def test_what_is_no_picture_is_refused_in_our_own_words(data: bytes, reason: str
     assert refusal(data) == (400, "image", f"image: {reason}")
 
 
+FILES = [encoded(NOISE), encoded(mask(0, 90, 255)), *(encoded(NOISE, kind, quality=40) for kind in ("JPEG", "WEBP"))]
+WORDS = re.compile(
+    r"image: (no image in a known format \(PNG, JPEG, WEBP\)|damaged or cut short|the file is empty"
+    r"|(\d+x\d+ pixels, )?more than the allowed 40000000( pixels)?)"
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(FILES),
+    st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=4)), max_size=8),
+    st.integers(0, 4000),
+)
+def test_whatever_is_wrong_with_a_file_is_told_in_our_own_words(
+    data: bytes, damage: list[tuple[int, bytes]], length: int
+) -> None:
+    broken = bytearray(data[: len(data) - length % 100])
+    for place, found in damage:
+        place %= len(broken)
+        broken[place : place + len(found)] = found
+    try:
+        assert read_image(bytes(broken), "image", LIMITS).mode == "RGB"
+    except ApiError as error:
+        assert WORDS.fullmatch(error.message), error.message
+
+
 def test_a_mask_is_a_png() -> None:
     assert refusal(encoded(RED), encoded(RED, "JPEG")) == (400, "mask", "mask: no image in a known format (PNG)")
 
@@ -207,6 +236,20 @@ def test_a_whole_request() -> None:
     image = {"image": files["image"]}
     answer = client.post("/v1/images/edits", data={"prompt": "a dog", "mask": text["mask"]}, files=image)
     assert answer.json() == ["a dog", 0.8, [3, 1], [255, 0, 0]]
+
+
+def test_a_mask_that_was_not_chosen_is_none() -> None:
+    client = make_client(LIMITS)
+    part = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    picture = part % (b"image", b'; filename="a.png"', encoded(RED))
+    prompt = part % (b"prompt", b"", b"x")
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    for empty in (part % (b"mask", b'; filename=""', b""), part % (b"mask", b"", b"")):
+        answer = client.post("/v1/images/edits", content=picture + prompt + empty + b"--x--\r\n", headers=headers)
+        assert answer.json() == ["x", 0.8, [3, 1], None]
+    empty = part % (b"mask", b'; filename="a.png"', b"")
+    answer = client.post("/v1/images/edits", content=picture + prompt + empty + b"--x--\r\n", headers=headers)
+    assert answer.json()["error"]["message"] == "mask: the file is empty"
 
 
 def test_a_large_picture_comes_as_a_file_and_as_text() -> None:
