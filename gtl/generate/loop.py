@@ -1,7 +1,7 @@
 """An engine that runs in a thread of its own: requests come from others, pictures are handed back as they are done.
 
-Three things go on at once. Adapters are read from their files by a few threads, one thread takes the engine's steps,
-and one decodes and so holds up neither. Nothing here knows who asks.
+Three things go on at once. A few threads read adapters from their files and encode the images that edits begin at, one
+thread takes the engine's steps, and one decodes and so holds up neither. Nothing here knows who asks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Loaded
+from gtl.generate.edit import Edit, first_step
 from gtl.generate.engine import Engine, Output, Request, check
 from gtl.generate.images import to_image
 from gtl.types import UserError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 READERS = 2
-"""Threads that read adapters."""
+"""Threads that read adapters and encode images."""
 
 
 class Late(Exception):
@@ -84,6 +85,10 @@ class Ticket:
     deadline: float
     """On `time.monotonic`'s clock."""
     listener: Listener
+    edit: Edit | None = None
+    """What it begins at, if that is not noise."""
+    steps: int = 0
+    """That it takes."""
     loaded: Loaded | None = None
     handle: int | None = None
     """The engine's, once it is drawn."""
@@ -140,8 +145,8 @@ class EngineLoop:
             thread.start()
 
     def submit(
-        self, request: Request, listener: Listener, adapters: Adapters = (), *, previews: int = 0,
-        timeout: float = float("inf"),
+        self, request: Request, listener: Listener, adapters: Adapters = (), *, edit: Edit | None = None,
+        previews: int = 0, timeout: float = float("inf"),
     ) -> Ticket:  # fmt: skip
         """Take a request in.
 
@@ -149,6 +154,7 @@ class EngineLoop:
             request: What to draw.
             listener: Is told.
             adapters: All active at once.
+            edit: What to begin at, if it is not noise.
             previews: Estimates that are wanted on the way, evenly spread over the steps.
             timeout: Seconds after which it is given up.
 
@@ -156,31 +162,39 @@ class EngineLoop:
             UserError: the family cannot draw it. What is wrong with adapters the listener is told.
             Closed: the loop takes no more.
         """
-        check(request, self.engine.family)
-        after = [round(request.steps * (number + 1) / (previews + 1)) for number in range(previews)]
-        steps = tuple(step for step in dict.fromkeys(after) if 0 < step < request.steps)
-        ticket = Ticket(request, adapters, steps, time.monotonic() + timeout, listener)
+        check(request, self.engine.family, edit)
+        if adapters and self.engine.residents is None:
+            raise ValueError("an engine without residents draws without adapters")
+        steps = request.steps - first_step(edit, request.steps, self.engine.family.path)
+        after = [round(steps * (number + 1) / (previews + 1)) for number in range(previews)]
+        shown = tuple(step for step in dict.fromkeys(after) if 0 < step < steps)
+        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, steps)
         with self._wake:
             if self._is_closed:
                 raise Closed("it is being stopped")
-            if not adapters:
+            if not adapters and edit is None:
                 self._waiting.append(ticket)
                 self._wake.notify()
                 return ticket
             self._reading += 1
-        residents = self.engine.residents
-        if residents is None:
-            raise ValueError("an engine without residents draws without adapters")
-        self._readers.submit(residents.read, adapters).add_done_callback(lambda future: self._arrive(ticket, future))
+        self._readers.submit(self._read, ticket).add_done_callback(lambda future: self._arrive(ticket, future))
         return ticket
 
-    def _arrive(self, ticket: Ticket, future: Future[Loaded]) -> None:
-        """Adapters are in memory, or refused."""
+    def _read(self, ticket: Ticket) -> None:
+        """Bring what a request needs into memory."""
+        if ticket.adapters and self.engine.residents is not None:
+            ticket.loaded = self.engine.residents.read(ticket.adapters)
+        if ticket.edit is not None:
+            ticket.edit = self.engine.encode(ticket.edit, ticket.request)
+
+    def _arrive(self, ticket: Ticket, future: Future[None]) -> None:
+        """What a request needs is in memory, or refused."""
         error = future.exception()
         with self._wake:
             self._reading -= 1
+            if ticket.is_over:
+                return
             if error is None and not self._is_closed:
-                ticket.loaded = future.result()
                 self._waiting.append(ticket)
                 self._wake.notify()
                 return
@@ -204,7 +218,7 @@ class EngineLoop:
         for ticket in (*waiting, *running):
             request = ticket.request
             done = 0 if ticket.handle is None else self.engine.steps_done(ticket.handle)
-            work += max(0, request.steps - done) * request.height * request.width / usual
+            work += max(0, ticket.steps - done) * request.height * request.width / usual
         return Load(len(waiting) + reading, len(running), work)
 
     def is_alive(self) -> bool:
@@ -274,7 +288,7 @@ class EngineLoop:
             with self._wake:
                 self._waiting.remove(ticket)
             try:
-                handle = self.engine.add(ticket.request, seat, ticket.previews)
+                handle = self.engine.add(ticket.request, seat, ticket.previews, ticket.edit)
             except Exception as error:
                 self._fail(ticket, error)
                 continue
