@@ -52,6 +52,27 @@ def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -
         raise BrokenImage(_reason(error)) from error
 
 
+def decode_mask(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a mask to L, upright, white where something is to happen: where it is transparent, or else light.
+
+    Raises:
+        BrokenImage: see `decode`.
+        OSError: the path cannot be read.
+    """
+    image = _open(data, max_pixels)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+            if alpha.getextrema() != (255, 255):
+                return ImageOps.invert(alpha)
+        return to_rgb(image).convert("L")
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in `decode`
+        raise BrokenImage(_reason(error)) from error
+
+
 def probe(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of the upright image, from the header where that says how the camera was turned.
 
