@@ -79,7 +79,7 @@ def test_a_mask_is_what_is_transparent_or_else_what_is_light() -> None:
     with pytest.raises(BrokenImage, match="more than the allowed 2$"):
         decode_mask(encoded(clear), max_pixels=2)
     with pytest.raises(BrokenImage):
-        decode_mask(encoded(clear)[:-30])
+        decode_mask(encoded(clear)[:-20])
 
 
 def test_a_mask_is_turned_as_its_camera_was() -> None:
