@@ -85,7 +85,7 @@ class Generator:
 
     def _place(self, order: Order) -> tuple[Edit | None, tuple[int, int]]:
         """What an order begins at, cut to its size, and that."""
-        from gtl.generate.edit_command import choose_size, fit
+        from gtl.generate.edit import choose_size, fit
 
         family = self._engine.family
         if order.edit is None:

@@ -75,6 +75,33 @@ def size_text(image: Image) -> str:
     return f"{image.width}x{image.height}"
 
 
+def choose_size(image: Image, family: DiffusionFamily) -> tuple[int, int]:
+    """(height, width) to draw an image at: its own if that fits the model, else the nearest that does.
+
+    One with more pixels than the model draws by itself is reduced to as many.
+    """
+    high, wide = family.default_size
+    scale = min(1.0, math.sqrt(high * wide / (image.height * image.width)))
+    most = math.inf if family.max_size is None else family.max_size // family.multiple
+
+    def nearest(side: int) -> int:
+        return int(min(most, max(1, round(side * scale / family.multiple)))) * family.multiple
+
+    return nearest(image.height), nearest(image.width)
+
+
+def fit(edit: Edit, height: int, width: int) -> Edit:
+    """The same edit at another size, as training cuts its crops: resized until it covers, then cut at the centre."""
+    from PIL import Image as Images
+    from PIL import ImageOps
+
+    def cut(image: Image, method: Images.Resampling) -> Image:
+        return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
+
+    mask = None if edit.mask is None else cut(edit.mask, Images.Resampling.BILINEAR)
+    return Edit(cut(edit.image, Images.Resampling.LANCZOS), mask, edit.strength)
+
+
 def encode(edit: Edit, family: DiffusionFamily, codec: Any, device: torch.device) -> dict[str, Tensor]:
     """The codec's moments of the image, each [1, C, h, w], fp32."""
     pixels = pixels_of(edit.image).mul(2).sub(1).unsqueeze(0)

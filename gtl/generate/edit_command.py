@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +18,12 @@ from gtl.generate.command import (
     open_model,
     recipe_of,
 )
-from gtl.generate.edit import Edit, size_text
+from gtl.generate.edit import Edit, choose_size, fit, size_text
 from gtl.generate.prompts import read_prompts
 from gtl.types import Progress, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from gtl.families.base import DiffusionFamily
 
 
 def run(
@@ -100,30 +97,3 @@ def _read(file: str | Path, where: str, decode: Callable[[bytes], Image]) -> tup
         raise UserError(f"{where}: cannot be read: {error.strerror}") from error
     except BrokenImage as error:
         raise UserError(f"{where}: {error}") from error
-
-
-def choose_size(image: Image, family: DiffusionFamily) -> tuple[int, int]:
-    """(height, width) to draw an image at: its own if that fits the model, else the nearest that does.
-
-    One with more pixels than the model draws by itself is reduced to as many.
-    """
-    high, wide = family.default_size
-    scale = min(1.0, math.sqrt(high * wide / (image.height * image.width)))
-    most = math.inf if family.max_size is None else family.max_size // family.multiple
-
-    def nearest(side: int) -> int:
-        return int(min(most, max(1, round(side * scale / family.multiple)))) * family.multiple
-
-    return nearest(image.height), nearest(image.width)
-
-
-def fit(edit: Edit, height: int, width: int) -> Edit:
-    """The same edit at another size, as training cuts its crops: resized until it covers, then cut at the centre."""
-    from PIL import Image as Images
-    from PIL import ImageOps
-
-    def cut(image: Image, method: Images.Resampling) -> Image:
-        return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
-
-    mask = None if edit.mask is None else cut(edit.mask, Images.Resampling.BILINEAR)
-    return Edit(cut(edit.image, Images.Resampling.LANCZOS), mask, edit.strength)

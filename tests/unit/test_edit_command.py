@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 import gtl
 from gtl.families import open_family
 from gtl.generate.command import run as generate
-from gtl.generate.edit import Edit
-from gtl.generate.edit_command import choose_size, fit, run
+from gtl.generate.edit import Edit, choose_size, fit
+from gtl.generate.edit_command import run
 from gtl.images import read_recipe
 from gtl.types import UserError
 from tests.tiny import make_sd
