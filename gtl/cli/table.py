@@ -219,8 +219,16 @@ def serve(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Of Ray Serve; else for here.")] = None,
     set_: Set = None,
     check: Annotated[bool, typer.Option("--check", help="Only say what is wrong with it, or what it serves.")] = False,
+    new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Only make a key and its line in `keys`.")] = None,
 ) -> None:
     """Answer OpenAI's image API for every adapter of the registry, with a page at /; --set is for its `args`."""
+    if new_key is not None:
+        from serve.keys import new_key as make
+
+        key, line = make(new_key)
+        print(f"the key, which is kept nowhere: {key}", file=sys.stderr)
+        print(line)
+        return
     from serve import command
 
     loaded = command.read_config(config, set_ or ())
