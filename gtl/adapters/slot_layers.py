@@ -117,25 +117,35 @@ class SlotConv(SlotLayer):
     base_layer: nn.Conv2d
 
     def adapted(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """All rows are one grouped convolution, of a row's channels a group."""
+        """One grouped convolution, of a run's channels a group."""
         layer, each = self.base_layer, len(x) // len(a)
         y = layer(x)
-        x, a, b = x.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-        if each > 1:
-            a, b = a.repeat_interleave(each, 0), b.repeat_interleave(each, 0)
+        x, a, b = x.to(y.dtype), a.to(y.dtype), spread(b.to(y.dtype), each)
         if is_pointwise(layer):
-            down = torch.bmm(a.flatten(2), x.flatten(2))
+            down = torch.bmm(spread(a, each).flatten(2), x.flatten(2))
         else:
+            if torch.is_grad_enabled() and len(a) > 1:
+                a, each = spread(a, each), 1  # slower, but the backward pass keeps x itself and no other copy of it
             # Without the layer's dilation, as in PEFT.
-            wide, kernels = x.reshape(1, -1, *x.shape[2:]), a.reshape(-1, *a.shape[2:])
-            down = F.conv2d(wide, kernels, None, layer.stride, layer.padding, groups=len(x))
-            down = down.view(len(x), a.shape[1], -1)
+            wide, kernels = turned(x, len(a), each).flatten(1, 2), a.flatten(0, 1)
+            down = F.conv2d(wide, kernels, None, layer.stride, layer.padding, groups=len(a))
+            down = turned(down.unflatten(1, (len(a), -1)).flatten(0, 1), each, len(a)).flatten(0, 1).flatten(2)
         return add_product(y.flatten(2), b.transpose(1, 2), down).view(y.shape)
 
 
 def is_pointwise(layer: nn.Conv2d) -> bool:
     """Whether a convolution is a linear layer over pixels."""
     return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding in ((0, 0), "valid")
+
+
+def turned(x: Tensor, first: int, second: int) -> Tensor:
+    """[first * second, ...] as [second, first, ...]."""
+    return x.unflatten(0, (first, second)).transpose(0, 1)
+
+
+def spread(x: Tensor, each: int) -> Tensor:
+    """Every row so many times."""
+    return x.repeat_interleave(each, 0) if each > 1 else x
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -336,22 +336,20 @@ class Engine:
 
     def _predict(self, batch: Sequence[State]) -> Tensor:
         """The model's outputs [B, C, h, w] in fp32; under guidance every state is two rows of the forward pass."""
-        noisy = torch.cat([state.model_input() for state in batch])
-        t = torch.stack([state.timestep for state in batch])
-        conditions = [state.conditions for state in batch]
-        negatives = [state.negative for state in batch if state.negative is not None]
-        if negatives:
-            noisy, t, conditions = torch.cat([noisy, noisy]), torch.cat([t, t]), negatives + conditions
+        guided = batch[0].negative is not None
+        each = 2 if guided else 1  # side by side, so that the rows of an adapter are one run
+        noisy = torch.cat([state.model_input() for state in batch]).repeat_interleave(each, 0)
+        t = torch.stack([state.timestep for state in batch]).repeat_interleave(each, 0)
+        conditions = [given for s in batch for given in (s.negative, s.conditions) if given is not None]
         main = self.parts[self.family.main]
         if self.residents is not None:
-            self.residents.wear([state.seat for state in batch] * (2 if negatives else 1), self.family.main)
+            self.residents.wear([state.seat for state in batch for _ in range(each)], self.family.main)
         inputs = noisy.to(self.dtype), t.to(self.device), self.family.collate(conditions)
         prediction = self.family.predict(main, *inputs).float()
-        if not negatives:
+        if not guided:
             return prediction
         scale = torch.tensor([state.request.guidance for state in batch], device=self.device).view(-1, 1, 1, 1)
-        unconditional, conditional = prediction.chunk(2)
-        return self.family.guide(unconditional, conditional, scale)
+        return self.family.guide(prediction[0::2], prediction[1::2], scale)
 
     def _encoded(self, prompt: str, seat: Seat) -> Conditions:
         # One by one, so that a prompt's embedding does not depend on its neighbours.
