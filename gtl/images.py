@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, ImageChops, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from gtl.storage import replacing
@@ -55,21 +55,22 @@ def decode(
         raise BrokenImage(_reason(error)) from error
 
 
-def decode_mask(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a PNG to what is to be repainted, "L", 255 where all of it: the transparent, as OpenAI's API has it.
-
-    In a mask without transparency it is the white.
+def decode_mask(
+    data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """Decode a mask to L, upright, white where something is to happen: where it is transparent, or else light.
 
     Raises:
         BrokenImage: see `decode`.
+        OSError: the path cannot be read.
     """
-    image = _open(data, max_pixels, ("PNG",))
+    image = _open(data, max_pixels, formats)
     try:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             opacity = image.convert("RGBA").getchannel("A")
             if opacity.getextrema() != (255, 255):
-                return ImageChops.invert(opacity)
+                return ImageOps.invert(opacity)
         return to_rgb(image).convert("L")
     except BrokenImage:
         raise

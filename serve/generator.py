@@ -20,6 +20,7 @@ from serve.settings import Base
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from gtl.generate.edit import Edit
     from gtl.generate.engine import Engine
     from gtl.generate.loop import Course
 
@@ -60,13 +61,15 @@ class Generator:
 
         loop = asyncio.get_running_loop()
         adapters = await loop.run_in_executor(self._files, self._fetch, order)
-        height, width = order.size or self._engine.family.default_size
+        edit, (height, width) = self._place(order)
         request = Request(
             order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
         )  # fmt: skip
         mail = Mail(loop, order, request)
         try:
-            ticket = self._loop.submit(request, mail, adapters, previews=order.previews, timeout=order.timeout_s)
+            ticket = self._loop.submit(
+                request, mail, adapters, edit=edit, previews=order.previews, timeout=order.timeout_s
+            )
         except Closed as error:
             raise outward(error, order) from None
         try:
@@ -79,6 +82,16 @@ class Generator:
                     return
         finally:
             self._loop.cancel(ticket)
+
+    def _place(self, order: Order) -> tuple[Edit | None, tuple[int, int]]:
+        """What an order begins at, cut to its size, and that."""
+        from gtl.generate.edit_command import choose_size, fit
+
+        family = self._engine.family
+        if order.edit is None:
+            return None, order.size or family.default_size
+        size = order.size or choose_size(order.edit.image, family)
+        return fit(order.edit, *size), size
 
     def _fetch(self, order: Order) -> tuple[tuple[Path, float], ...]:
         """Folders of the adapters on this machine, with their scales."""
@@ -176,6 +189,8 @@ class Mail:
             "adapters": [parse_reference(name)._replace(scale=scale).__str__() for name, scale in order.adapters],
             "gtl": __version__, **order.told,
         }  # fmt: skip
+        if order.edit is not None:
+            told["strength"] = order.edit.strength
         if order.keep_prompt:
             told["prompt"] = order.prompt
         else:

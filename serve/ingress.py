@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+from gtl.generate.edit import Edit as Start
 from gtl.storage import Store
 from serve import errors, metrics
 from serve.body import read_text
@@ -31,6 +32,7 @@ from serve.schema import (
     MAX_SEED,
     Completed,
     Drawing,
+    Edit,
     Generation,
     ImagesResponse,
     ModelList,
@@ -42,6 +44,7 @@ from serve.schema import (
 )
 from serve.settings import Base, Settings
 from serve.share import FairShare
+from serve.uploads import decode_uploads, read_edit
 
 BURSTS = 6
 """A key may send at once what it may send in a sixth of a minute."""
@@ -55,9 +58,15 @@ READY_S = 5.0
 PAGE = Path(__file__).with_name("page")
 ASSETS = frozenset(file.name for file in PAGE.glob("*"))
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }  # fmt: skip
+DECODING = 2
+"""Uploads that are decoded at once: each may take half a gigabyte."""
+FILES = {"image": {"type": "string", "format": "binary"}, "mask": {"type": "string", "format": "binary"}}
 KEEP_ALIVE_S = 10.0
 """Between two comments in a stream that has nothing to tell: proxies close silent connections."""
 
@@ -66,11 +75,13 @@ app.add_middleware(metrics.CountRequests)
 errors.install(app)
 
 
-def body_of(model: type[Drawing]) -> dict[str, Any]:
+def body_of(model: type[Drawing], kind: str = "application/json", files: Mapping[str, Any] = {}) -> dict[str, Any]:
     """The body in the API's own description."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema["properties"] |= files
+    schema["required"] = [*schema.get("required", ()), *list(files)[:1]]
+    schema["properties"]["adapters"] = schema["properties"]["adapters"] | {"items": schema.pop("$defs")["Adapter"]}
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
 
 
 async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], identity: str) -> AsyncIterator[bytes]:
@@ -135,6 +146,7 @@ class Ingress:
         self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
         rate = self._settings.requests_per_minute
         self._limiter = None if rate is None else RateLimiter(rate, max(1, round(rate / BURSTS)))
+        self._decoding = asyncio.Semaphore(DECODING)
         self._share = FairShare(self._settings.max_running, self._settings.max_waiting)
         metrics.RUNNING.set_function(lambda: self._share.num_in_work)
         metrics.WAITING.set_function(lambda: self._share.num_waiting)
@@ -227,17 +239,35 @@ class Ingress:
             return await self._stream(asked, chosen, orders[0], "image_generation", who, request)
         return await self._answer(asked, chosen, orders, who, request)
 
-    def _orders(self, asked: Drawing, chosen: Chosen, request: Request) -> list[Order]:
+    @app.post("/v1/images/edits", openapi_extra=body_of(Edit, "multipart/form-data", FILES))
+    async def edits(self, request: Request) -> Response:
+        """Draw pictures that begin at one that is sent."""
+        who = self._who(request)
+        limits = self._settings.limits
+        asked, uploads = await read_edit(request, limits, urls=self._output is not None)
+        chosen = self._catalog.choose(asked.model, asked.adapters)
+        async with self._decoding:
+            canvas = await asyncio.to_thread(decode_uploads, uploads, limits)
+        start = Start(canvas.image, canvas.mask, asked.strength)
+        orders = self._orders(asked, chosen, request, start)
+        if asked.stream:
+            return await self._stream(asked, chosen, orders[0], "image_edit", who, request)
+        return await self._answer(asked, chosen, orders, who, request)
+
+    def _orders(self, asked: Drawing, chosen: Chosen, request: Request, start: Start | None = None) -> list[Order]:
         """One for each picture; nothing of them is left to chance afterwards."""
         base, size = chosen.base, asked.pixels
         seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
+        steps = asked.num_inference_steps or base.steps
+        guidance = base.guidance if asked.guidance_scale is None else asked.guidance_scale
+        told = {"model": base.source, "request": errors.request_id(request)}
         return [
             Order(
-                asked.prompt, asked.negative_prompt or "", seed + i, asked.num_inference_steps or base.steps,
-                base.guidance if asked.guidance_scale is None else asked.guidance_scale,
-                None if size is None else (size[1], size[0]), chosen.adapters, asked.partial_images,
-                self._settings.timeout_s, asked.output_format, asked.compression,
-                {"model": base.source, "request": errors.request_id(request)}, self._settings.keep_prompt,
+                prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
+                guidance=guidance, size=None if size is None else (size[1], size[0]), adapters=chosen.adapters,
+                edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
+                output_format=asked.output_format, quality=asked.compression, told=told,
+                keep_prompt=self._settings.keep_prompt,
             )
             for i in range(asked.n)
         ]  # fmt: skip

@@ -93,7 +93,7 @@ def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
     image = read_image(uploads.image, "image", limits)
     if uploads.mask is None:
         return Canvas(image, None)
-    mask = _read(lambda data: decode_mask(data, limits.max_upload_pixels), uploads.mask, "mask", limits)
+    mask = _read(lambda data: decode_mask(data, limits.max_upload_pixels, ("PNG",)), uploads.mask, "mask", limits)
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height}: should be of the image's size, {image.width}x{image.height}"
         raise invalid("mask", sizes, "invalid_value")

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -96,13 +96,13 @@ class Ticket:
     since: float = field(default_factory=time.monotonic)
     waited: float = 0.0
     was_there: bool = True
-    steps: list[Step] = field(default_factory=list)
-    """That it was in."""
+    went: list[Step] = field(default_factory=list)
+    """Steps that it was in."""
 
     def course(self) -> Course:
         """So far."""
-        number = max(1, len(self.steps))
-        seconds, rows = sum(step.seconds for step in self.steps), sum(step.rows for step in self.steps)
+        number = max(1, len(self.went))
+        seconds, rows = sum(step.seconds for step in self.went), sum(step.rows for step in self.went)
         return Course(self.waited, seconds / number, rows / number, self.was_there)
 
 
@@ -140,7 +140,9 @@ class EngineLoop:
         self._is_closed = False
         self._pictures: queue.SimpleQueue[list[tuple[Ticket, Output]] | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(READERS, "read")
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._draw, self._decode)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(work,), daemon=True) for work in (self._draw, self._decode)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -241,6 +243,22 @@ class EngineLoop:
             thread.join()
         self._readers.shutdown(cancel_futures=True)
 
+    def _run(self, work: Callable[[], None]) -> None:
+        """Do a thread's work; a fault of it ends the loop, and leaves nobody waiting for ever."""
+        try:
+            work()
+        except Exception as error:
+            with self._wake:
+                self._is_closed = True
+                left = [*self._waiting, *self._running.values()]
+                self._waiting.clear()
+                self._running.clear()
+                self._wake.notify()
+            for ticket in left:
+                self._fail(ticket, error)
+            self._pictures.put(None)
+            raise
+
     def _draw(self) -> None:
         while True:
             with self._wake:
@@ -311,7 +329,7 @@ class EngineLoop:
         step = Step(len(self.engine.batch), time.perf_counter() - began)
         self.steps.append(step)
         for handle in self.engine.batch:
-            self._running[handle].steps.append(step)
+            self._running[handle].went.append(step)
         if outputs:
             done = [(self._running[output.handle], output) for output in outputs]
             for _, output in done:

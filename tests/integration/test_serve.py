@@ -119,6 +119,28 @@ def test_a_stream_shows_the_picture_on_its_way(client: OpenAI, shelf: Path) -> N
     assert away[0] > away[1] > away[2]
 
 
+def test_an_edit_begins_at_the_picture_that_is_sent(client: OpenAI, shelf: Path) -> None:
+    """Transparent pixels of the mask are drawn anew, the others are the picture's own."""
+    first, mask = alone(shelf, 2), Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    fields: dict[str, Any] = {"prompt": PROMPT, "model": "tiny:dog@prod"}
+    extra = {"seed": 8, "num_inference_steps": 8, "strength": 0.9}
+    answer = client.images.edit(image=png(first), mask=png(mask), extra_body=extra, **fields)
+    assert answer.data and answer.data[0].b64_json
+    edited = picture_of(answer.data[0].b64_json)
+    left, right = (0, 0, 32, 64), (32, 0, 64, 64)
+    assert edited.crop(left).tobytes() == first.crop(left).tobytes()
+    assert edited.crop(right).tobytes() != first.crop(right).tobytes()
+    events = list(client.images.edit(image=png(first), stream=True, partial_images=1, extra_body=extra, **fields))
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def png(image: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    return sink.getvalue()
+
+
 def test_whoever_leaves_is_drawn_no_further(client: OpenAI, endpoint: str) -> None:
     with httpx.stream("POST", f"{endpoint}/v1/images/generations", timeout=60, json={
         "prompt": PROMPT, "stream": True, "partial_images": 3, "num_inference_steps": 200, "seed": 1,

@@ -147,6 +147,18 @@ def test_what_breaks_a_step_fails_those_in_it_and_nobody_after(loop: EngineLoop)
     after.wait()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_loop_leaves_nobody_waiting(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_sweep", lambda: 1 / 0)
+    told = Told()
+    loop.submit(DOG, told)
+    assert told.over.wait(60) and isinstance(told.errors[0], ZeroDivisionError)
+    with pytest.raises(Closed):
+        loop.submit(DOG, Told())
+    loop.close()
+    assert not loop.is_alive()
+
+
 def test_less_memory_means_smaller_batches(loop: EngineLoop, sd: Path) -> None:
     def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if len(args[0]) > 2:
