@@ -116,7 +116,7 @@ export class Form {
     this.racks.forEach((rack) => rack.offer(choice));
     const chosen = this.#models.length ? this.#size() : "auto";
     const own = this.#models.find(({ id }) => id === this.base.value)?.gtl.default_size;
-    const sizes = SHAPES.map(([name, wide, high]) => [name, sizeOf(own, wide, high)]);
+    const sizes = parseSize(own) ? SHAPES.map(([name, wide, high]) => [name, sizeOf(own, wide, high)]) : [];
     const options = [["auto", "auto"], ...sizes, ["custom", "custom"]];
     find("#shapes").replaceChildren(...options.map(([name, value]) => shapeOption(name, value)));
     this.#chooseSize(parseSize(chosen) && this.#isCustom(chosen) ? chosen : "auto");
@@ -164,9 +164,9 @@ export class Form {
   }
 }
 
-/** "WxH" of a shape with about as many pixels as the base's own size, in the steps that models learn sizes in. */
+/** "WxH" of a shape with about as many pixels as a base's own size, in the steps that models learn sizes in. */
 function sizeOf(own, wide, high) {
-  const { width, height } = parseSize(own) ?? { width: 1024, height: 1024 };
+  const { width, height } = parseSize(own);
   const unit = Math.sqrt((width * height) / (wide * high));
   const step = width < 512 ? 16 : 64;
   const rounded = (side) => Math.max(step, Math.round((side * unit) / step) * step);

@@ -218,16 +218,14 @@ const ACTIONS = {
     await restore(record);
     origin = record;
     showChanges();
-    find("#origin").scrollIntoView({ block: "nearest" });
-    form.prompt.focus();
+    find("#origin").focus(); // not a text field: a phone's keyboard would hide what can be changed
   },
   async edit(record) {
     form.mode = "edit";
     await source.put(record.picture);
     origin = null;
     showChanges();
-    find("#source").scrollIntoView({ block: "nearest" });
-    form.prompt.focus();
+    find("#mask").focus();
   },
   async download({ picture, settings }) {
     const name = settings.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 40).replace(/^-|-$/g, "") || "picture";

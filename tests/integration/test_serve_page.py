@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 from tests.pages import EVIL, contrast, find_browser
 from tests.studio import CONTRASTS, KEPT, LOW, NAMELESS, OBSERVE, PAINTED
@@ -24,6 +24,7 @@ POLICY = {
     "default-src 'self'", "img-src 'self' data: blob:", "object-src 'none'", "base-uri 'none'", "form-action 'none'",
     "frame-ancestors 'none'",
 }  # fmt: skip
+WAIT_MS = 30_000
 STEPS = "4"
 SEED = "1234"
 
@@ -32,6 +33,7 @@ SEED = "1234"
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        expect.set_options(timeout=WAIT_MS)
         yield browser
         browser.close()
 
@@ -47,7 +49,7 @@ def visit(browser: Browser, endpoint: str) -> Iterator[Visit]:
     def visit(viewport: dict[str, int] = DESK, scheme: str = "dark") -> Page:
         context = browser.new_context(viewport=viewport, color_scheme=scheme, reduced_motion="reduce")
         contexts.append(context)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(WAIT_MS)
         page = context.new_page()
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("console", lambda line: troubles.append(line.text) if "Content Security" in line.text else None)
@@ -84,6 +86,12 @@ def make(page: Page, prompt: str = "a red circle", steps: str = STEPS, seed: str
 def kept(page: Page) -> list[dict[str, Any]]:
     """What the browser's database holds, oldest first; blobs in base64."""
     return list(page.evaluate(KEPT))
+
+
+def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Up to two of 255 in a channel: sums of batches of other sizes are rounded in another order."""
+    difference = ImageChops.difference(decoded(one["picture"]), decoded(other["picture"]))
+    return max(high for _, high in difference.getextrema()) <= 2
 
 
 def decoded(text: str) -> Image.Image:
@@ -125,7 +133,7 @@ def test_a_picture_is_previewed_kept_and_made_again(visit: Visit) -> None:
     expect(page.locator("#gallery-count")).to_have_text("2 pictures")
     one, other = kept(page)
     assert one["size"] == f"{decoded(one['picture']).width}x{decoded(one['picture']).height}" == "64x64"
-    assert decoded(one["picture"]).tobytes() == decoded(other["picture"]).tobytes()
+    assert is_same(one, other)
 
 
 def test_change_one_thing_says_what_changed(visit: Visit) -> None:
@@ -193,7 +201,7 @@ def test_adapters_have_scales_and_cards(visit: Visit) -> None:
     page.get_by_role("button", name="Remove dog").click()
     assert "adapters" not in make(page)[0]
     with_dog, without = kept(page)
-    assert decoded(with_dog["picture"]).tobytes() != decoded(without["picture"]).tobytes()
+    assert not is_same(with_dog, without)
 
 
 def test_two_mixes_at_one_seed_and_a_wipe_between_them(visit: Visit) -> None:
@@ -228,9 +236,13 @@ def test_several_pictures_have_seeds_in_a_row(visit: Visit) -> None:
     expect(page.locator("#caption-facts")).to_contain_text("Seed1236")
 
 
-def test_cancelling_ends_the_request_and_keeps_nothing(visit: Visit) -> None:
+def drawn(metrics: str) -> list[str]:
+    return [line for line in metrics.splitlines() if line.startswith("gtl_pictures_total")]
+
+
+def test_cancelling_ends_the_request_and_keeps_nothing(visit: Visit, endpoint: str) -> None:
     page = visit()
-    ended = []
+    before, ended = drawn(page.request.get(f"{endpoint}/metrics").text()), []
     page.on("requestfailed", lambda request: ended.append(request.failure))
     page.get_by_label("Prompt", exact=True).fill("slowly")
     page.get_by_label("Steps").fill("200")
@@ -243,6 +255,9 @@ def test_cancelling_ends_the_request_and_keeps_nothing(visit: Visit) -> None:
     expect(generate).to_be_focused()
     assert ended == ["net::ERR_ABORTED"]
     assert kept(page) == []
+    while "gtl_pictures_running 0.0" not in (told := page.request.get(f"{endpoint}/metrics").text()):
+        page.wait_for_timeout(50)
+    assert drawn(told) == before
     expect(page.locator("#error")).to_be_hidden()
     make(page)  # and the next one is made
     assert len(kept(page)) == 1
@@ -342,7 +357,7 @@ def test_an_image_is_edited_where_it_is_painted(visit: Visit) -> None:
     page.get_by_role("button", name="Same again").click()  # with the mask that it had
     expect(page.locator("#gallery-count")).to_have_text("2 pictures")
     one, other = kept(page)
-    assert decoded(one["picture"]).tobytes() == decoded(other["picture"]).tobytes()
+    assert is_same(one, other)
     assert decoded(other["mask"]).getchannel("A").getpixel((36, 32)) == 0
 
 
