@@ -42,6 +42,8 @@ class Chosen(NamedTuple):
     base: Base
     adapters: tuple[tuple[str, float], ...]
     """NAME@VERSION and scale."""
+    merged: bool = False
+    """Whether they have to be merged into the weights."""
 
     @property
     def title(self) -> str:
@@ -127,7 +129,9 @@ class Catalog:
             if entry.name in chosen:
                 raise invalid(field, f"{entry.name} is given twice; give it once, with the scale you want")
             chosen[entry.name] = scale
-        return Chosen(base, tuple(chosen.items()))
+        hot = {entry.name for entry in (self._find(base, name) for name in base.merged) if entry is not None}
+        merged = len(chosen) == 1 and hot >= chosen.keys() and set(chosen.values()) == {1.0}
+        return Chosen(base, tuple(chosen.items()), merged)
 
     def _find(self, base: Base | None, reference: str) -> Entry | None:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""

@@ -68,7 +68,13 @@ class Generator:
         mail = Mail(loop, order, request)
         try:
             ticket = self._loop.submit(
-                request, mail, adapters, edit=edit, previews=order.previews, timeout=order.timeout_s
+                request,
+                mail,
+                adapters,
+                alone=order.merged,
+                edit=edit,
+                previews=order.previews,
+                timeout=order.timeout_s,
             )
         except Closed as error:
             raise outward(error, order) from None
@@ -234,8 +240,10 @@ def load(base: Base) -> Engine:
     targets |= {part: family.encoder_targets(parts[part], "all-linear") for part in family.encoders}
     residents = Residents(
         {part: parts[part] for part in targets}, targets, base.slots + 1, base.max_rank,
-        host_bytes=int(base.host_gib * GIB),
+        host_bytes=int(base.host_gib * GIB), steady=base.compile,
     )  # fmt: skip
     height, width = family.default_size
     pixels = base.max_pixels or base.max_batch * height * width
-    return Engine(family, parts, device, dtype, base.max_batch, max_pixels=pixels, residents=residents)
+    return Engine(
+        family, parts, device, dtype, base.max_batch, max_pixels=pixels, residents=residents, compile=base.compile
+    )

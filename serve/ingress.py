@@ -265,7 +265,7 @@ class Ingress:
             Order(
                 prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
                 guidance=guidance, size=None if size is None else (size[1], size[0]), adapters=chosen.adapters,
-                edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
+                merged=chosen.merged, edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
                 output_format=asked.output_format, quality=asked.compression, told=told,
                 keep_prompt=self._settings.keep_prompt,
             )

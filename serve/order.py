@@ -22,6 +22,8 @@ class Order:
     """(height, width) in pixels; None: what the model was made for."""
     adapters: tuple[tuple[str, float], ...] = ()
     """NAME@VERSION and scale."""
+    merged: bool = False
+    """Whether they are merged into the weights, though they could share a batch."""
     edit: Edit | None = None
     """What it begins at, of any size; None: noise."""
     previews: int = 0

@@ -56,6 +56,11 @@ class Base(Section):
     """Pictures of one step at most."""
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     """Of a step's pictures together; left out: of `max_batch` pictures of the size that the model was made for."""
+    merged: list[str] = []
+    """Adapters (NAME, NAME@VERSION or NAME@ALIAS) that are merged into the weights when they draw alone, at scale 1: a
+    little faster for one that nearly all ask for, and in batches of its own."""
+    compile: bool = False
+    """Compile the model: slow at the first picture of each size and batch, faster afterwards. For GPUs."""
     host_gib: Annotated[float, Field(gt=0)] = 4.0
     """Memory for adapters that are not in a slot just now."""
     steps: Annotated[int, Field(ge=1)] = 25

@@ -56,7 +56,7 @@ def serving(registry: Path, port: int, **args: Any) -> Iterator[str]:
 
     from serve.app import build
 
-    base = {"name": "tiny", "source": BASE, "slots": 4, "max_rank": 8, "targets": "all-linear+conv"}
+    base = {"name": "tiny", "source": BASE, "slots": 4, "max_rank": 8, "merged": ["star"]}
     values = {"registry": str(registry), "bases": [base], "refresh_s": 3600, "timeout_s": 120, **args}
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:

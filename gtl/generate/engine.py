@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -174,6 +174,7 @@ class Engine:
         max_pixels: int | None = None,
         encoded: Mapping[str, Conditions] | None = None,
         residents: Residents | None = None,
+        compile: bool = False,
     ) -> None:
         """`parts` are on the device: the main part and the encoders in `dtype`, the codec in its own.
 
@@ -185,11 +186,17 @@ class Engine:
             max_batch: Pictures of a step at most.
             max_pixels: Of a step's pictures together; a larger picture is drawn alone. None: any.
             encoded: Conditions of prompts.
-            residents: The adapters that requests can have a seat with.
+            residents: The adapters that requests can have a seat with; steady ones (see `Slots`) where it is compiled.
+            compile: Let torch.compile make one graph of the main part for each of some batch sizes and each shape of
+                pictures; a batch in between is filled up. Slow at the first step of each, faster afterwards.
         """
         self.family, self.parts, self.residents = family, parts, residents
         self.device, self.dtype = torch.device(device), dtype
         self.max_batch, self.max_pixels = max_batch, max_pixels
+        self._sizes = batch_sizes(max_batch) if compile else ()
+        self._main: nn.Module = parts[family.main]
+        if compile:
+            self._main = cast("nn.Module", torch.compile(self._main, dynamic=False))
         self._states: dict[int, State] = {}
         self._handles = itertools.count()
         self._codec_lock = threading.Lock()
@@ -286,7 +293,7 @@ class Engine:
         if not batch:
             return []
         outputs = []
-        for state, prediction in zip(batch, self._predict(batch).split(1), strict=True):
+        for state, prediction in zip(batch, self._predict(batch).split(1), strict=False):
             wanted = state.steps_done + 1 in state.previews
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
@@ -335,17 +342,21 @@ class Engine:
         return batch
 
     def _predict(self, batch: Sequence[State]) -> Tensor:
-        """The model's outputs [B, C, h, w] in fp32; under guidance every state is two rows of the forward pass."""
+        """The model's outputs [B, C, h, w] in fp32; under guidance every state is two rows of the forward pass.
+
+        Where batches have fixed sizes the last state fills up what is left, and B may be larger than the batch.
+        """
+        size = next((size for size in self._sizes if size >= len(batch)), len(batch))
+        batch = [*batch, *[batch[-1]] * (size - len(batch))]
         guided = batch[0].negative is not None
         each = 2 if guided else 1  # side by side, so that the rows of an adapter are one run
         noisy = torch.cat([state.model_input() for state in batch]).repeat_interleave(each, 0)
         t = torch.stack([state.timestep for state in batch]).repeat_interleave(each, 0)
         conditions = [given for s in batch for given in (s.negative, s.conditions) if given is not None]
-        main = self.parts[self.family.main]
         if self.residents is not None:
             self.residents.wear([state.seat for state in batch for _ in range(each)], self.family.main)
         inputs = noisy.to(self.dtype), t.to(self.device), self.family.collate(conditions)
-        prediction = self.family.predict(main, *inputs).float()
+        prediction = self.family.predict(self._main, *inputs).float()
         if not guided:
             return prediction
         scale = torch.tensor([state.request.guidance for state in batch], device=self.device).view(-1, 1, 1, 1)
@@ -379,3 +390,8 @@ class Engine:
 def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names and shapes: conditions that agree in them are batched without padding."""
     return tuple(sorted((name, tuple(value.shape)) for name, value in conditions.items()))
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two below the most, and that."""
+    return (*itertools.takewhile(lambda size: size < most, (2**i for i in itertools.count())), most)

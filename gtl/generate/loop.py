@@ -89,6 +89,7 @@ class Ticket:
     """What it begins at, if that is not noise."""
     steps: int = 0
     """That it takes."""
+    alone: bool = False
     loaded: Loaded | None = None
     handle: int | None = None
     """The engine's, once it is drawn."""
@@ -147,8 +148,8 @@ class EngineLoop:
             thread.start()
 
     def submit(
-        self, request: Request, listener: Listener, adapters: Adapters = (), *, edit: Edit | None = None,
-        previews: int = 0, timeout: float = float("inf"),
+        self, request: Request, listener: Listener, adapters: Adapters = (), *, alone: bool = False,
+        edit: Edit | None = None, previews: int = 0, timeout: float = float("inf"),
     ) -> Ticket:  # fmt: skip
         """Take a request in.
 
@@ -156,6 +157,7 @@ class EngineLoop:
             request: What to draw.
             listener: Is told.
             adapters: All active at once.
+            alone: Merge them into the weights, see `Residents.read`.
             edit: What to begin at, if it is not noise.
             previews: Estimates that are wanted on the way, evenly spread over the steps.
             timeout: Seconds after which it is given up.
@@ -170,7 +172,7 @@ class EngineLoop:
         steps = request.steps - first_step(edit, request.steps, self.engine.family.path)
         after = [round(steps * (number + 1) / (previews + 1)) for number in range(previews)]
         shown = tuple(step for step in dict.fromkeys(after) if 0 < step < steps)
-        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, steps)
+        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, steps, alone)
         with self._wake:
             if self._is_closed:
                 raise Closed("it is being stopped")
@@ -185,7 +187,7 @@ class EngineLoop:
     def _read(self, ticket: Ticket) -> None:
         """Bring what a request needs into memory."""
         if ticket.adapters and self.engine.residents is not None:
-            ticket.loaded = self.engine.residents.read(ticket.adapters)
+            ticket.loaded = self.engine.residents.read(ticket.adapters, alone=ticket.alone)
         if ticket.edit is not None:
             ticket.edit = self.engine.encode(ticket.edit, ticket.request)
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from gtl.adapters.delta import write_delta
@@ -144,6 +146,26 @@ def test_a_lora_can_be_merged(sd: Path, folders: dict[str, Path]) -> None:
     assert (seat.slot, seat.company, seat.encoding) == (0, adapters, adapters)
     (picture,) = (engine.add(DOG, seat), drain(engine))[1].values()
     assert distance(picture, alone(sd, adapters, DOG)) < SAME + 0.5 / 255
+
+
+def test_a_compiled_model_has_one_graph_for_a_size(
+    sd: Path, folders: dict[str, Path], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever adapters are in the batch; one of three is filled up to four."""
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    family, parts = open_family(str(sd)), load(sd)
+    targets = {"unet": family.lora_targets(parts["unet"], "all-linear+conv")}
+    residents = Residents(parts, targets, 4, 2 * RANK, steady=True)
+    engine = Engine(family, parts, max_batch=4, residents=residents, compile=True)
+    a, b = ((folders["a"], 0.5),), ((folders["b"], 1.0),)
+    for asked in ([(), a, b], [b, b, a], [(), (), ()]):
+        requests = [replace(DOG, seed=seed) for seed in range(3)]
+        handles = [engine.add(one, take(engine, each)) for one, each in zip(requests, asked, strict=True)]
+        pictures = drain(engine)
+        for handle, one, each in zip(handles, requests, asked, strict=True):
+            assert distance(pictures[handle], alone(sd, each, one)) < SAME + 0.5 / 255
+    assert 8 in rows and graphs.frame_count == 1
 
 
 def test_the_longest_unused_gives_way(sd: Path, folders: dict[str, Path]) -> None:
