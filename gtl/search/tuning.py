@@ -28,6 +28,7 @@ from gtl.storage import Store
 from gtl.train.board import make_board
 from gtl.train.job import RESULT
 from gtl.train.launch import stop_signals
+from gtl.train.track import write_hparams
 from gtl.types import Progress
 
 STATE = "searcher.pkl"
@@ -188,6 +189,8 @@ class Teller(Callback):
         one.read(run, self._study.measured, costs, self._devices)
         if state == "failed":
             one.reason = run.read(FAILED).decode() if run.exists(FAILED) else death_of(trial)
+        if state in ENDED and one.looks:
+            write_hparams(run, one.config, self._study.measured)
         self._record.save(self._hours())
         self._tell()
 

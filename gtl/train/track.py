@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -98,6 +98,22 @@ def make_event(step: int, numbers: Mapping[str, float], when: float) -> Any:
 
     values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
     return Event(wall_time=when, step=step, summary=Summary(value=values))
+
+
+def write_hparams(run: Store, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """Tell TensorBoard's page of hyperparameters what a run was, and which of its numbers it is judged by."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import hparams
+
+    told = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in config.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        events = EventsWriter(str(Path(folder, "events")))
+        for summary in hparams(told, dict.fromkeys(metrics, 0.0)):
+            events.write_event(Event(step=0, summary=summary))
+        events.close()
+        (file,) = Path(folder).iterdir()
+        run.write("tensorboard/events.out.tfevents.hparams", file.read_bytes())
 
 
 def read_rows(run: Store) -> list[dict[str, float | int | str | None]]:

@@ -19,7 +19,7 @@ from gtl.evaluate.result import Evaluation, Sampling, Score
 from gtl.storage import Store
 from gtl.train.curves import FOLDER, Curves
 from gtl.train.scores import forget_scores, write_scores
-from gtl.train.track import Tracker, read_rows
+from gtl.train.track import Tracker, read_rows, write_hparams
 from gtl.types import UserError
 
 ROWS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4 * step, "device": "cpu"} for step in range(1, 6)]
@@ -158,3 +158,24 @@ def test_looks_that_are_scored_again_are_shown_once(tmp_path: Path, monkeypatch:
 def test_a_run_has_no_curves_beside_it_before_the_first_look(tmp_path: Path) -> None:
     Curves(Store(tmp_path)).close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_reads_what_a_trial_was(tmp_path: Path) -> None:
+    from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data, parse_session_start_info_plugin_data
+
+    run = Store(tmp_path)
+    with Tracker(run) as tracker:
+        tracker.log(LOOK)
+    config = {"train.learning_rate": 2e-3, "tuner.rank": 8, "tuner.dora": True, "tuner.train": ["unet"]}
+    for _ in range(2):  # a study that goes on says it again
+        write_hparams(run, config, ["val_loss"])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("val_loss")] == [(4, pytest.approx(0.3))]
+    told = found.PluginTagToContent("hparams")
+    start = parse_session_start_info_plugin_data(told["_hparams_/session_start_info"]).hparams
+    assert {name: getattr(start[name], str(start[name].WhichOneof("kind"))) for name in start} == {
+        **config, "tuner.train": "['unet']",
+    }  # fmt: skip
+    experiment = parse_experiment_plugin_data(told["_hparams_/experiment"])
+    assert [metric.name.tag for metric in experiment.metric_infos] == ["val_loss"]
