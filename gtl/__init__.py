@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from gtl.config import load_recipe, load_study
     from gtl.evaluate.run import evaluate
     from gtl.generate.command import run as generate
+    from gtl.generate.edit_command import run as edit
     from gtl.search.study import tune
     from gtl.train.launch import train
     from gtl.types import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "evaluate", "generate", "load_recipe", "load_study", "train", "tune"]
+__all__ = ["UserError", "__version__", "edit", "evaluate", "generate", "load_recipe", "load_study", "train", "tune"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +30,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"gtl.{name}")
     if name in ("load_recipe", "load_study"):
         return getattr(importlib.import_module("gtl.config"), name)
+    if name == "edit":
+        return importlib.import_module("gtl.generate.edit_command").run
     if name == "tune":
         return importlib.import_module("gtl.search.study").tune
     if name == "UserError":

@@ -36,19 +36,45 @@ class BrokenImage(ValueError):
     """Bytes that are no usable image; the message is the reason."""
 
 
-def decode(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Decode the first frame to 8-bit RGB, upright, transparency on white.
 
     Raises:
-        BrokenImage: not an image, damaged, cut short, larger than `max_pixels`, or without a defined range of values.
+        BrokenImage: not an image in one of the formats, damaged, cut short, larger than `max_pixels`, or without a
+            defined range of values.
         OSError: the path cannot be read.
     """
-    image = _open(data, max_pixels)
+    image = _open(data, max_pixels, formats)
     try:
         return to_rgb(ImageOps.exif_transpose(image))
     except BrokenImage:
         raise
     except Exception as error:  # damaged files make decoders raise nearly anything
+        raise BrokenImage(_reason(error)) from error
+
+
+def decode_mask(
+    data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """Decode a mask to L, upright, white where something is to happen: where it is transparent, or else light.
+
+    Raises:
+        BrokenImage: see `decode`.
+        OSError: the path cannot be read.
+    """
+    image = _open(data, max_pixels, formats)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            opacity = image.convert("RGBA").getchannel("A")
+            if opacity.getextrema() != (255, 255):
+                return ImageOps.invert(opacity)
+        return to_rgb(image).convert("L")
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in `decode`
         raise BrokenImage(_reason(error)) from error
 
 
@@ -70,15 +96,15 @@ def probe(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) ->
     return (width, height) if sideways else (height, width)
 
 
-def _open(data: bytes | str | os.PathLike[str], max_pixels: int) -> Image.Image:
+def _open(data: bytes | str | os.PathLike[str], max_pixels: int, formats: Sequence[str] = FORMATS) -> Image.Image:
     content = data if isinstance(data, bytes) else Path(data).read_bytes()
     if not content:
         raise BrokenImage("the file is empty")
     Image.init()
     try:
-        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(io.BytesIO(content), formats=[name for name in formats if name in Image.OPEN])
     except UnidentifiedImageError as error:
-        raise BrokenImage(f"no image in a known format ({', '.join(FORMATS)})") from error
+        raise BrokenImage(f"no image in a known format ({', '.join(formats)})") from error
     except Exception as error:  # as in `decode`
         raise BrokenImage(_reason(error)) from error
     if image.width * image.height > max_pixels:

@@ -10,6 +10,7 @@ from ray.serve import Application
 from serve.catalog import bases_from
 from serve.generator import Generator
 from serve.ingress import Ingress
+from serve.routing import STATS_S
 from serve.settings import Base, Settings, resolved
 
 DRAIN_S = 60.0
@@ -39,8 +40,10 @@ def generator(base: Base, settings: Settings) -> Application:
         scaling = {
             "autoscaling_config": {
                 "min_replicas": replicas.min, "initial_replicas": replicas.min, "max_replicas": replicas.max,
-                "policy": {"policy_function": "serve.scaling:ByWork"},
-                "upscale_delay_s": 2.0, "downscale_delay_s": 60.0, "metrics_interval_s": 1.0, "look_back_period_s": 2.0,
+                "policy": {"policy_function": "serve.scaling:ByWork", "policy_kwargs": {"target_s": replicas.target_s}},
+                "upscale_delay_s": 2.0, "downscale_delay_s": replicas.down_after_s,
+                "downscale_to_zero_delay_s": replicas.to_zero_after_s,
+                "metrics_interval_s": 1.0, "look_back_period_s": 2.0,
             }
         }  # fmt: skip
     deployed = serve.deployment(
@@ -48,6 +51,10 @@ def generator(base: Base, settings: Settings) -> Application:
         max_ongoing_requests=8 * base.max_batch,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus_of(base)},
         graceful_shutdown_timeout_s=DRAIN_S,
+        request_router_config={
+            "request_router_class": "serve.routing:ByAdapter",
+            "request_routing_stats_period_s": STATS_S,
+        },
         **scaling,
     )(Generator)
     return deployed.bind(base.model_dump(mode="json"), settings.registry)

@@ -14,8 +14,6 @@ from starlette.types import Message
 from serve.errors import ApiError, invalid, too_large, wrong_content_type
 
 MAX_FIELDS = 100
-FIELD_BYTES = 256 * 1024
-"""Of a text field: a prompt of the most characters, and room."""
 TEXT_BYTES = 2**20
 """Of a body without files: of JSON, or all text fields of a form together."""
 
@@ -67,7 +65,7 @@ async def read_form(request: Request, files: Iterable[str], max_bytes: int) -> F
     Args:
         request: The request.
         files: Names of the fields that are files; `NAME[]`, as OpenAI's client sends a list, is one of a single file.
-        max_bytes: Of each file.
+        max_bytes: Of each file. A text field may have a third more, so that it can be a file in base64.
 
     Raises:
         ApiError: 400 for another kind of body, a file twice or in another field; 413 for more bytes.
@@ -76,13 +74,16 @@ async def read_form(request: Request, files: Iterable[str], max_bytes: int) -> F
     if not _FORM.fullmatch(kind) or _FOREIGN.search(kind):
         raise wrong_content_type("multipart/form-data in UTF-8, with a boundary")
     names = list(files)
-    whole = bounded(request, len(names) * max_bytes + TEXT_BYTES)
+    text = max_bytes * 4 // 3 + TEXT_BYTES
+    whole = bounded(request, len(names) * max_bytes * 4 // 3 + TEXT_BYTES)
     found = Form([], {})
     # One more file than there may be, so that the message can be ours.
-    async with whole.form(max_files=len(names) + 1, max_fields=MAX_FIELDS, max_part_size=FIELD_BYTES) as form:
+    async with whole.form(max_files=len(names) + 1, max_fields=MAX_FIELDS, max_part_size=text) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 name = name.removesuffix("[]")
+                if not value.filename and not value.size:
+                    continue  # what a browser sends for a file that was not chosen
                 if name not in names:
                     raise invalid(name[:80], f"a file; files go into {' and '.join(names)}", "unknown_parameter")
                 if name in found.files:

@@ -114,9 +114,6 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
     from serve.app import build
 
     stop = stop or threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
     progress("start", 0, 0, "Ray")
     with session():
         try:
@@ -124,8 +121,16 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
             progress("start", 0, 0, "models")
             application = build(config.settings.model_dump(mode="json"))
             serve.run(application, name=config.name, route_prefix=config.route_prefix)
+            catch(stop)
             progress("ready", 0, 0, config.url)
             while not stop.wait(0.2):
                 pass
         finally:
             serve.shutdown()
+
+
+def catch(stop: threading.Event) -> None:
+    """Let Ctrl-C and SIGTERM ask for the end. After Ray's own start, which takes SIGTERM for itself."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())

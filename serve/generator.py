@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
-from serve.order import Drawn, Order
+from serve.errors import timed_out
+from serve.order import Drawn, Order, Stopped
 from serve.pictures import encode
 from serve.settings import Base
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from gtl.generate.edit import Edit
     from gtl.generate.engine import Engine
+    from gtl.generate.loop import Course
 
 GIB = 2**30
 FETCHING = 2
@@ -41,6 +44,8 @@ class Generator:
         self._engine = load(self._base)
         self._print = self._engine.family.fingerprint()
         self._loop = EngineLoop(self._engine)
+        self._names: dict[Path, str] = {}
+        """NAME@VERSION by the folder on this machine."""
         self._files = ThreadPoolExecutor(FETCHING, "fetch")
 
     async def draw(self, order: Order) -> AsyncIterator[Drawn]:
@@ -48,29 +53,45 @@ class Generator:
 
         Raises:
             UserError: the model cannot draw it, or an adapter does not fit.
-            Late: its time is up.
-            Closed: this replica is being stopped; another can draw it.
+            ApiError: its time is up.
+            Stopped: this replica is being stopped; another can draw it.
         """
         from gtl.generate.engine import Request
+        from gtl.generate.loop import Closed
 
         loop = asyncio.get_running_loop()
         adapters = await loop.run_in_executor(self._files, self._fetch, order)
-        height, width = order.size or self._engine.family.default_size
+        edit, (height, width) = self._place(order)
         request = Request(
             order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
         )  # fmt: skip
         mail = Mail(loop, order, request)
-        ticket = self._loop.submit(request, mail, adapters, previews=order.previews, timeout=order.timeout_s)
+        try:
+            ticket = self._loop.submit(
+                request, mail, adapters, edit=edit, previews=order.previews, timeout=order.timeout_s
+            )
+        except Closed as error:
+            raise outward(error, order) from None
         try:
             while True:
                 found = await mail.events.get()
                 if isinstance(found, Exception):
-                    raise found
+                    raise outward(found, order)
                 yield found
                 if found.preview is None:
                     return
         finally:
             self._loop.cancel(ticket)
+
+    def _place(self, order: Order) -> tuple[Edit | None, tuple[int, int]]:
+        """What an order begins at, cut to its size, and that."""
+        from gtl.generate.edit import choose_size, fit
+
+        family = self._engine.family
+        if order.edit is None:
+            return None, order.size or family.default_size
+        size = order.size or choose_size(order.edit.image, family)
+        return fit(order.edit, *size), size
 
     def _fetch(self, order: Order) -> tuple[tuple[Path, float], ...]:
         """Folders of the adapters on this machine, with their scales."""
@@ -82,18 +103,33 @@ class Generator:
                     f"adapters: {name}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
                     f"{self._base.name} is {self._print[:12]}"
                 )
-            found.append((self._registry.fetch(name), scale))
+            folder = self._registry.fetch(name)
+            self._names[folder] = name
+            found.append((folder, scale))
         return tuple(found)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Seconds until all that is asked of this replica is done, at its newest pace."""
         return {"busy_s": self.busy()}
 
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What `serve.routing` goes by."""
+        return {"busy_s": self.busy(), "pace_s": self.pace(), "adapters": self.adapters()}
+
     def busy(self) -> float:
         """See `record_autoscaling_stats`."""
-        load, steps = self._loop.load(), list(self._loop.steps)
-        pace = statistics.fmean(step.seconds / step.rows for step in steps) if steps else 1.0
-        return load.work * pace
+        return self._loop.load().work * self.pace()
+
+    def pace(self) -> float:
+        """Seconds that a step of one picture took of late."""
+        steps = list(self._loop.steps)
+        return statistics.fmean(step.seconds / step.rows for step in steps) if steps else 1.0
+
+    def adapters(self) -> list[str]:
+        """NAME@VERSION of those in slots."""
+        residents = self._engine.residents
+        keys = () if residents is None else residents.resident()
+        return sorted({self._names[folder] for key in keys for folder, _ in key})
 
     def status(self) -> dict[str, Any]:
         """For people and metrics."""
@@ -102,12 +138,9 @@ class Generator:
             "base": self._base.name, "waiting": load.waiting, "running": load.running, "busy_s": self.busy(),
             "batch_size": statistics.fmean(step.rows for step in steps) if steps else 0.0,
             "step_s": statistics.fmean(step.seconds for step in steps) if steps else 0.0,
-            "slots": [[str(folder), scale] for key in self._residents() for folder, scale in key],
+            "adapters": self.adapters(),
             **{f"slot_{kind}": count for kind, count in self._loop.taken.items()},
         }  # fmt: skip
-
-    def _residents(self) -> tuple[Any, ...]:
-        return () if self._engine.residents is None else self._engine.residents.resident()
 
     def check_health(self) -> None:
         """Raise where the thread that draws has died: Ray Serve then starts another replica.
@@ -124,6 +157,15 @@ class Generator:
             loop.close()
 
 
+def outward(error: Exception, order: Order) -> Exception:
+    """An error for a process that has no torch, which the loop's own would bring."""
+    from gtl.generate.loop import Closed, Late
+
+    if isinstance(error, Late):
+        return timed_out(order.timeout_s)
+    return Stopped() if isinstance(error, Closed) else error
+
+
 class Mail:
     """Brings what the engine's threads tell to the event loop that waits for it."""
 
@@ -136,7 +178,7 @@ class Mail:
         """An estimate."""
         self._send(Drawn(encode(image, self._order.output_format, self._order.quality), size_of(image), number))
 
-    def finish(self, image: Image) -> None:
+    def finish(self, image: Image, course: Course) -> None:
         """The picture."""
         from gtl import __version__
 
@@ -147,11 +189,14 @@ class Mail:
             "adapters": [parse_reference(name)._replace(scale=scale).__str__() for name, scale in order.adapters],
             "gtl": __version__, **order.told,
         }  # fmt: skip
+        if order.edit is not None:
+            told["strength"] = order.edit.strength
         if order.keep_prompt:
             told["prompt"] = order.prompt
         else:
             del told["negative_prompt"]
-        self._send(Drawn(encode(image, order.output_format, order.quality, told), size_of(image), None))
+        data = encode(image, order.output_format, order.quality, told)
+        self._send(Drawn(data, size_of(image), None, (course.waited_s, course.step_s, course.batch, course.was_there)))
 
     def fail(self, error: Exception) -> None:
         """No picture."""

@@ -4,27 +4,35 @@ import asyncio
 import base64
 import hashlib
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+from gtl.generate.edit import Edit as Start
 from gtl.storage import Store
-from serve import errors
+from serve import errors, metrics
 from serve.body import read_text
 from serve.catalog import Catalog, Chosen
-from serve.order import Drawn, Order
+from serve.keys import KeyFile, RateLimiter
+from serve.order import Drawn, Order, Stopped
 from serve.schema import (
     MAX_SEED,
     Completed,
     Drawing,
+    Edit,
     Generation,
     ImagesResponse,
     ModelList,
@@ -35,24 +43,45 @@ from serve.schema import (
     to_json,
 )
 from serve.settings import Base, Settings
+from serve.share import FairShare
+from serve.uploads import decode_uploads, read_edit
 
+BURSTS = 6
+"""A key may send at once what it may send in a sixth of a minute."""
 TRIES = 3
 """Replicas that a picture is asked of, one after the other, as they are lost."""
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 GRACE_S = 1.0
 """A stream's first event is waited for so long, so that an error can still have its own status."""
+READY_S = 5.0
+"""Within which a generator says that it is there."""
+PAGE = Path(__file__).with_name("page")
+ASSETS = frozenset(file.name for file in PAGE.glob("*"))
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+}  # fmt: skip
+DECODING = 2
+"""Uploads that are decoded at once: each may take half a gigabyte."""
+FILES = {"image": {"type": "string", "format": "binary"}, "mask": {"type": "string", "format": "binary"}}
 KEEP_ALIVE_S = 10.0
 """Between two comments in a stream that has nothing to tell: proxies close silent connections."""
 
 app = FastAPI(title="gtl", docs_url="/docs", redoc_url=None)
+app.add_middleware(metrics.CountRequests)
 errors.install(app)
 
 
-def body_of(model: type[Drawing]) -> dict[str, Any]:
+def body_of(model: type[Drawing], kind: str = "application/json", files: Mapping[str, Any] = {}) -> dict[str, Any]:
     """The body in the API's own description."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema["properties"] |= files
+    schema["required"] = [*schema.get("required", ()), *list(files)[:1]]
+    schema["properties"]["adapters"] = schema["properties"]["adapters"] | {"items": schema.pop("$defs")["Adapter"]}
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
 
 
 async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], identity: str) -> AsyncIterator[bytes]:
@@ -113,6 +142,14 @@ class Ingress:
         self._settings = Settings.model_validate(settings)
         self._catalog = Catalog(self._settings)
         self._generators = {name: handle.options(stream=True) for name, handle in generators.items()}
+        self._statuses = dict(generators)
+        self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
+        rate = self._settings.requests_per_minute
+        self._limiter = None if rate is None else RateLimiter(rate, max(1, round(rate / BURSTS)))
+        self._decoding = asyncio.Semaphore(DECODING)
+        self._share = FairShare(self._settings.max_running, self._settings.max_waiting)
+        metrics.RUNNING.set_function(lambda: self._share.num_in_work)
+        metrics.WAITING.set_function(lambda: self._share.num_waiting)
         self._output = None if self._settings.output is None else Store(self._settings.output)
         self._refreshing = asyncio.get_event_loop().create_task(self._refresh())
 
@@ -122,59 +159,123 @@ class Ingress:
             with suppress(Exception):  # a store that does not answer now: what was read before stands
                 await asyncio.to_thread(self._catalog.refresh)
 
+    def _who(self, request: Request) -> str:
+        """The name of who asks; "" where nobody needs a key.
+
+        Raises:
+            ApiError: 401, there is no key or an unknown one; 429, it asks too often.
+        """
+        who = "" if self._keys is None else self._keys.check(request.headers.get("authorization"))
+        if self._limiter is not None and request.method == "POST":
+            self._limiter.admit(who)
+        return who
+
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
         """Whether this process answers."""
         return {"status": "ok"}
 
+    @app.get("/readyz")
+    async def readyz(self) -> Response:
+        """Whether every base that is always up answers."""
+        always = [base.name for base in self._catalog.bases if base.replicas.min]
+        asked = [self._statuses[name].status.remote() for name in always]
+        found = await asyncio.gather(*(asyncio.wait_for(one, READY_S) for one in asked), return_exceptions=True)
+        missing = [name for name, one in zip(always, found, strict=True) if isinstance(one, BaseException)]
+        told = {"status": "waiting" if missing else "ready", "missing": missing}
+        return JSONResponse(told, 503 if missing else 200)
+
+    @app.get("/metrics")
+    async def scrape(self, request: Request) -> Response:
+        """For Prometheus."""
+        self._who(request)
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        """The studio."""
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def asset(self, name: str) -> Response:
+        """What the studio is made of."""
+        if name not in ASSETS:
+            raise HTTPException(404)
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
+
     @app.get("/v1/models")
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """Bases, adapters and aliases."""
+        self._who(request)
         return json_of(to_json(ModelList(data=tuple(self._catalog.models()))))
 
     @app.get("/v1/models/{identity:path}")
-    async def model(self, identity: str) -> Response:
+    async def model(self, request: Request, identity: str) -> Response:
         """One of them."""
+        self._who(request)
         return json_of(to_json(self._catalog.model(identity)))
 
     @app.get("/v1/adapters/{name}")
-    async def adapter(self, name: str, version: str | None = None) -> Response:
+    async def adapter(self, request: Request, name: str, version: str | None = None) -> Response:
         """An adapter's card."""
+        self._who(request)
         return json_of(self._catalog.card(name if version is None else f"{name}@{version}").to_json())
 
     @app.post("/v1/registry/refresh")
-    async def refresh(self) -> dict[str, int]:
+    async def refresh(self, request: Request) -> dict[str, int]:
         """Read the registry now: what was promoted since is served at once."""
+        self._who(request)
         await asyncio.to_thread(self._catalog.refresh)
         return {"models": len(self._catalog.models())}
 
     @app.post("/v1/images/generations", openapi_extra=body_of(Generation))
     async def generations(self, request: Request) -> Response:
         """Draw pictures of a prompt."""
+        who = self._who(request)
         asked = parse_generation(await read_text(request), self._settings.limits, urls=self._output is not None)
         chosen = self._catalog.choose(asked.model, asked.adapters)
         orders = self._orders(asked, chosen, request)
         if asked.stream:
-            return await self._stream(asked, chosen, orders[0], "image_generation", request)
-        return await self._answer(asked, chosen, orders, request)
+            return await self._stream(asked, chosen, orders[0], "image_generation", who, request)
+        return await self._answer(asked, chosen, orders, who, request)
 
-    def _orders(self, asked: Drawing, chosen: Chosen, request: Request) -> list[Order]:
+    @app.post("/v1/images/edits", openapi_extra=body_of(Edit, "multipart/form-data", FILES))
+    async def edits(self, request: Request) -> Response:
+        """Draw pictures that begin at one that is sent."""
+        who = self._who(request)
+        limits = self._settings.limits
+        asked, uploads = await read_edit(request, limits, urls=self._output is not None)
+        chosen = self._catalog.choose(asked.model, asked.adapters)
+        async with self._decoding:
+            canvas = await asyncio.to_thread(decode_uploads, uploads, limits)
+        start = Start(canvas.image, canvas.mask, asked.strength)
+        orders = self._orders(asked, chosen, request, start)
+        if asked.stream:
+            return await self._stream(asked, chosen, orders[0], "image_edit", who, request)
+        return await self._answer(asked, chosen, orders, who, request)
+
+    def _orders(self, asked: Drawing, chosen: Chosen, request: Request, start: Start | None = None) -> list[Order]:
         """One for each picture; nothing of them is left to chance afterwards."""
         base, size = chosen.base, asked.pixels
         seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
+        steps = asked.num_inference_steps or base.steps
+        guidance = base.guidance if asked.guidance_scale is None else asked.guidance_scale
+        told = {"model": base.source, "request": errors.request_id(request)}
         return [
             Order(
-                asked.prompt, asked.negative_prompt or "", seed + i, asked.num_inference_steps or base.steps,
-                base.guidance if asked.guidance_scale is None else asked.guidance_scale,
-                None if size is None else (size[1], size[0]), chosen.adapters, asked.partial_images,
-                self._settings.timeout_s, asked.output_format, asked.compression,
-                {"model": base.source, "request": errors.request_id(request)}, self._settings.keep_prompt,
+                prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
+                guidance=guidance, size=None if size is None else (size[1], size[0]), adapters=chosen.adapters,
+                edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
+                output_format=asked.output_format, quality=asked.compression, told=told,
+                keep_prompt=self._settings.keep_prompt,
             )
             for i in range(asked.n)
         ]  # fmt: skip
 
-    async def _answer(self, asked: Drawing, chosen: Chosen, orders: list[Order], request: Request) -> Response:
-        tasks = [asyncio.ensure_future(self._picture(chosen.base, order)) for order in orders]
+    async def _answer(
+        self, asked: Drawing, chosen: Chosen, orders: list[Order], who: str, request: Request
+    ) -> Response:
+        tasks = [asyncio.ensure_future(self._picture(chosen, order, who)) for order in orders]
         try:
             drawn = await asyncio.gather(*tasks)
         finally:
@@ -195,14 +296,16 @@ class Ingress:
         )  # fmt: skip
         return json_of(to_json(answer), {"x-request-id": identity})
 
-    async def _picture(self, base: Base, order: Order) -> Drawn:
-        async for drawn in self._draw(base, order):
+    async def _picture(self, chosen: Chosen, order: Order, who: str) -> Drawn:
+        async for drawn in self._draw(chosen, order, who):
             if drawn.preview is None:
                 return drawn
         raise RuntimeError("a generator ended without a picture")
 
-    async def _stream(self, asked: Drawing, chosen: Chosen, order: Order, kind: str, request: Request) -> Response:
-        events = self._events(asked, chosen, order, kind)
+    async def _stream(
+        self, asked: Drawing, chosen: Chosen, order: Order, kind: str, who: str, request: Request
+    ) -> Response:
+        events = self._events(asked, chosen, order, kind, who)
         first = asyncio.ensure_future(anext(events))
         await asyncio.wait([first], timeout=GRACE_S)
         if first.done():
@@ -211,8 +314,8 @@ class Ingress:
         lines = told(first, events, errors.request_id(request))
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
 
-    async def _events(self, asked: Drawing, chosen: Chosen, order: Order, kind: str) -> AsyncIterator[bytes]:
-        async for drawn in self._draw(chosen.base, order):
+    async def _events(self, asked: Drawing, chosen: Chosen, order: Order, kind: str, who: str) -> AsyncIterator[bytes]:
+        async for drawn in self._draw(chosen, order, who):
             shared: dict[str, Any] = {
                 "b64_json": base64.b64encode(drawn.data).decode(), "size": size_text(drawn.size),
                 "output_format": asked.output_format,
@@ -223,8 +326,22 @@ class Ingress:
             else:
                 yield sse(PartialImage(partial_image_index=drawn.preview, **shared))
 
-    async def _draw(self, base: Base, order: Order) -> AsyncIterator[Drawn]:
-        """Previews and the picture; from another replica where one is lost on the way."""
+    async def _draw(self, chosen: Chosen, order: Order, who: str) -> AsyncIterator[Drawn]:
+        """Previews and the picture, when it is the turn of who asks."""
+        began = time.monotonic()
+        async with AsyncExitStack() as stack:
+            try:
+                await asyncio.wait_for(stack.enter_async_context(self._share.place(who)), order.timeout_s)
+            except asyncio.TimeoutError:
+                raise errors.timed_out(order.timeout_s) from None
+            left = order.timeout_s - (time.monotonic() - began)
+            async for drawn in self._ask(chosen.base, replace(order, timeout_s=left)):
+                if drawn.preview is None:
+                    metrics.count_picture(chosen, drawn, time.monotonic() - began)
+                yield drawn
+
+    async def _ask(self, base: Base, order: Order) -> AsyncIterator[Drawn]:
+        """Previews and the picture; from another generator where one is lost on the way."""
         shown = -1
         for attempt in range(TRIES):
             response: Any = self._generators[base.name].draw.remote(order)
@@ -236,13 +353,9 @@ class Ingress:
                 return
             except BackPressureError as error:
                 raise errors.overloaded(5.0) from error
-            except LOST:
-                if attempt == TRIES - 1:
-                    raise
             except Exception as error:
-                if type(getattr(error, "cause", error)).__name__ == "Late":
-                    raise errors.timed_out(order.timeout_s) from None
-                if type(getattr(error, "cause", error)).__name__ != "Closed" or attempt == TRIES - 1:
+                is_lost = isinstance(error, LOST) or isinstance(getattr(error, "cause", error), Stopped)
+                if not is_lost or attempt == TRIES - 1:
                     raise
             finally:
                 response.cancel()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from gtl.generate.edit import Edit
+
 
 @dataclass(frozen=True)
 class Order:
@@ -20,6 +22,8 @@ class Order:
     """(height, width) in pixels; None: what the model was made for."""
     adapters: tuple[tuple[str, float], ...] = ()
     """NAME@VERSION and scale."""
+    edit: Edit | None = None
+    """What it begins at, of any size; None: noise."""
     previews: int = 0
     timeout_s: float = 300.0
     output_format: Literal["png", "webp", "jpeg"] = "png"
@@ -38,3 +42,9 @@ class Drawn(NamedTuple):
     """(height, width)."""
     preview: int | None
     """Its number; None: it is the picture."""
+    course: tuple[float, float, float, bool] | None = None
+    """How the picture came about, as `gtl.generate.loop.Course`."""
+
+
+class Stopped(Exception):
+    """A generator is being stopped, and another one can draw."""

@@ -17,6 +17,12 @@ class Replicas(Section):
     min: Annotated[int, Field(ge=0)] = 1
     """0: none while nobody asks; the first request then waits until the model is loaded."""
     max: Annotated[int, Field(ge=1)] = 1
+    target_s: Annotated[float, Field(gt=0)] = 10.0
+    """What a new request may have to wait for, on average, before another generator is started."""
+    down_after_s: Annotated[float, Field(ge=0)] = 60.0
+    """Until one that is not needed any more ends; it finishes what it draws."""
+    to_zero_after_s: Annotated[float, Field(ge=0)] = 600.0
+    """Until the last one ends too, where min is 0."""
     cpus: Annotated[float, Field(ge=0)] = 1
     """Of each."""
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"

@@ -113,6 +113,25 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a registry with adapters for the built-in model; see `tests.endpoint.fill_registry`."""
+    from tests.endpoint import fill_registry
+
+    folder = tmp_path_factory.mktemp("registry")
+    fill_registry(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: None, shelf: Path) -> Iterator[str]:
+    """URL of an endpoint that serves the shelf."""
+    from tests.endpoint import serving
+
+    with serving(shelf, free_port()) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a bucket on a server that speaks S3, in a process of its own."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from gtl import __version__
-from gtl.cli import adapters
+from gtl.cli import adapters, bench
 from gtl.cli.bar import Bar
 from gtl.cli.options import AsJson, RecipeFile, RegistryUrl, Revision, Set, Variant
 from gtl.types import UserError
@@ -20,7 +20,6 @@ from gtl.types import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Fine-tune, search and serve image generators on a Ray cluster.")  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Look at training images before training on them.")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 
 
 @app.command()
@@ -154,6 +153,43 @@ def generate(
 
 
 @app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(
+        metavar="IMAGE", help="What to begin at. If its sides are no multiples of what the model needs, or it is "
+        "larger than the model draws by itself, it is resized and cut at the centre, as in training.",
+    )],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    prompt: Annotated[str, typer.Option()],
+    mask: Annotated[Path | None, typer.Option(
+        help="Of the image's size; what is transparent in it, or else white, is drawn anew, and the rest stays.",
+    )] = None,
+    strength: Annotated[float, typer.Option(help="How far to go from the image: the share of the steps taken.")] = 0.8,
+    model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
+    revision: Revision = None,
+    variant: Variant = None,
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]")] = None,
+    negative_prompt: Annotated[str, typer.Option()] = "",
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
+    steps: Annotated[int, typer.Option(help="From noise; strength says how many of them are taken.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 7.5,
+    width: Annotated[int | None, typer.Option(help="Pixels; the image's own, if they fit the model.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the image's own, if they fit the model.")] = None,
+    count: Annotated[int, typer.Option(help="Images.")] = 1,
+    registry: RegistryUrl = "./registry",
+) -> None:  # fmt: skip
+    """Draw pictures that begin at an image, or in it anew what a mask marks."""
+    from gtl.generate.edit_command import run
+
+    with Bar() as bar:
+        paths = run(image, out=out, prompt=prompt, mask=mask, strength=strength, model=model, revision=revision,
+                    variant=variant, adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
+                    guidance=guidance, width=width, height=height, count=count, registry=registry,
+                    progress=bar)  # fmt: skip
+    for path in paths:
+        print(path)
+
+
+@app.command()
 def evaluate(
     recipe: RecipeFile,
     adapter: Annotated[
@@ -183,8 +219,16 @@ def serve(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Of Ray Serve; else for here.")] = None,
     set_: Set = None,
     check: Annotated[bool, typer.Option("--check", help="Only say what is wrong with it, or what it serves.")] = False,
+    new_key: Annotated[str | None, typer.Option(metavar="NAME", help="Only make a key and its line in `keys`.")] = None,
 ) -> None:
     """Answer OpenAI's image API for every adapter of the registry, with a page at /; --set is for its `args`."""
+    if new_key is not None:
+        from serve.keys import new_key as make
+
+        key, line = make(new_key)
+        print(f"the key, which is kept nowhere: {key}", file=sys.stderr)
+        print(line)
+        return
     from serve import command
 
     loaded = command.read_config(config, set_ or ())
@@ -239,88 +283,6 @@ def data_check(
     with Bar() as bar:
         report = check(folder, resolution, progress=bar)
     print(render(report))
-
-
-@bench_app.command("train")
-def bench_train(
-    model: Annotated[str, typer.Option(
-        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux (FLUX.1 dev, for a GPU of 80 GB; "
-             "takes 24 GB of the folder for temporary files, TMPDIR, and 32 GB of memory).",
-    )] = "small",
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 4,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each loop in a round.")] = 20,
-    rounds: Annotated[int, typer.Option(help="How often the two loops take turns.")] = 9,
-    tuner: Annotated[str, typer.Option(help="lora (rank 16 in the attention) or full.")] = "lora",
-    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks in gtl's loop.")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in gtl's.")] = False,
-    micro_batch: Annotated[int | None, typer.Option(help="Images per forward pass of gtl's loop; the batch.")] = None,
-    bare_batch_size: Annotated[int | None, typer.Option(
-        help="Images per step of the bare loop; as many as gtl's. 1 is the usual loop over single images.",
-    )] = None,
-    bare_checkpointing: Annotated[bool, typer.Option(
-        "--bare-checkpointing", help="Recompute activations in the bare loop too.",
-    )] = False,
-    workers: Annotated[list[int] | None, typer.Option(help="Compare numbers of workers instead; repeat it.")] = None,
-    stage: Annotated[int, typer.Option(help="ZeRO stage, with --workers.")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
-) -> None:  # fmt: skip
-    """This training loop beside a bare PyTorch loop, or on several numbers of workers.
-
-    In images/s, and as a share of the rate at which the device multiplies matrices in the same run.
-    """
-    from gtl.bench.setting import Setting
-
-    setting = Setting(model, batch_size, steps, rounds, tuner, compile_, checkpointing, micro_batch, bare_batch_size,
-                      bare_checkpointing)  # fmt: skip
-    if workers:
-        from gtl.bench import scaling
-
-        with Bar() as bar:
-            result = scaling.bench_scaling(setting, workers, stage, json_, bar)
-        print(scaling.table(result))
-        return
-    from gtl.bench.train import bench_train as bench
-    from gtl.bench.train import table
-
-    with Bar() as bar:
-        result = bench(setting, json_, bar)
-    print(table(result))
-
-
-@bench_app.command("search")
-def bench_search(
-    model: Annotated[str, typer.Option(
-        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux.",
-    )] = "builtin:tiny",
-    pack: Annotated[list[int], typer.Option(help="Trials in a forward pass; may be given several times.")] = [4],  # noqa: B006
-    batch_size: Annotated[int, typer.Option(help="Images per optimizer step of a trial.")] = 1,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each in a round.")] = 20,
-    rounds: Annotated[int, typer.Option(help="How often they take turns; the median counts.")] = 5,
-    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
-) -> None:  # fmt: skip
-    """How many more trials an hour a study has when they train in one forward pass, against one by one."""
-    from gtl.bench.search import bench_search as bench
-    from gtl.bench.search import table
-    from gtl.bench.setting import Setting
-
-    with Bar() as bar:
-        result = bench(Setting(model, batch_size, steps, rounds), pack, json_, bar)
-    print(table(result))
-
-
-@bench_app.command("stopping")
-def bench_stopping(
-    study: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a study whose trials all ran to their end.")],
-    orders: Annotated[int, typer.Option(help="Orders of its trials, drawn at random.")] = 200,
-    concurrency: Annotated[int, typer.Option(help="Trials at once.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the orders.")] = 0,
-    set_: Set = None,
-    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
-) -> None:
-    """What early stopping (asha) would have lost and spared, replayed on the curves of a study under fifo."""
-    from gtl.bench import stopping
-
-    print(stopping.table(stopping.bench_stopping(study, set_ or (), orders, concurrency, seed, json_)))
 
 
 @app.command()
@@ -379,7 +341,7 @@ def root(
 
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

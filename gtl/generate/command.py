@@ -22,6 +22,7 @@ from gtl.types import DTYPES, Progress, UserError
 if TYPE_CHECKING:
     from gtl.adapters.card import Base
     from gtl.families.base import DiffusionFamily
+    from gtl.generate.edit import Edit
     from gtl.generate.engine import Request
 
 GRID = 64
@@ -86,16 +87,21 @@ def run(
     )  # fmt: skip
     for request in requests:
         check_options(request, family)
-    recipe = {
-        "model": {**origin._asdict(), "fingerprint": fingerprint},
-        "adapters": [str(adapter) for adapter in chosen],
-        "gtl": __version__,
-    }
+    recipe = recipe_of(origin, fingerprint, chosen)
     columns = count if len(lines) > 1 else None
     if number is None:
         return draw_here(family, requests, chosen, out, recipe, columns, progress)
     published = tuple(Published(shelf.store.root, adapter.name, adapter.scale) for adapter in chosen)
     return draw_on_cluster(Model(origin, fingerprint, published), requests, number, out, recipe, columns, progress)
+
+
+def recipe_of(origin: Origin, fingerprint: str, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What every file says beside its request."""
+    return {
+        "model": {**origin._asdict(), "fingerprint": fingerprint},
+        "adapters": [str(adapter) for adapter in adapters],
+        "gtl": __version__,
+    }
 
 
 def read_workers(asked: int | str) -> int | Literal["auto"]:
@@ -179,12 +185,12 @@ def make_requests(lines: Sequence[Prompt], count: int, seed: int, **shared: Any)
     return requests
 
 
-def check_options(request: Request, family: DiffusionFamily) -> None:
+def check_options(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
     """`engine.check`, with the field named as an option."""
     from gtl.generate.engine import check
 
     try:
-        check(request, family)
+        check(request, family, edit)
     except UserError as error:
         raise UserError(f"--{error}") from None
 
@@ -211,7 +217,7 @@ def writing(out: Path) -> Iterator[None]:
 
 def draw_here(
     family: DiffusionFamily, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
-    recipe: Mapping[str, Any], columns: int | None, progress: Progress | None,
+    recipe: Mapping[str, Any], columns: int | None, progress: Progress | None, edit: Edit | None = None,
 ) -> list[Path]:  # fmt: skip
     """Draw in this process and save."""
     import torch
@@ -222,7 +228,7 @@ def draw_here(
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     recipe = {**recipe, "dtype": str(dtype).removeprefix("torch.")}
     folders = [(adapter.folder, adapter.scale) for adapter in adapters]
-    drawn = generate(family, requests, folders, device=device, dtype=dtype, progress=progress)
+    drawn = generate(family, requests, folders, device=device, dtype=dtype, edit=edit, progress=progress)
     files = ((index, encode_png(image, {**dataclasses.asdict(requests[index]), **recipe})) for index, image in drawn)
     return save(files, requests, out, recipe, columns)
 

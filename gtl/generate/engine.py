@@ -8,14 +8,16 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
+from gtl.generate.edit import Edit, Kept, begin, check_edit, encode, paste
 from gtl.types import Geometry, UserError
 
 if TYPE_CHECKING:
@@ -47,8 +49,8 @@ class Request:
     reads any scale, or none."""
 
 
-def check(request: Request, family: DiffusionFamily) -> None:
-    """Refuse what the family cannot draw.
+def check(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
+    """Refuse what the family cannot draw, or not from there.
 
     Raises:
         UserError: names the field, its value and what is allowed.
@@ -74,6 +76,8 @@ def check(request: Request, family: DiffusionFamily) -> None:
             raise UserError(
                 f"{name}: {pixels}: expected a multiple of {family.multiple}, such as {' or '.join(map(str, close))}"
             )
+    if edit is not None:
+        check_edit(edit, request, family)
 
 
 @dataclass
@@ -93,14 +97,25 @@ class State:
     seat: Seat = BASE
     previews: Sequence[int] = ()
     """After which steps an estimate of the picture is wanted."""
-    index: int = 0
-    """Steps done."""
+    edit: Edit | None = None
+    first: int = 0
+    """Where in the schedule it began."""
+    kept: Kept | None = None
+    """What is put back after every step."""
+    index: int = field(init=False)
+    """Where in the schedule it is."""
     key: Hashable = field(init=False)
     """Only states of one key share a batch."""
 
     def __post_init__(self) -> None:
+        self.index = self.first
         guided = self.negative and shapes(self.negative)
         self.key = self.seat.company, tuple(self.latents.shape), shapes(self.conditions), guided
+
+    @property
+    def steps_done(self) -> int:
+        """Those that it took itself."""
+        return self.index - self.first
 
     @property
     def timestep(self) -> Tensor:
@@ -121,7 +136,10 @@ class State:
         extra = {"generator": self.generator} if takes_generator else {}
         self.latents = self.scheduler.step(prediction, self.timestep, self.latents, **extra, return_dict=False)[0]
         self.index += 1
-        return self.index == len(self.scheduler.timesteps)
+        is_last = self.index == len(self.scheduler.timesteps)
+        if self.kept is not None:
+            self.latents = self.kept.put_back(self.latents, self.scheduler, None if is_last else self.timestep)
+        return is_last
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,8 @@ class Output:
     """[1, C, h, w], fp32."""
     preview: int | None = None
     """Which estimate it is, from 0; None: it is the picture, and the request is through."""
+    edit: Edit | None = None
+    """What it began at."""
 
 
 class Engine:
@@ -172,11 +192,13 @@ class Engine:
         self.max_batch, self.max_pixels = max_batch, max_pixels
         self._states: dict[int, State] = {}
         self._handles = itertools.count()
+        self._codec_lock = threading.Lock()
+        """Some codecs keep what they are at in themselves."""
         self._prompts: OrderedDict[tuple[Adapters, str], Conditions] = OrderedDict(
             {((), prompt): conditions for prompt, conditions in (encoded or {}).items()}
         )
-        self.rows = 0
-        """Requests in the last step."""
+        self.batch: tuple[int, ...] = ()
+        """Handles of the requests in the last step."""
         self._work: dict[Hashable, int] = {}
         """Pixels denoised so far, by the key of those who share batches."""
 
@@ -184,42 +206,62 @@ class Engine:
         return len(self._states)
 
     @torch.inference_mode()
-    def add(self, request: Request, seat: Seat = BASE, previews: Sequence[int] = ()) -> int:
+    def add(
+        self, request: Request, seat: Seat = BASE, previews: Sequence[int] = (), edit: Edit | None = None
+    ) -> int:  # fmt: skip
         """Take a request in; its handle comes back with what is drawn.
 
         Args:
             request: The picture.
             seat: Of its adapters, which it leaves when it is through, cancelled or refused.
-            previews: After which steps an estimate of the picture is wanted.
+            previews: After which steps an estimate of the picture is wanted, counted from where it begins.
+            edit: What to begin at, if it is not noise.
 
         Raises:
             UserError: the family cannot draw it; see `check`.
         """
         try:
-            state = self._begin(request, seat, previews)
+            state = self._begin(request, seat, previews, edit)
         except BaseException:
             self._leave(seat)
             raise
         self._states[state.handle] = state
         return state.handle
 
-    def _begin(self, request: Request, seat: Seat, previews: Sequence[int]) -> State:
-        check(request, self.family)
+    @torch.inference_mode()
+    def encode(self, edit: Edit, request: Request) -> Edit:
+        """An edit that `add` need not encode any more, for this request or others; from any thread.
+
+        Raises:
+            UserError: the family cannot draw it; see `check`.
+        """
+        check(request, self.family, edit)
+        if edit.moments is not None:
+            return edit
+        with self._codec_lock:
+            codec = self.parts[self.family.codec] if self.family.codec else None
+            return replace(edit, moments=encode(edit, self.family, codec, self.device))
+
+    def _begin(self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None) -> State:
+        check(request, self.family, edit)
         scheduler = self.family.sampler(request.steps, request.height, request.width)
         generator = torch.Generator().manual_seed(request.seed)
-        shape = (1, *self.family.latent_shape(request.height, request.width))
         guided = self.family.classifier_free and request.guidance > 1
-        noise = torch.randn(shape, generator=generator).to(self.device)
+        edit = None if edit is None else self.encode(edit, request)
+        start = begin(edit, request, self.family, scheduler, generator, self.device)
         return State(
             handle=next(self._handles),
             request=request,
             scheduler=scheduler,
             generator=generator,
-            latents=noise * getattr(scheduler, "init_noise_sigma", 1.0),
+            latents=start.latents,
             conditions=self._completed(self._encoded(request.prompt, seat), request),
             negative=self._completed(self._negative(request.negative_prompt, seat), request) if guided else None,
             seat=seat,
             previews=previews,
+            edit=edit,
+            first=start.first,
+            kept=start.kept,
         )
 
     def cancel(self, handle: int) -> None:
@@ -230,7 +272,7 @@ class Engine:
     def steps_done(self, handle: int) -> int:
         """Of a request; 0 of one that is not here."""
         state = self._states.get(handle)
-        return 0 if state is None else state.index
+        return 0 if state is None else state.steps_done
 
     def _leave(self, seat: Seat) -> None:
         if self.residents is not None:
@@ -240,18 +282,19 @@ class Engine:
     def step(self) -> list[Output]:
         """Take one step of the requests whose turn it is; what came of it."""
         batch = self._batch()
-        self.rows = len(batch)
+        self.batch = tuple(state.handle for state in batch)
         if not batch:
             return []
         outputs = []
         for state, prediction in zip(batch, self._predict(batch).split(1), strict=True):
-            wanted = state.index + 1 in state.previews
+            wanted = state.steps_done + 1 in state.previews
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
                 self.cancel(state.handle)
-                outputs.append(Output(state.handle, state.request, state.latents))
+                outputs.append(Output(state.handle, state.request, state.latents, edit=state.edit))
             elif estimate is not None:
-                outputs.append(Output(state.handle, state.request, estimate, state.previews.index(state.index)))
+                number = state.previews.index(state.steps_done)
+                outputs.append(Output(state.handle, state.request, estimate, number, state.edit))
         return outputs
 
     def _estimate(self, state: State, prediction: Tensor) -> Tensor:
@@ -267,9 +310,13 @@ class Engine:
         pictures: list[Tensor] = []
         for _, group in itertools.groupby(outputs, key=lambda item: item.latents.shape):
             for chunk in torch.cat([item.latents for item in group]).split(DECODE_BATCH):
-                pixels = self.family.decode(codec, chunk.to(dtype)).float()
+                with self._codec_lock:
+                    pixels = self.family.decode(codec, chunk.to(dtype)).float()
                 pictures += (pixels / 2 + 0.5).clamp(0, 1).cpu().unbind()
-        return pictures
+        edits = [item.edit for item in outputs]
+        return [
+            picture if edit is None else paste(picture, edit) for picture, edit in zip(pictures, edits, strict=True)
+        ]
 
     def _batch(self) -> list[State]:
         groups: dict[Hashable, list[State]] = {}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.families.base import DiffusionFamily
+    from gtl.generate.edit import Edit
     from gtl.types import Progress
 
 
@@ -28,27 +29,28 @@ def generate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     max_batch: int = 4,
+    edit: Edit | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Image.Image]]:
     """Draw the requests; yields (position in `requests`, picture) as they are done, not always in order.
 
-    `adapters` are published folders with their scales, all active at once. Nothing is loaded before the first request
-    is asked for and none at all when one of them is refused.
+    `adapters` are published folders with their scales, all active at once; `edit` is what all requests begin at, if it
+    is not noise. Nothing is loaded before the first request is asked for and none at all when one of them is refused.
 
     Raises:
         UserError: a request, an adapter or the model's files are wrong.
     """
     for request in requests:
-        check(request, family)
+        check(request, family, edit)
     if not requests:
         return
     (progress or quiet)("load", 0, 0)
     parts = load_parts(family, adapters, device=device, dtype=dtype)
-    yield from draw(Engine(family, parts, device, dtype, max_batch), requests, progress)
+    yield from draw(Engine(family, parts, device, dtype, max_batch), requests, progress, edit)
 
 
 def draw(
-    engine: Engine, requests: Sequence[Request], progress: Progress | None = None
+    engine: Engine, requests: Sequence[Request], progress: Progress | None = None, edit: Edit | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
     """Draw the requests on an engine that has no others; see `generate`.
 
@@ -63,7 +65,8 @@ def draw(
     while True:
         # A few more than fit, so that one that waits takes the place of one that is through.
         while len(engine) < 2 * engine.max_batch and (following := next(waiting, None)) is not None:
-            positions[engine.add(following[1])] = following[0]
+            edit = None if edit is None else engine.encode(edit, following[1])
+            positions[engine.add(following[1], edit=edit)] = following[0]
         if not len(engine):
             return
         finished = engine.step()

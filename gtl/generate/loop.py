@@ -1,7 +1,7 @@
 """An engine that runs in a thread of its own: requests come from others, pictures are handed back as they are done.
 
-Three things go on at once. Adapters are read from their files by a few threads, one thread takes the engine's steps,
-and one decodes and so holds up neither. Nothing here knows who asks.
+Three things go on at once. A few threads read adapters from their files and encode the images that edits begin at, one
+thread takes the engine's steps, and one decodes and so holds up neither. Nothing here knows who asks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Loaded
+from gtl.generate.edit import Edit, first_step
 from gtl.generate.engine import Engine, Output, Request, check
 from gtl.generate.images import to_image
 from gtl.types import UserError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 READERS = 2
-"""Threads that read adapters."""
+"""Threads that read adapters and encode images."""
 
 
 class Late(Exception):
@@ -37,6 +38,27 @@ class Closed(Exception):
     """The loop takes no more requests, or ended before this one was through."""
 
 
+class Step(NamedTuple):
+    """What the loop tells of a step."""
+
+    rows: int
+    """Requests in it."""
+    seconds: float
+
+
+class Course(NamedTuple):
+    """How a picture came about."""
+
+    waited_s: float
+    """Until its first step began."""
+    step_s: float
+    """Of a step on average."""
+    batch: float
+    """Requests in a step on average, itself among them."""
+    was_there: bool
+    """Whether its adapters were on the device already."""
+
+
 class Listener(Protocol):
     """Is told what becomes of a request, from the loop's threads: quick, and never raising."""
 
@@ -44,8 +66,8 @@ class Listener(Protocol):
         """An estimate of the picture, the numbers from 0."""
         ...
 
-    def finish(self, image: Image) -> None:
-        """The picture. Nothing follows."""
+    def finish(self, image: Image, course: Course) -> None:
+        """The picture, and how it came about. Nothing follows."""
         ...
 
     def fail(self, error: Exception) -> None:
@@ -63,19 +85,25 @@ class Ticket:
     deadline: float
     """On `time.monotonic`'s clock."""
     listener: Listener
+    edit: Edit | None = None
+    """What it begins at, if that is not noise."""
+    steps: int = 0
+    """That it takes."""
     loaded: Loaded | None = None
     handle: int | None = None
     """The engine's, once it is drawn."""
     is_over: bool = False
     since: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    was_there: bool = True
+    went: list[Step] = field(default_factory=list)
+    """Steps that it was in."""
 
-
-class Step(NamedTuple):
-    """What the loop tells of a step."""
-
-    rows: int
-    """Requests in it."""
-    seconds: float
+    def course(self) -> Course:
+        """So far."""
+        number = max(1, len(self.went))
+        seconds, rows = sum(step.seconds for step in self.went), sum(step.rows for step in self.went)
+        return Course(self.waited, seconds / number, rows / number, self.was_there)
 
 
 class Load(NamedTuple):
@@ -112,13 +140,15 @@ class EngineLoop:
         self._is_closed = False
         self._pictures: queue.SimpleQueue[list[tuple[Ticket, Output]] | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(READERS, "read")
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._draw, self._decode)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(work,), daemon=True) for work in (self._draw, self._decode)
+        ]
         for thread in self._threads:
             thread.start()
 
     def submit(
-        self, request: Request, listener: Listener, adapters: Adapters = (), *, previews: int = 0,
-        timeout: float = float("inf"),
+        self, request: Request, listener: Listener, adapters: Adapters = (), *, edit: Edit | None = None,
+        previews: int = 0, timeout: float = float("inf"),
     ) -> Ticket:  # fmt: skip
         """Take a request in.
 
@@ -126,6 +156,7 @@ class EngineLoop:
             request: What to draw.
             listener: Is told.
             adapters: All active at once.
+            edit: What to begin at, if it is not noise.
             previews: Estimates that are wanted on the way, evenly spread over the steps.
             timeout: Seconds after which it is given up.
 
@@ -133,31 +164,39 @@ class EngineLoop:
             UserError: the family cannot draw it. What is wrong with adapters the listener is told.
             Closed: the loop takes no more.
         """
-        check(request, self.engine.family)
-        after = [round(request.steps * (number + 1) / (previews + 1)) for number in range(previews)]
-        steps = tuple(step for step in dict.fromkeys(after) if 0 < step < request.steps)
-        ticket = Ticket(request, adapters, steps, time.monotonic() + timeout, listener)
+        check(request, self.engine.family, edit)
+        if adapters and self.engine.residents is None:
+            raise ValueError("an engine without residents draws without adapters")
+        steps = request.steps - first_step(edit, request.steps, self.engine.family.path)
+        after = [round(steps * (number + 1) / (previews + 1)) for number in range(previews)]
+        shown = tuple(step for step in dict.fromkeys(after) if 0 < step < steps)
+        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, steps)
         with self._wake:
             if self._is_closed:
                 raise Closed("it is being stopped")
-            if not adapters:
+            if not adapters and edit is None:
                 self._waiting.append(ticket)
                 self._wake.notify()
                 return ticket
             self._reading += 1
-        residents = self.engine.residents
-        if residents is None:
-            raise ValueError("an engine without residents draws without adapters")
-        self._readers.submit(residents.read, adapters).add_done_callback(lambda future: self._arrive(ticket, future))
+        self._readers.submit(self._read, ticket).add_done_callback(lambda future: self._arrive(ticket, future))
         return ticket
 
-    def _arrive(self, ticket: Ticket, future: Future[Loaded]) -> None:
-        """Adapters are in memory, or refused."""
+    def _read(self, ticket: Ticket) -> None:
+        """Bring what a request needs into memory."""
+        if ticket.adapters and self.engine.residents is not None:
+            ticket.loaded = self.engine.residents.read(ticket.adapters)
+        if ticket.edit is not None:
+            ticket.edit = self.engine.encode(ticket.edit, ticket.request)
+
+    def _arrive(self, ticket: Ticket, future: Future[None]) -> None:
+        """What a request needs is in memory, or refused."""
         error = future.exception()
         with self._wake:
             self._reading -= 1
+            if ticket.is_over:
+                return
             if error is None and not self._is_closed:
-                ticket.loaded = future.result()
                 self._waiting.append(ticket)
                 self._wake.notify()
                 return
@@ -181,7 +220,7 @@ class EngineLoop:
         for ticket in (*waiting, *running):
             request = ticket.request
             done = 0 if ticket.handle is None else self.engine.steps_done(ticket.handle)
-            work += max(0, request.steps - done) * request.height * request.width / usual
+            work += max(0, ticket.steps - done) * request.height * request.width / usual
         return Load(len(waiting) + reading, len(running), work)
 
     def is_alive(self) -> bool:
@@ -203,6 +242,22 @@ class EngineLoop:
         for thread in self._threads:
             thread.join()
         self._readers.shutdown(cancel_futures=True)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        """Do a thread's work; a fault of it ends the loop, and leaves nobody waiting for ever."""
+        try:
+            work()
+        except Exception as error:
+            with self._wake:
+                self._is_closed = True
+                left = [*self._waiting, *self._running.values()]
+                self._waiting.clear()
+                self._running.clear()
+                self._wake.notify()
+            for ticket in left:
+                self._fail(ticket, error)
+            self._pictures.put(None)
+            raise
 
     def _draw(self) -> None:
         while True:
@@ -246,15 +301,16 @@ class EngineLoop:
                         continue
                     return
                 seat = found
+                ticket.was_there = found.was_there
                 self.taken["hits" if found.was_there else "misses"] += 1
             with self._wake:
                 self._waiting.remove(ticket)
             try:
-                handle = self.engine.add(ticket.request, seat, ticket.previews)
+                handle = self.engine.add(ticket.request, seat, ticket.previews, ticket.edit)
             except Exception as error:
                 self._fail(ticket, error)
                 continue
-            ticket.handle = handle
+            ticket.handle, ticket.waited = handle, time.monotonic() - ticket.since
             self._running[handle] = ticket
 
     def _step(self) -> None:
@@ -270,7 +326,10 @@ class EngineLoop:
         except Exception as error:
             self._fail_all(error)
             return
-        self.steps.append(Step(self.engine.rows, time.perf_counter() - began))
+        step = Step(len(self.engine.batch), time.perf_counter() - began)
+        self.steps.append(step)
+        for handle in self.engine.batch:
+            self._running[handle].went.append(step)
         if outputs:
             done = [(self._running[output.handle], output) for output in outputs]
             for _, output in done:
@@ -296,7 +355,7 @@ class EngineLoop:
                     )
                 elif not ticket.is_over:
                     ticket.is_over = True
-                    ticket.listener.finish(to_image(pixels))
+                    ticket.listener.finish(to_image(pixels), ticket.course())
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not ticket.is_over:

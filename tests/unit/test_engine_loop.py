@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.generate.images import generate
-from gtl.generate.loop import Closed, EngineLoop, Late
+from gtl.generate.loop import Closed, Course, EngineLoop, Late
 from gtl.types import UserError
 from tests.tiny import make_sd
 from tests.unit.test_residents import folders, make_engine  # noqa: F401  (a fixture)
@@ -40,6 +40,7 @@ class Told:
 
     previews: list[int] = field(default_factory=list)
     picture: Image.Image | None = None
+    course: Course | None = None
     errors: list[Exception] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -47,9 +48,9 @@ class Told:
         assert not self.over.is_set()
         self.previews.append(number)
 
-    def finish(self, image: Image.Image) -> None:
+    def finish(self, image: Image.Image, course: Course) -> None:
         assert not self.over.is_set()
-        self.picture = image
+        self.picture, self.course = image, course
         self.over.set()
 
     def fail(self, error: Exception) -> None:
@@ -87,6 +88,9 @@ def test_everyone_of_a_crowd_gets_the_own_picture(loop: EngineLoop, sd: Path, fo
     assert loop.load() == (0, 0, 0.0)
     assert loop.taken["hits"] + loop.taken["misses"] == 12 and loop.taken["misses"] <= 6
     assert max(step.rows for step in loop.steps) == 3
+    courses = [each.course for each in told if each.course is not None]
+    assert sum(not course.was_there for course in courses) == loop.taken["misses"]
+    assert all(1 <= course.batch <= 3 and course.step_s > 0 and course.waited_s > 0 for course in courses)
 
 
 def test_previews_come_in_their_order(loop: EngineLoop) -> None:
@@ -141,6 +145,18 @@ def test_what_breaks_a_step_fails_those_in_it_and_nobody_after(loop: EngineLoop)
     after = Told()
     loop.submit(DOG, after)
     after.wait()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_loop_leaves_nobody_waiting(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_sweep", lambda: 1 / 0)
+    told = Told()
+    loop.submit(DOG, told)
+    assert told.over.wait(60) and isinstance(told.errors[0], ZeroDivisionError)
+    with pytest.raises(Closed):
+        loop.submit(DOG, Told())
+    loop.close()
+    assert not loop.is_alive()
 
 
 def test_less_memory_means_smaller_batches(loop: EngineLoop, sd: Path) -> None:

@@ -5,10 +5,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from gtl.images import BrokenImage, decode, grid, preview, probe, read_recipe, save_png
+from gtl.images import BrokenImage, decode, decode_mask, grid, preview, probe, read_recipe, save_png
 from gtl.types import UserError
 
 
@@ -53,6 +54,40 @@ def test_transparency_goes_on_white() -> None:
     image.putpixel((2, 0), (0, 0, 0, 128))
     found = decode(encoded(image))
     assert [found.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (255, 0, 0), (127, 127, 127)]
+
+
+def test_a_mask_is_what_is_transparent_or_else_what_is_light() -> None:
+    clear = Image.new("RGBA", (3, 1), (255, 255, 255, 255))
+    clear.putpixel((1, 0), (255, 255, 255, 0))
+    clear.putpixel((2, 0), (255, 255, 255, 100))
+    opaque = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
+    opaque.putpixel((1, 0), (255, 255, 255, 255))
+    grey = Image.fromarray(np.array([[0, 65535, 257 * 200]], dtype=np.uint16))
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    palette.putpixel((1, 0), 1)
+    expected = {
+        "clear": (clear, [0, 255, 155]),
+        "opaque": (opaque, [0, 255, 0]),
+        "16 bits": (grey, [0, 255, 200]),
+        "palette": (palette, [0, 255, 0]),
+        "1 bit": (opaque.convert("1"), [0, 255, 0]),
+    }
+    for name, (image, values) in expected.items():
+        found = decode_mask(encoded(image))
+        assert (found.mode, list(found.tobytes())) == ("L", values), name
+    with pytest.raises(BrokenImage, match="more than the allowed 2$"):
+        decode_mask(encoded(clear), max_pixels=2)
+    with pytest.raises(BrokenImage):
+        decode_mask(encoded(clear)[:45])
+
+
+def test_a_mask_is_turned_as_its_camera_was() -> None:
+    image, exif = Image.new("L", (4, 2), 0), Image.Exif()
+    image.putpixel((0, 0), 255)
+    exif[0x0112] = 6
+    found = decode_mask(encoded(image, exif=exif))
+    assert found.size == (2, 4) and found.getpixel((1, 0)) == 255
 
 
 def test_palette_with_transparency_goes_on_white() -> None:

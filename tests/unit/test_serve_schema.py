@@ -2,6 +2,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types import (
     ImageEditCompletedEvent,
     ImageEditPartialImageEvent,
@@ -81,8 +83,8 @@ def test_what_openais_clients_send_is_accepted() -> None:
 
 
 def test_null_is_as_if_left_out() -> None:
-    names = set(Generation.model_fields) - {"prompt"}
-    assert generation(**dict.fromkeys(names)) == generation()
+    nothing: dict[str, Any] = dict.fromkeys(set(Generation.model_fields) - {"prompt"})
+    assert generation(**nothing) == generation()
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,47 @@ def test_a_broken_body_is_refused(body: bytes, message: str) -> None:
     assert len(caught.value.message) < 600
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+)
+NAMES = st.sampled_from(sorted(Edit.model_fields)) | st.text()
+NEAR = {
+    "n": st.integers(-1, 12), "size": st.from_regex(r"[0-9a]{0,5}x?[0-9]{0,5}"), "seed": st.integers(-1, 2**63),
+    "adapters": st.lists(st.fixed_dictionaries({}, optional={"name": st.text(), "scale": st.floats()}) | st.text()),
+    "stream": st.booleans(), "partial_images": st.integers(-1, 4), "prompt": st.text(),
+}  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(NAMES, VALUES, max_size=4), st.fixed_dictionaries({}, optional=NEAR), st.booleans())
+def test_any_json_is_a_request_or_an_error_that_can_be_sent(
+    odd: dict[str, Any], near: dict[str, Any], urls: bool
+) -> None:
+    body = json.dumps({"prompt": "x", **near, **odd}).encode()
+    try:
+        asked = parse_generation(body, Limits(), urls=urls)
+    except ApiError as error:
+        assert error.status_code == 400
+        assert "\n" not in error.message
+        json.dumps(error.body(), ensure_ascii=False).encode()
+    else:
+        assert parse_generation(asked.model_dump_json().encode(), Limits(), urls=urls) == asked
+        assert 0 <= (asked.seed or 0) + asked.n - 1 <= TOP
+        assert asked.n == 1 or not asked.stream
+        assert asked.prompt.encode()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(NAMES | st.from_regex(r"adapters\[\](\[name\]|\[scale\])?", fullmatch=True), st.text())))
+def test_any_form_is_a_request_or_an_error_that_can_be_sent(fields: list[tuple[str, str]]) -> None:
+    try:
+        parse_edit(fields, Limits(), urls=False)
+    except ApiError as error:
+        assert error.status_code == 400
+        json.dumps(error.body(), ensure_ascii=False).encode()
+
+
 def test_a_form_says_the_same_as_json() -> None:
     asked = edit(
         ("n", "2"), ("seed", "7"), ("strength", "0.25"), ("stream", "false"), ("size", "64x32"), ("model", "sd"),
@@ -276,7 +319,7 @@ NO_WORDS = {"output_format", "user", "safety_identifier"}
 
 def test_requests_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        generation().n = 2  # type: ignore[misc]
+        generation().n = 2  # type: ignore[misc, unused-ignore]
 
 
 def test_check_returns_the_request_itself() -> None:

@@ -1,0 +1,95 @@
+"""`gtl bench`: what this machine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gtl.cli.bar import Bar
+from gtl.cli.options import Set
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+
+
+@app.command("train")
+def train(
+    model: Annotated[str, typer.Option(
+        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux (FLUX.1 dev, for a GPU of 80 GB; "
+             "takes 24 GB of the folder for temporary files, TMPDIR, and 32 GB of memory).",
+    )] = "small",
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 4,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each loop in a round.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often the two loops take turns.")] = 9,
+    tuner: Annotated[str, typer.Option(help="lora (rank 16 in the attention) or full.")] = "lora",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the blocks in gtl's loop.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in gtl's.")] = False,
+    micro_batch: Annotated[int | None, typer.Option(help="Images per forward pass of gtl's loop; the batch.")] = None,
+    bare_batch_size: Annotated[int | None, typer.Option(
+        help="Images per step of the bare loop; as many as gtl's. 1 is the usual loop over single images.",
+    )] = None,
+    bare_checkpointing: Annotated[bool, typer.Option(
+        "--bare-checkpointing", help="Recompute activations in the bare loop too.",
+    )] = False,
+    workers: Annotated[list[int] | None, typer.Option(help="Compare numbers of workers instead; repeat it.")] = None,
+    stage: Annotated[int, typer.Option(help="ZeRO stage, with --workers.")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:  # fmt: skip
+    """This training loop beside a bare PyTorch loop, or on several numbers of workers.
+
+    In images/s, and as a share of the rate at which the device multiplies matrices in the same run.
+    """
+    from gtl.bench.setting import Setting
+
+    setting = Setting(model, batch_size, steps, rounds, tuner, compile_, checkpointing, micro_batch, bare_batch_size,
+                      bare_checkpointing)  # fmt: skip
+    if workers:
+        from gtl.bench import scaling
+
+        with Bar() as bar:
+            result = scaling.bench_scaling(setting, workers, stage, json_, bar)
+        print(scaling.table(result))
+        return
+    from gtl.bench.train import bench_train as bench
+    from gtl.bench.train import table
+
+    with Bar() as bar:
+        result = bench(setting, json_, bar)
+    print(table(result))
+
+
+@app.command("search")
+def search(
+    model: Annotated[str, typer.Option(
+        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux.",
+    )] = "builtin:tiny",
+    pack: Annotated[list[int], typer.Option(help="Trials in a forward pass; may be given several times.")] = [4],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(help="Images per optimizer step of a trial.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each in a round.")] = 20,
+    rounds: Annotated[int, typer.Option(help="How often they take turns; the median counts.")] = 5,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:  # fmt: skip
+    """How many more trials an hour a study has when they train in one forward pass, against one by one."""
+    from gtl.bench.search import bench_search as bench
+    from gtl.bench.search import table
+    from gtl.bench.setting import Setting
+
+    with Bar() as bar:
+        result = bench(Setting(model, batch_size, steps, rounds), pack, json_, bar)
+    print(table(result))
+
+
+@app.command("stopping")
+def stopping(
+    study: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a study whose trials all ran to their end.")],
+    orders: Annotated[int, typer.Option(help="Orders of its trials, drawn at random.")] = 200,
+    concurrency: Annotated[int, typer.Option(help="Trials at once.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the orders.")] = 0,
+    set_: Set = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:
+    """What early stopping (asha) would have lost and spared, replayed on the curves of a study under fifo."""
+    from gtl.bench import stopping as bench
+
+    print(bench.table(bench.bench_stopping(study, set_ or (), orders, concurrency, seed, json_)))

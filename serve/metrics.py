@@ -1,0 +1,61 @@
+"""What an ingress counts, in Prometheus' format. Prometheus adds up those of several."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.catalog import Chosen
+from serve.order import Drawn
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+REQUESTS = Counter("gtl_requests", "Requests that were answered.", ["path", "status"])
+RUNNING = Gauge("gtl_pictures_running", "Pictures in work.")
+WAITING = Gauge("gtl_pictures_waiting", "Pictures that wait for a place.")
+PICTURES = Counter("gtl_pictures", "Pictures that were drawn.", ["base", "adapter"])
+LATENCY = Histogram("gtl_picture_seconds", "From admission to the picture.", ["base", "adapter"], buckets=SECONDS)
+QUEUE = Histogram("gtl_queue_seconds", "In a generator until the first step.", ["base"], buckets=SECONDS)
+STEP = Histogram("gtl_step_seconds", "Of a denoising step.", ["base"], buckets=STEP_SECONDS)
+BATCH = Histogram("gtl_batch_size", "Pictures in a denoising step.", ["base"], buckets=BATCHES)
+SLOTS = Counter("gtl_slots", "Pictures with adapters: hit, they were on the device already.", ["base", "result"])
+
+
+def count_picture(chosen: Chosen, picture: Drawn, seconds: float) -> None:
+    """A picture was drawn, so long after its admission."""
+    base = chosen.base.name
+    for adapter in [name for name, _ in chosen.adapters] or [""]:
+        PICTURES.labels(base, adapter).inc()
+        LATENCY.labels(base, adapter).observe(seconds)
+    if picture.course is None:
+        return
+    waited, step, batch, was_there = picture.course
+    QUEUE.labels(base).observe(waited)
+    STEP.labels(base).observe(step)
+    BATCH.labels(base).observe(batch)
+    if chosen.adapters:
+        SLOTS.labels(base, "hit" if was_there else "miss").inc()
+
+
+class CountRequests:
+    """Middleware that counts answers by route and status; what has no route is under "other"."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Around an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def watch(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                REQUESTS.labels(getattr(route, "path", "other"), str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, watch)

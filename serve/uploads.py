@@ -1,0 +1,130 @@
+"""Pictures and masks that clients send, decoded within bounds. It takes a processor's time: call it in a thread."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from starlette.requests import Request
+
+from gtl.images import BrokenImage, decode, decode_mask
+from serve.body import read_form
+from serve.errors import ApiError, invalid, too_large
+from serve.schema import Edit, Limits, parse_edit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What OpenAI's API takes; each further format is a decoder more that strangers can reach."""
+
+_DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+
+
+class Uploads(NamedTuple):
+    """The files of an edit, as they were sent."""
+
+    image: bytes
+    mask: bytes | None
+
+
+class Canvas(NamedTuple):
+    """What an edit starts from."""
+
+    image: Image
+    """RGB, upright."""
+    mask: Image | None
+    """ "L", of the same size: 255 is repainted, 0 is kept. None: all of it may change."""
+
+
+async def read_edit(request: Request, limits: Limits, *, urls: bool) -> tuple[Edit, Uploads]:
+    """The checked fields of POST /v1/images/edits and its files, which `decode_uploads` then decodes.
+
+    A picture may also be a text field: base64, or a data: URI. Nothing else that a text could name is read.
+
+    Raises:
+        ApiError: 400 or 413; names the field, its value and what is allowed.
+    """
+    form = await read_form(request, ("image", "mask"), limits.max_upload_bytes)
+    files, fields = dict(form.files), []
+    for name, text in form.fields:
+        if name not in ("image", "mask"):
+            fields.append((name, text))
+        elif not text:
+            continue  # as every empty field of a form
+        elif name in files:
+            raise invalid(name, "given twice; one file is taken", "invalid_value")
+        else:
+            files[name] = from_base64(text, name, limits.max_upload_bytes)
+    edit = parse_edit(fields, limits, urls=urls)
+    if "image" not in files:
+        raise ApiError(400, "image: missing", code="missing_required_parameter", param="image")
+    return edit, Uploads(files["image"], files.get("mask"))
+
+
+def from_base64(text: str, field: str, max_bytes: int) -> bytes:
+    """The bytes of base64 text, also as a data: URI.
+
+    Raises:
+        ApiError: 400 where it is none, 413 for more than `max_bytes`.
+    """
+    if head := _DATA_URI.match(text):
+        text = text[head.end() :]
+    text = "".join(text.split())
+    if len(text) * 3 // 4 > max_bytes + 2:
+        raise too_large(field, max_bytes)
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:  # of which binascii's is one
+        raise invalid(field, "should be a file, or its bytes in base64; no address is read", "invalid_value") from None
+    if len(data) > max_bytes:
+        raise too_large(field, max_bytes)
+    return data
+
+
+def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
+    """Decode an edit's files.
+
+    Raises:
+        ApiError: 400 or 413; one is no picture, too large, or damaged, or the mask fits the picture not.
+    """
+    image = read_image(uploads.image, "image", limits)
+    if uploads.mask is None:
+        return Canvas(image, None)
+    mask = _read(lambda data: decode_mask(data, limits.max_upload_pixels, ("PNG",)), uploads.mask, "mask", limits)
+    if mask.size != image.size:
+        sizes = f"{mask.width}x{mask.height}: should be of the image's size, {image.width}x{image.height}"
+        raise invalid("mask", sizes, "invalid_value")
+    if mask.getextrema() == (0, 0):
+        raise invalid("mask", "nothing in it is transparent, or white, so that nothing would change", "invalid_value")
+    return Canvas(image, mask)
+
+
+def read_image(data: bytes, field: str, limits: Limits) -> Image:
+    """Decode a picture to RGB.
+
+    Raises:
+        ApiError: 400 or 413; it is none, too large, or damaged.
+    """
+    return _read(lambda data: decode(data, limits.max_upload_pixels, FORMATS), data, field, limits)
+
+
+def _read(decoder: Callable[[bytes], Image], data: bytes, field: str, limits: Limits) -> Image:
+    if len(data) > limits.max_upload_bytes:
+        raise too_large(field, limits.max_upload_bytes)
+    try:
+        return decoder(data)
+    except BrokenImage as error:
+        raise invalid(field, _reason(error, limits), "invalid_image") from None
+
+
+def _reason(error: BrokenImage, limits: Limits) -> str:
+    """What is wrong with a picture, without the words of the library that stumbled over it."""
+    text, cause = str(error), error.__cause__
+    if cause is None or text.startswith("no image"):
+        return text
+    if type(cause).__name__ == "DecompressionBombError":
+        return f"more than the allowed {limits.max_upload_pixels} pixels"
+    return "damaged or cut short"
