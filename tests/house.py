@@ -57,7 +57,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "filelock": ("gtl/adapters/registry.py", "gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
     "accelerate": ("gtl/data/spread.py",),
-    "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py"),
+    "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py", "gtl/bench/swapping.py"),
     "diffusers.schedulers": ("gtl/families", "gtl/diffusion"),
     "transformers": ("gtl/families", "gtl/backbones", "gtl/imports.py"),
     "huggingface_hub": ("gtl/families", "gtl/backbones", "gtl/doctor.py"),

@@ -1,8 +1,8 @@
-"""The models of `gtl bench train` at tiny width: what is other in their configs. All else is as it is in the bench."""
+"""The models of `gtl bench` at tiny width: what is other in their configs. All else is as it is in the bench."""
 
 from typing import Any
 
-VAE = {"block_out_channels": [8, 8, 8, 8]}
+VAE = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 8}
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 UNET = {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "cross_attention_dim": 32, "sample_size": 16}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from gtl.types import DTYPES
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from gtl.data.dataset import Dataset
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Conditions, DiffusionFamily
 
 SHARD_BYTES = 2**31
 """Of a file of weights; what is drawn is in memory for one of them."""
@@ -134,16 +136,12 @@ def draw(name: str, shape: torch.Size, dtype: torch.dtype, rng: torch.Generator)
 
 
 def write_dataset(cache: Store, family: DiffusionFamily, images: int, dtype: str = "fp32") -> Dataset:
-    """As many random images of the family's own size with one caption, as its encoders would leave them in a cache.
-
-    What a caption's conditions are called and how large they are is asked of the encoders, which run on shapes alone.
-    """
+    """As many random images of the family's own size with one caption, as its encoders would leave them in a cache."""
     import torch
 
     from gtl.data.buckets import variant_key, variants
     from gtl.data.cache import Space, prompt_key
     from gtl.data.dataset import Cuts, Dataset
-    from gtl.train.footprint import embeddings
     from gtl.types import Entry, Record
 
     rng, stored = torch.Generator().manual_seed(0), getattr(torch, DTYPES[dtype])
@@ -156,18 +154,60 @@ def write_dataset(cache: Store, family: DiffusionFamily, images: int, dtype: str
         mean, logvar = torch.randn(shape, generator=rng), torch.full(shape, -10.0)
         latents[key] = {"mean": mean.to(stored), "logvar": logvar.to(stored)}
         entries.append(Entry(Record(f"{i}", sha256, size, (CAPTION,)), size, (key,)))
-    conditions = embeddings(family)
-    prompts = {
-        prompt_key(caption): {
-            # What are no numbers are masks; nothing is masked.
-            name: (torch.randn(like.shape, generator=rng).to(stored) if like.is_floating_point()
-                   else torch.ones(like.shape, dtype=like.dtype))
-            for name, like in conditions.items()
-        }
-        for caption in ("", CAPTION)
-    }  # fmt: skip
+    prompts = {prompt_key(caption): found for caption, found in encoded(family, stored, rng).items()}
     dataset = Dataset(cache, entries, "images-bench", "prompts-bench", Cuts(crops=1, flip=False, seed=0))
     Space(cache, "images-bench").write(latents)
     Space(cache, "prompts-bench").write(prompts)
     dataset.refresh()
     return dataset
+
+
+def encoded(family: DiffusionFamily, dtype: torch.dtype, rng: torch.Generator) -> dict[str, Conditions]:
+    """Random conditions of the empty prompt and of a caption.
+
+    What they are called and how large they are is asked of the encoders, which run on shapes alone.
+    """
+    import torch
+
+    from gtl.train.footprint import embeddings
+
+    conditions = embeddings(family)
+    return {
+        caption: {
+            # What are no numbers are masks; nothing is masked.
+            name: (torch.randn(like.shape, generator=rng).to(dtype) if like.is_floating_point()
+                   else torch.ones(like.shape, dtype=like.dtype))
+            for name, like in conditions.items()
+        }
+        for caption in ("", CAPTION)
+    }  # fmt: skip
+
+
+def random_part(family: DiffusionFamily, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A part with random weights, whether its files are there or not; frozen."""
+    import torch
+
+    module = family.load(part, dtype, "meta").to_empty(device=device)
+    rng = torch.Generator(device).manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(draw(name, tensor.shape, dtype, rng))
+    return module
+
+
+def write_adapter(main: nn.Module, part: str, targets: Sequence[str], rank: int, seed: int, folder: Path) -> Path:
+    """A published LoRA of these layers with random weights, as large as a trained one's, in the layers' dtype."""
+    import torch
+
+    from gtl.adapters.formats import LoraExport, write_lora
+
+    rng = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for target in targets:
+        weight = main.get_parameter(f"{target}.weight")
+        out, *given = weight.shape
+        a = torch.randn(rank, *given, generator=rng) / math.prod(given) ** 0.5
+        b = torch.randn(out, rank, *(1 for _ in given[1:]), generator=rng) * STD
+        tensors[f"{part}.{target}.lora_A.weight"] = a.to(weight.dtype)
+        tensors[f"{part}.{target}.lora_B.weight"] = b.to(weight.dtype)
+    write_lora(tensors, folder, config=LoraExport(rank, rank))
+    return folder

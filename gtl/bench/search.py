@@ -15,7 +15,7 @@ from typing import Any
 from gtl import __version__
 from gtl.bench.models import write_dataset, write_model
 from gtl.bench.setting import Setting, settle
-from gtl.bench.train import IMAGES, WARM_UP, device_name, device_of, dtype_on
+from gtl.bench.train import IMAGES, WARM_UP, device_name, device_of, dtype_on, synchronize
 from gtl.config import parse_recipe
 from gtl.storage import Store
 from gtl.train.group import process_group
@@ -84,8 +84,7 @@ def measure(setting: Setting, counts: Sequence[int], folder: str, device: Any, p
     def timed(step: Any) -> float:
         begun = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - begun
 
     with Tracker(Store(Path(folder, "run"))) as tracker:

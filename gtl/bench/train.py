@@ -142,13 +142,18 @@ def summary(rounds: Sequence[Round], flops_per_image: float, rate: float) -> dic
 
 def timed(loop: Callable[[int], list[float]], steps: int, batch_size: int, device: torch.device) -> tuple[float, float]:
     """Images a second of a loop that makes steps of so many, and their mean loss."""
-    import torch
-
     begun = time.perf_counter()
     losses = loop(steps)
+    synchronize(device)
+    return steps * batch_size / (time.perf_counter() - begun), statistics.fmean(losses)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was begun on a GPU."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return steps * batch_size / (time.perf_counter() - begun), statistics.fmean(losses)
 
 
 def device_of(rank: int) -> torch.device:
