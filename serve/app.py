@@ -57,7 +57,7 @@ def generator(base: Base, settings: Settings) -> Application:
         },
         **scaling,
     )(Generator)
-    return deployed.bind(base.model_dump(mode="json"), settings.registry)
+    return deployed.bind(base.model_dump(mode="json"), settings.registry, settings.disk_gib)
 
 
 def gpus_of(base: Base) -> float:

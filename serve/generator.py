@@ -6,6 +6,7 @@ import asyncio
 import statistics
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +33,20 @@ FETCHING = 2
 class Generator:
     """Draws the orders of one base. Made by `serve.app.build`."""
 
-    def __init__(self, base: dict[str, Any], registry: str) -> None:
+    def __init__(self, base: dict[str, Any], registry: str, disk_gib: float) -> None:
         """Load the model.
+
+        Args:
+            base: See `serve.settings.Base`.
+            registry: See `serve.settings.Settings`, as for `disk_gib`.
+            disk_gib: Of this machine.
 
         Raises:
             UserError: the model is not what it should be.
         """
         from gtl.generate.loop import EngineLoop
 
-        self._base, self._registry = Base.model_validate(base), Registry(registry)
+        self._base, self._registry = Base.model_validate(base), Registry(registry, disk_bytes=int(disk_gib * GIB))
         self._engine = load(self._base)
         self._print = self._engine.family.fingerprint()
         self._loop = EngineLoop(self._engine)
@@ -60,7 +66,8 @@ class Generator:
         from gtl.generate.loop import Closed
 
         loop = asyncio.get_running_loop()
-        adapters = await loop.run_in_executor(self._files, self._fetch, order)
+        held = ExitStack()  # of files that close with it, also where what follows fails
+        adapters = await loop.run_in_executor(self._files, self._fetch, order, held)
         edit, (height, width) = self._place(order)
         request = Request(
             order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
@@ -88,6 +95,7 @@ class Generator:
                     return
         finally:
             self._loop.cancel(ticket)
+            held.close()
 
     def _place(self, order: Order) -> tuple[Edit | None, tuple[int, int]]:
         """What an order begins at, cut to its size, and that."""
@@ -99,8 +107,8 @@ class Generator:
         size = order.size or choose_size(order.edit.image, family)
         return fit(order.edit, *size), size
 
-    def _fetch(self, order: Order) -> tuple[tuple[Path, float], ...]:
-        """Folders of the adapters on this machine, with their scales."""
+    def _fetch(self, order: Order, held: ExitStack) -> tuple[tuple[Path, float], ...]:
+        """Folders of the adapters on this machine, with their scales; there until `held` closes."""
         found = []
         for name, scale in order.adapters:
             card, _ = self._registry.resolve(name)
@@ -109,7 +117,7 @@ class Generator:
                     f"adapters: {name}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
                     f"{self._base.name} is {self._print[:12]}"
                 )
-            folder = self._registry.fetch(name)
+            folder = self._registry.fetch(name, held)
             self._names[folder] = name
             found.append((folder, scale))
         return tuple(found)

@@ -90,6 +90,8 @@ class Settings(Section):
     """Pictures that wait in an ingress at most; further ones are refused with 429."""
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Until a request is given up."""
+    disk_gib: Annotated[float, Field(gt=0)] = 50.0
+    """What each machine keeps on its disk of adapters that come from a bucket; beyond it the longest unused go."""
     refresh_s: Annotated[float, Field(gt=0)] = 10.0
     """How often the registry is read again: new versions, and aliases that moved."""
     output: Place | None = None

@@ -54,7 +54,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "gtl/adapters", "gtl/families/loading.py", "gtl/data/cache.py", "gtl/train/checkpoint.py",
         "gtl/bench/models.py", "gtl/backbones",
     ),
-    "filelock": ("gtl/adapters/registry.py", "gtl/families/source.py", "gtl/data/cache.py"),
+    "filelock": ("gtl/adapters/disk.py", "gtl/families/source.py", "gtl/data/cache.py"),
     "peft": ("gtl/tuners", "gtl/adapters"),
     "accelerate": ("gtl/data/spread.py",),
     "diffusers": ("gtl/families", "gtl/backbones", "gtl/diffusion/path.py", "gtl/bench/swapping.py"),

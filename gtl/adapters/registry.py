@@ -7,12 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from gtl.adapters import disk
 from gtl.adapters.card import Card, File, parse_card
 from gtl.config.names import NAME, check_name, parse_reference
-from gtl.families.files import cache_home
 from gtl.storage import Store
 from gtl.types import UserError
 
@@ -32,9 +33,16 @@ class Listing(NamedTuple):
 class Registry:
     """Named, versioned, immutable adapters under a folder or bucket URL."""
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
-        """Nothing is contacted until the first call."""
+    def __init__(self, url: str | os.PathLike[str], *, disk_bytes: int | None = None) -> None:
+        """Nothing is contacted until the first call.
+
+        Args:
+            url: Of the folder or bucket.
+            disk_bytes: What this machine keeps of buckets' adapters; a fetch beyond that removes the longest unused.
+                None: no bound.
+        """
         self.store = Store(url)
+        self._disk_bytes = disk_bytes
 
     def publish(self, name: str, version: str, folder: Path, card: Card) -> Card:
         """Publish a folder's files as NAME@VERSION: weights first, the card last. Returns the card with its files.
@@ -114,26 +122,27 @@ class Registry:
         """The card of a reference; see `resolve`."""
         return self.resolve(reference)[0]
 
-    def fetch(self, reference: str) -> Path:
+    def fetch(self, reference: str, until: ExitStack | None = None) -> Path:
         """A local folder with the version's files, checked against the card.
 
         A local registry's own folder; a bucket's version is downloaded once, into gtl's cache on this machine.
 
+        Args:
+            reference: See `resolve`.
+            until: The folder stays until this is closed, whatever else is fetched; None: where there is no bound.
+
         Raises:
             UserError: there is no such adapter, or a file is missing or damaged.
         """
-        from filelock import FileLock
-
         card, version = self.resolve(reference)
         key = f"{card.name}/{version}"
         if self.store.is_local:
             folder = Path(self.store.url(key))
             check_files(folder, card.files)
             return folder
-        home = hashlib.sha256(self.store.root.encode()).hexdigest()[:16]
-        folder = cache_home() / "adapters" / home / key
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{version}.lock")):  # workers of one machine come at the same moment
+        folder = disk.place_of(self.store.root, key)
+        with disk.changing(folder):
+            disk.use(folder, until)
             if folder.is_dir():
                 try:
                     check_files(folder, card.files)
@@ -141,6 +150,8 @@ class Registry:
                 except UserError:  # an earlier version of that name, or a damaged copy: the bucket's is the truth
                     shutil.rmtree(folder)
             self._download(key, folder, card)
+        if self._disk_bytes is not None:
+            disk.trim(self._disk_bytes)
         return folder
 
     def add_evaluation(self, reference: str, file: str, data: bytes) -> str:

@@ -1,0 +1,176 @@
+"""Everything at once, for long: no request is lost, no picture is wrong, and nothing grows."""
+
+import asyncio
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import ImageOps
+
+from gtl.adapters import Registry
+from gtl.config.names import parse_reference
+from gtl.families import open_family
+from gtl.generate.edit import Edit
+from gtl.generate.engine import Request
+from gtl.generate.images import generate
+from tests.conftest import free_port
+from tests.endpoint import BASE, serving
+from tests.integration.test_serve import eventually, numbers_of, same
+from tests.traffic import Shown, Traffic
+
+USERS = 6
+SAMPLE_S = 2.0
+GROWTH = 40 * 2**20
+"""Bytes that a process may gain after its first third: allocators do not give back all that they are given."""
+SPARE = 8
+"""Threads and open files that come and go."""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kill_s", "checked"), [(40, 15, 12), pytest.param(1800, 120, 400, marks=pytest.mark.soak)]
+)
+def test_everything_at_once(ray_cluster: None, shelf: Path, seconds: float, kill_s: float, checked: int) -> None:
+    replicas = {"min": 2, "max": 2, "cpus": 0.5}
+    bases = [{"name": "tiny", "source": BASE, "slots": 3, "max_rank": 8, "host_gib": 0.001, "replicas": replicas}]
+    with serving(shelf, free_port(), bases=bases) as url:
+        traffic = Traffic(url, Registry(shelf), keep=min(1.0, checked / seconds))
+        with observed() as vitals, killing(kill_s) as killed:
+            asyncio.run(traffic.run(seconds, USERS))
+            still = seconds > 10 * SAMPLE_S and eventually(lambda: idle(url), 30)
+        print(dict(traffic.asked), "killed:", len(killed), "pictures kept:", len(traffic.shown))
+        assert traffic.faults == []
+        assert killed, "or the test shows nothing of it"
+        assert still, "nobody asks, and yet something is in work"
+        for name, series in vitals.items():
+            assert (grown := growth(series)) <= GROWTH, f"{name}: grew by {grown / 2**20:.0f} MiB: {series}"
+        wrong = [one.fields for one in traffic.shown[:checked] if not same(one.image, alone(shelf, one))]
+        assert wrong == []
+    assert len(traffic.shown) > checked // 4
+
+
+def actors(kind: str) -> list[Any]:
+    """Replicas whose deployment's name has this in it."""
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    found = []
+    for one in named:
+        if f"#{kind}" in one["name"]:
+            try:
+                found.append(ray.get_actor(**one))
+            except ValueError:  # it was killed just now
+                continue
+    return found
+
+
+def idle(url: str) -> bool:
+    """Whether nothing is in work, in ingresses and generators."""
+    import ray
+
+    told = numbers_of(url)
+    busy = [ray.get(one.record_routing_stats.remote())["busy_s"] for one in actors("Generator")]
+    return told["gtl_pictures_running"] == told["gtl_pictures_waiting"] == 0 and len(busy) == 2 and not any(busy)
+
+
+@contextmanager
+def observed() -> Iterator[dict[str, list[dict[str, float]]]]:
+    """Memory, threads and open files of every replica, by its process, sampled until the block ends."""
+    vitals: dict[str, list[dict[str, float]]] = defaultdict(list)
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(SAMPLE_S):
+            for kind in ("Ingress", "Generator"):
+                for pid, one in measured(kind):
+                    vitals[f"{kind} {pid}"].append({"second": time.monotonic() - began, **one})
+
+    began = time.monotonic()
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield vitals
+    finally:
+        over.set()
+        thread.join()
+
+
+def measured(kind: str) -> list[tuple[int, dict[str, float]]]:
+    """Of each replica that is there, its process and how it is."""
+    import ray
+
+    def look(_: Any) -> tuple[int, dict[str, float]]:
+        import ctypes
+        import gc
+        import os
+
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        threads, files = len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+        return os.getpid(), {"bytes": pages * os.sysconf("SC_PAGE_SIZE"), "threads": threads, "files": files}
+
+    found = []
+    for one in actors(kind):
+        try:
+            found.append(ray.get(one.__ray_call__.remote(look), timeout=20))
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # killed, or not up yet
+            continue
+    return found
+
+
+def growth(series: list[dict[str, float]], of: str = "bytes") -> float:
+    """What a straight line through a series gains after its first third; 0 of one that was too short-lived to say."""
+    later = series[len(series) // 3 :]
+    if len(later) < 5:
+        return 0.0
+    seconds = np.array([one["second"] for one in later])
+    slope, _ = np.polyfit(seconds, [one[of] for one in later], 1)
+    return float(slope * (seconds[-1] - seconds[0]))
+
+
+@contextmanager
+def killing(period: float) -> Iterator[list[Any]]:
+    """Kill a generator now and then, when there are two, until the block ends."""
+    import ray
+
+    over, killed, chance = threading.Event(), [], random.Random(0)
+
+    def kill() -> None:
+        while not over.wait(period):
+            if len(there := measured("Generator")) == 2:
+                killed.append(there)
+                ray.kill(chance.choice(actors("Generator")))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def alone(shelf: Path, one: Shown) -> Any:
+    """The same request, drawn by itself."""
+    registry, fields, family = Registry(shelf), one.fields, open_family(BASE)
+    adapters = []
+    for reference in filter(None, one.model.partition(":")[2].split("+")):
+        scale = parse_reference(reference).scale
+        adapters.append((registry.fetch(reference), 1.0 if scale is None else scale))
+    wide, high = map(int, fields["size"].split("x"))
+    request = Request(
+        fields["prompt"], high, wide, fields.get("negative_prompt", ""), fields["seed"],
+        fields["num_inference_steps"], fields["guidance_scale"],
+    )  # fmt: skip
+    mask = None if one.mask is None else ImageOps.invert(one.mask.getchannel("A"))
+    edit = None if one.edited is None else Edit(one.edited, mask, fields["strength"])
+    ((_, image),) = generate(family, [request], adapters, edit=edit)
+    return image
