@@ -91,9 +91,12 @@ def check(config: Config) -> str:
     import serve.app
     from gtl.families import open_family
     from serve.catalog import Catalog
+    from serve.keys import KeyFile
 
     if Path(serve.app.__file__).parent != LOCAL.parent:
         raise UserError(f"{serve.app.__file__}: another module than gtl's is found as serve.app; start elsewhere")
+    if config.settings.keys is not None:
+        KeyFile(config.settings.keys)
     catalog = Catalog(config.settings)
     lines = []
     for base in catalog.bases:
@@ -113,6 +116,8 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
 
     from serve.app import build
 
+    progress("check", 0, 0)
+    check(config)
     stop = stop or threading.Event()
     progress("start", 0, 0, "Ray")
     with session():

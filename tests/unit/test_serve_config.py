@@ -1,0 +1,94 @@
+"""Configs of the endpoint: what they mean, and one line for what is wrong, before anything is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gtl.adapters import Registry
+from gtl.types import UserError
+from serve.command import check, read_config
+from tests.endpoint import BASE
+
+PRODUCTION = Path(__file__).parents[2] / "serve" / "production.yaml"
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """A config with an application of ours."""
+    args = {"registry": str(folder / "registry"), **changes.pop("args", {})}
+    values = {"applications": [{"name": "gtl", "import_path": "serve.app:build", "args": args}], **changes}
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_the_config_for_this_machine() -> None:
+    config = read_config(None, ["registry=s3://bucket/adapters", "limits.max_steps=50"])
+    assert config.url == "http://127.0.0.1:8000/"
+    assert (config.settings.registry, config.settings.limits.max_steps) == ("s3://bucket/adapters", 50)
+    assert config.settings.bases == "auto" and config.settings.keys is None
+
+
+def test_the_config_for_a_cluster_is_one_of_ours() -> None:
+    config = read_config(PRODUCTION)
+    assert [(base.name, base.replicas.min, base.replicas.max) for base in config.settings.bases] == [
+        ("sdxl", 1, 8), ("flux", 0, 4),
+    ]  # fmt: skip
+    assert config.proxy_location == "EveryNode" and config.settings.keys == "/etc/gtl/keys"
+
+
+def test_a_check_says_what_would_be_served(shelf: Path, tmp_path: Path) -> None:
+    lines = check(read_config(write(tmp_path, args={"registry": str(shelf)}))).splitlines()
+    assert lines == [
+        "tiny: builtin:tiny (sd), 1 to 1 replicas", "tiny:dog@v1", "tiny:dog@prod", "tiny:dog@v2", "tiny:frozen@v1",
+        "tiny:star@v1", "tiny:words@v1",
+    ]  # fmt: skip
+    (only,) = check(read_config(write(tmp_path))).splitlines()
+    assert only == "tiny: builtin:tiny (sd), 1 to 1 replicas", "where there is nothing else"
+
+
+BASES = [{"name": "tiny", "source": BASE}]
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "key": ({"args": {"slotz": 3}}, "slotz: unknown key"),
+    "base": ({"args": {"bases": [{"name": "x", "source": "./nowhere"}]}}, "nowhere"),
+    "name": ({"args": {"bases": [{"name": "A B", "source": BASE}]}}, "bases.0.name: 'A B'"),
+    "twice": ({"args": {"bases": BASES * 2}}, "bases: 'tiny': should be the name of one base"),
+    "replicas": ({"args": {"bases": [{**BASES[0], "replicas": {"min": 2}}]}}, "max: 1: should be at least min, 2"),
+    "keys": ({"args": {"keys": "/nowhere/keys"}}, "keys /nowhere/keys: cannot be read"),
+    "host": ({"http_options": {"host": "0.0.0.0"}}, "http_options.host: 0.0.0.0: others reach it"),
+    "port": ({"http_options": {"port": "many"}}, "http_options.port"),
+    "none of ours": ({"applications": []}, "applications: 0 with import_path serve.app:build; expected one"),
+    "ray's": ({"proxy_location": "Nowhere"}, "proxy_location"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_line(case: str, tmp_path: Path) -> None:
+    changes, message = WRONG[case]
+    with pytest.raises(UserError) as caught:
+        check(read_config(write(tmp_path, **changes)))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_or_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^serve config .*nothing\.yaml: No such file"):
+        read_config(tmp_path / "nothing.yaml")
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(UserError, match="expected sections such as `http_options:` and `applications:`, found list"):
+        read_config(tmp_path / "list.yaml")
+
+
+def test_two_bases_of_one_name_have_to_be_named(shelf: Path, tmp_path: Path) -> None:
+    """A registry with adapters for models whose last part is the same."""
+    import json
+    import shutil
+
+    shutil.copytree(shelf, tmp_path / "registry")
+    card = tmp_path / "registry" / "star" / "v1" / "adapter.json"
+    values = json.loads(card.read_text())
+    values["base"]["source"] = "somebody/tiny"
+    card.write_text(json.dumps(values))
+    assert Registry(tmp_path / "registry").show("star").base.source == "somebody/tiny"
+    with pytest.raises(UserError, match=r"bases: auto: .* would both be 'tiny'; name them"):
+        check(read_config(write(tmp_path)))
