@@ -25,6 +25,7 @@ LONG_S = 900
 STEPS = 400
 NODE = {"object_store_memory": 100 * 2**20}
 DRIVER, WORKER = ("ray::ResourceTrainable", "ray::Trial"), ("ray::RayTrainWorker",)
+PACK = ("ray::PackActor",)
 
 
 @pytest.fixture
@@ -54,7 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Study:
     """A command that runs one."""
 
-    def __init__(self, place: Path, name: str, address: str, rates: list[float], **train: Any) -> None:
+    def __init__(
+        self, place: Path, name: str, address: str, rates: list[float], pack: int | str = "off", **train: Any
+    ) -> None:
         self.runs, self.name = place / "runs" / name, name
         file = place / f"{name}.yaml"
         file.write_text(json.dumps({
@@ -68,7 +71,7 @@ class Study:
                 "storage": {kind: str(place / kind) for kind in ("runs", "cache", "registry")},
             },
             "space": {"train.learning_rate": {"choice": rates}}, "metric": "val_loss",
-            "searcher": {"type": "grid"}, "scheduler": {"type": "fifo"}, "confirm": {"top": 0},
+            "searcher": {"type": "grid"}, "scheduler": {"type": "fifo"}, "confirm": {"top": 0}, "pack": pack,
         }))  # fmt: skip
         environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
         self.command = subprocess.Popen(
@@ -143,6 +146,17 @@ def test_a_trial_survives_its_driver_and_its_worker_and_names_what_it_does_not_s
     assert study.rows(0) == [0, *range(1, STEPS + 1)]
     assert second["state"] == "failed"
     assert second["reason"].startswith("its process died: ") and "\n" not in second["reason"]
+
+
+def test_packed_trials_survive_the_process_that_they_share(cluster: Any, place: Path) -> None:
+    study = Study(place, "packs", cluster.address, [1e-3, 2e-3], pack=2)
+    study.wait_for(lambda: study.saved(0) and study.saved(1))
+    (pack,) = processes(cluster, PACK)
+    pack.send_signal(signal.SIGKILL)
+    assert max(len(study.rows(number)) for number in (0, 1)) < STEPS
+    trials = study.end()
+    assert [(trial["state"], trial["steps"]) for trial in trials] == [("finished", STEPS)] * 2
+    assert [study.rows(number) for number in (0, 1)] == [[0, *range(1, STEPS + 1)]] * 2
 
 
 def test_a_study_survives_a_node(cluster: Any, place: Path) -> None:
