@@ -80,9 +80,9 @@ async function run(plan) {
   if (running) return;
   running = new AbortController();
   const { signal } = running;
-  const files = plan[0].settings.mode === "edit" ? { source: source.image, mask: await source.readMask() } : {};
   const tiles = plan.map(({ settings, label }) => new Tile({ size: settings.size, label, alt: settings.prompt }));
   showRunning(tiles, plan);
+  const files = plan[0].settings.mode === "edit" ? { source: source.image, mask: await source.readMask() } : {};
   const started = performance.now();
   const clock = setInterval(() => { find("#elapsed").textContent = secondsText(started); }, 100);
   const made = await Promise.allSettled(plan.map(({ settings }, index) => make(tiles[index], settings, files, signal)));
