@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gtl.adapters import Card, Registry
 from gtl.adapters.sharing import fits
@@ -17,6 +17,9 @@ from gtl.types import UserError
 from serve.errors import invalid, model_not_found
 from serve.schema import Adapter, Model, Origin
 from serve.settings import Base, Settings
+
+if TYPE_CHECKING:
+    from gtl.families.base import DiffusionFamily
 
 BUILT_IN = "builtin:tiny"
 """Served where there is nothing else."""
@@ -65,7 +68,9 @@ class Catalog:
         self._cards: dict[tuple[str, str], Card] = {}
         self._lock = threading.Lock()
         self.bases = bases_from(settings)
-        self._prints = {base.name: fingerprint_of(base) for base in self.bases}
+        families = {base.name: find_here(base) for base in self.bases}
+        self._prints = {name: None if family is None else family.fingerprint() for name, family in families.items()}
+        self._sizes = {name: size_of(family) for name, family in families.items()}
         self._entries: tuple[Entry, ...] = ()
         self.refresh()
 
@@ -154,7 +159,10 @@ class Catalog:
 
     def models(self) -> list[Model]:
         """Bases, and every version and alias."""
-        found = [Model(id=base.name, created=0, gtl=Origin(kind="base", base=base.name)) for base in self.bases]
+        found = [
+            Model(id=name, created=0, gtl=Origin(kind="base", base=name, default_size=size))
+            for name, size in self._sizes.items()
+        ]
         for entry in self._entries:
             for suffix in (entry.card.version, *entry.aliases):
                 found.append(model_of(entry, f"{entry.base.name}:{entry.card.name}@{suffix}"))
@@ -223,8 +231,8 @@ def name_of(source: str) -> str:
     return name or "base"
 
 
-def fingerprint_of(base: Base) -> str | None:
-    """Of a model whose files are here; None for one that is elsewhere and need not be fetched to be listed.
+def find_here(base: Base) -> DiffusionFamily | None:
+    """A model whose files are here; None for one that is elsewhere and need not be fetched to be listed.
 
     Raises:
         UserError: there is no model.
@@ -232,4 +240,12 @@ def fingerprint_of(base: Base) -> str | None:
     is_here = base.source.startswith("builtin:") or (not is_url(base.source) and os.path.isdir(base.source))
     if not is_here:
         return None
-    return open_family(base.source, revision=base.revision, variant=base.variant).fingerprint()
+    return open_family(base.source, revision=base.revision, variant=base.variant)
+
+
+def size_of(family: DiffusionFamily | None) -> str | None:
+    """WIDTHxHEIGHT that a model was made for, if it is known."""
+    if family is None:
+        return None
+    height, width = family.default_size
+    return f"{width}x{height}"

@@ -328,6 +328,8 @@ class Origin(Answer):
     aliases: tuple[str, ...] = ()
     shares_batch: bool = True
     """Whether it draws in one batch with others; what can't waits for its turn."""
+    default_size: str | None = None
+    """WIDTHxHEIGHT that a base was made for, where its files are at hand."""
     family: str | None = None
     tuner: str | None = None
     """Kind of adapter, for example lora."""

@@ -191,6 +191,7 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     assert sorted(models) == [
         "tiny", "tiny:dog@prod", "tiny:dog@v1", "tiny:dog@v2", "tiny:frozen@v1", "tiny:star@v1", "tiny:words@v1",
     ]  # fmt: skip
+    assert models["tiny"]["default_size"] == "64x64"
     assert {name: one["shares_batch"] for name, one in models.items() if not one["shares_batch"]} == {
         "tiny:frozen@v1": False
     }
