@@ -17,7 +17,7 @@ from gtl.bench.models import CAPTION, encoded, random_part, write_adapter, write
 from gtl.bench.swapping import Swapping
 from gtl.bench.train import dtype_on, synchronize
 from gtl.generate.engine import Engine, Output, Request, check
-from gtl.generate.loop import EngineLoop, Ticket
+from gtl.generate.loop import Course, EngineLoop, Ticket
 from gtl.types import DTYPES
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Silent:
     def preview(self, number: int, image: Image) -> None:
         """None is wanted."""
 
-    def finish(self, image: Image) -> None:
+    def finish(self, image: Image, course: Course) -> None:
         """It does not come so far."""
 
     def fail(self, error: Exception) -> None:
