@@ -80,6 +80,32 @@ def search(
     print(table(result))
 
 
+@app.command("serve")
+def serve(
+    model: Annotated[str, typer.Option(
+        help="builtin:tiny; or, with random weights, small, sd15, sd2, sdxl or flux.",
+    )] = "small",
+    adapters: Annotated[int, typer.Option(help="LoRAs, which requests take in turn.")] = 8,
+    requests: Annotated[int, typer.Option(help="Pictures of a round.")] = 16,
+    batch: Annotated[int, typer.Option(help="Pictures of a step at most.")] = 16,
+    rank: Annotated[int, typer.Option(help="Of the LoRAs.")] = 16,
+    targets: Annotated[str, typer.Option(
+        help="Layers that have them: attention, attention+ff, all-linear or all-linear+conv.",
+    )] = "attention",
+    steps: Annotated[int, typer.Option(help="Of a picture.")] = 10,
+    rounds: Annotated[int, typer.Option(help="How often all take turns; the median counts.")] = 5,
+    size: Annotated[int | None, typer.Option(help="Height and width in pixels; what the model was made for.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:  # fmt: skip
+    """How fast many adapters are drawn in one batch, against one of them alone and against swapping in diffusers."""
+    from gtl.bench import serve as bench
+
+    serving = bench.Serving(model, adapters, requests, batch, rank, targets, steps, rounds, size)
+    with Bar() as bar:
+        result = bench.bench_serve(serving, json_, bar)
+    print(bench.table(result))
+
+
 @app.command("stopping")
 def stopping(
     study: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a study whose trials all ran to their end.")],
