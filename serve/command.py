@@ -95,12 +95,25 @@ def check(config: Config) -> str:
     if Path(serve.app.__file__).parent != LOCAL.parent:
         raise UserError(f"{serve.app.__file__}: another module than gtl's is found as serve.app; start elsewhere")
     catalog = Catalog(config.settings)
+    check_safety(config.settings)
     lines = []
     for base in catalog.bases:
         family = open_family(base.source, revision=base.revision, variant=base.variant)
         lines.append(f"{base.name}: {base.source} ({family.name}), {base.replicas.min} to {base.replicas.max} replicas")
     lines += [f"{model.id}" for model in catalog.models() if model.gtl.kind == "adapter"]
     return "\n".join(lines)
+
+
+def check_safety(settings: Settings) -> None:
+    """Load the safety checker, if there is to be one, and let it go.
+
+    Raises:
+        UserError: it is none, or its files are damaged.
+    """
+    from serve.safety import load_checker
+
+    if settings.safety is not None:
+        load_checker(settings.safety)
 
 
 def run(config: Config, progress: Progress = quiet, stop: threading.Event | None = None) -> None:
@@ -113,6 +126,7 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
 
     from serve.app import build
 
+    check_safety(config.settings)
     stop = stop or threading.Event()
     progress("start", 0, 0, "Ray")
     with session():
