@@ -223,3 +223,8 @@ def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | No
         if labels:
             pen.text((x + 2, y + height + 2), labels[i], fill="black")
     return sheet
+
+
+def blur(image: Image.Image) -> Image.Image:
+    """A picture of the same size that shows where it is light and dark, and nothing else: 8 x 8 colours, smoothed."""
+    return image.resize((8, 8), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)

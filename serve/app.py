@@ -57,7 +57,8 @@ def generator(base: Base, settings: Settings) -> Application:
         },
         **scaling,
     )(Generator)
-    return deployed.bind(base.model_dump(mode="json"), settings.registry, settings.disk_gib)
+    safety = None if settings.safety is None else settings.safety.model_dump(mode="json")
+    return deployed.bind(base.model_dump(mode="json"), settings.registry, settings.disk_gib, safety)
 
 
 def gpus_of(base: Base) -> float:

@@ -98,12 +98,25 @@ def check(config: Config) -> str:
     if config.settings.keys is not None:
         KeyFile(config.settings.keys)
     catalog = Catalog(config.settings)
+    check_safety(config.settings)
     lines = []
     for base in catalog.bases:
         family = open_family(base.source, revision=base.revision, variant=base.variant)
         lines.append(f"{base.name}: {base.source} ({family.name}), {base.replicas.min} to {base.replicas.max} replicas")
     lines += [f"{model.id}" for model in catalog.models() if model.gtl.kind == "adapter"]
     return "\n".join(lines)
+
+
+def check_safety(settings: Settings) -> None:
+    """Load the safety checker, if there is to be one, and let it go.
+
+    Raises:
+        UserError: it is none, or its files are damaged.
+    """
+    from serve.safety import load_checker
+
+    if settings.safety is not None:
+        load_checker(settings.safety)
 
 
 def run(config: Config, progress: Progress = quiet, stop: threading.Event | None = None) -> None:

@@ -113,6 +113,12 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(408, f"not done within {seconds:g} seconds", type="timeout_error", code="timeout")
 
 
+def moderation_blocked() -> ApiError:
+    """400: a picture was drawn and is kept back, as OpenAI answers it."""
+    message = "the picture was kept back by this server's safety check; another prompt or seed may pass"
+    return ApiError(400, message, type="image_generation_user_error", code="moderation_blocked")
+
+
 def rate_limited(retry_after: float, per_minute: float) -> ApiError:
     """429: this key has asked too often."""
     message = f"more than {per_minute:g} requests a minute with this key; try again in {_seconds(retry_after)} s"

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
-from serve.errors import timed_out
+from serve.errors import ApiError, timed_out
 from serve.order import Drawn, Order, Stopped
 from serve.pictures import encode
-from serve.settings import Base
+from serve.safety import Guard, Passed
+from serve.settings import Base, Safety
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,21 +34,26 @@ FETCHING = 2
 class Generator:
     """Draws the orders of one base. Made by `serve.app.build`."""
 
-    def __init__(self, base: dict[str, Any], registry: str, disk_gib: float) -> None:
-        """Load the model.
+    def __init__(
+        self, base: dict[str, Any], registry: str, disk_gib: float, safety: dict[str, Any] | None = None
+    ) -> None:
+        """Load the model, and the safety checker if there is to be one.
 
         Args:
             base: See `serve.settings.Base`.
             registry: See `serve.settings.Settings`, as for `disk_gib`.
             disk_gib: Of this machine.
+            safety: See `serve.settings.Safety`.
 
         Raises:
-            UserError: the model is not what it should be.
+            UserError: one of them is not what it should be.
         """
         from gtl.generate.loop import EngineLoop
 
         self._base, self._registry = Base.model_validate(base), Registry(registry, disk_bytes=int(disk_gib * GIB))
         self._engine = load(self._base)
+        device = str(self._engine.device)
+        self._guard = None if safety is None else Guard(Safety.model_validate(safety), device)
         self._print = self._engine.family.fingerprint()
         self._loop = EngineLoop(self._engine)
         self._names: dict[Path, str] = {}
@@ -72,7 +78,7 @@ class Generator:
         request = Request(
             order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
         )  # fmt: skip
-        mail = Mail(loop, order, request)
+        mail = Mail(loop, order, request, self._guard)
         try:
             ticket = self._loop.submit(
                 request,
@@ -183,17 +189,39 @@ def outward(error: Exception, order: Order) -> Exception:
 class Mail:
     """Brings what the engine's threads tell to the event loop that waits for it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, order: Order, request: Any) -> None:
-        """For one order."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, order: Order, request: Any, guard: Guard | None = None) -> None:
+        """For one order; what `guard` does not let pass stays here."""
         self.events: asyncio.Queue[Drawn | Exception] = asyncio.Queue()
-        self._loop, self._order, self._request = loop, order, request
+        self._loop, self._order, self._request, self._guard = loop, order, request, guard
+
+    def _look(self, image: Image) -> Passed:
+        return Passed(image, False) if self._guard is None else self._guard.look(image)
 
     def preview(self, number: int, image: Image) -> None:
-        """An estimate."""
-        self._send(Drawn(encode(image, self._order.output_format, self._order.quality), size_of(image), number))
+        """An estimate. One that is kept back is left out: the picture may be another matter."""
+        try:
+            image, is_flagged = self._look(image)
+        except (ApiError, RuntimeError):
+            return
+        data = encode(image, self._order.output_format, self._order.quality)
+        self._send(Drawn(data, size_of(image), number, is_flagged=is_flagged))
 
     def finish(self, image: Image, course: Course) -> None:
-        """The picture."""
+        """The picture, or that it is kept back."""
+        try:
+            passed = self._look(image)
+        except (ApiError, RuntimeError) as error:
+            self._send(error)
+            return
+        told = self._told()
+        if passed.is_flagged:
+            told["flagged"] = True
+        data = encode(passed.image, self._order.output_format, self._order.quality, told)
+        went = (course.waited_s, course.step_s, course.batch, course.was_there)
+        self._send(Drawn(data, size_of(image), None, went, passed.is_flagged))
+
+    def _told(self) -> dict[str, Any]:
+        """What a PNG's metadata says."""
         from gtl import __version__
 
         order, request = self._order, self._request
@@ -209,8 +237,7 @@ class Mail:
             told["prompt"] = order.prompt
         else:
             del told["negative_prompt"]
-        data = encode(image, order.output_format, order.quality, told)
-        self._send(Drawn(data, size_of(image), None, (course.waited_s, course.step_s, course.batch, course.was_there)))
+        return told
 
     def fail(self, error: Exception) -> None:
         """No picture."""

@@ -287,9 +287,10 @@ class Ingress:
             if self._output is not None and asked.response_format == "url":
                 key = f"{identity}-{order.seed}.{order.output_format}"
                 await asyncio.to_thread(self._output.write, key, one.data)
-                pictures.append(Picture(url=self._output.url(key), seed=order.seed))
+                place: dict[str, Any] = {"url": self._output.url(key)}
             else:
-                pictures.append(Picture(b64_json=base64.b64encode(one.data).decode(), seed=order.seed))
+                place = {"b64_json": base64.b64encode(one.data).decode()}
+            pictures.append(Picture(seed=order.seed, flagged=one.is_flagged or None, **place))
         answer = ImagesResponse(
             data=tuple(pictures), output_format=asked.output_format, size=size_text(drawn[0].size),
             seed=orders[0].seed, model=chosen.title,
@@ -318,7 +319,7 @@ class Ingress:
         async for drawn in self._draw(chosen, order, who):
             shared: dict[str, Any] = {
                 "b64_json": base64.b64encode(drawn.data).decode(), "size": size_text(drawn.size),
-                "output_format": asked.output_format,
+                "output_format": asked.output_format, "flagged": drawn.is_flagged or None,
                 "type": f"{kind}.{'completed' if drawn.preview is None else 'partial_image'}",
             }  # fmt: skip
             if drawn.preview is None:

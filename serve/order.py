@@ -46,6 +46,8 @@ class Drawn(NamedTuple):
     """Its number; None: it is the picture."""
     course: tuple[float, float, float, bool] | None = None
     """How the picture came about, as `gtl.generate.loop.Course`."""
+    is_flagged: bool = False
+    """By the safety checker, and so blurred."""
 
 
 class Stopped(Exception):

@@ -271,6 +271,8 @@ class Picture(Answer):
     url: str | None = None
     seed: int | None = None
     """Its own: the answer's + its place."""
+    flagged: Literal[True] | None = None
+    """By the server's safety checker, and therefore blurred."""
 
 
 class ImagesResponse(Answer):
@@ -295,6 +297,8 @@ class Event(Answer):
     b64_json: str
     size: str
     """WIDTHxHEIGHT."""
+    flagged: Literal[True] | None = None
+    """As of a `Picture`."""
     output_format: Literal["png", "webp", "jpeg"]
     created_at: int = Field(default_factory=lambda: int(time.time()))
     background: Literal["opaque"] = "opaque"

@@ -70,6 +70,17 @@ class Base(Section):
     replicas: Replicas = Replicas()
 
 
+class Safety(Section):
+    """What looks at every picture and preview before it leaves."""
+
+    checker: ModelSource
+    """Stable Diffusion's safety checker: a folder or hub id of a pipeline that has it, or of itself."""
+    action: Literal["refuse", "blur"] = "refuse"
+    """Of a picture that is flagged. A preview that is flagged is left out, or blurred too."""
+    threshold: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """How far beyond the checker's own limits is too far; below 0 it flags more."""
+
+
 class Settings(Section):
     """`args` of the application."""
 
@@ -96,6 +107,8 @@ class Settings(Section):
     """How often the registry is read again: new versions, and aliases that moved."""
     output: Place | None = None
     """Folder or bucket URL for pictures of `response_format: url`."""
+    safety: Safety | None = None
+    """Left out: nothing looks at pictures."""
     keep_prompt: bool = True
     """Write the prompt into the pictures' metadata, with the rest of what drew them."""
 

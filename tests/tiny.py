@@ -644,6 +644,30 @@ def make_clip(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def make_checker(folder: Path, limits: Sequence[float], care: Sequence[float] = (1, 1, 1), inside: bool = True) -> Path:
+    """Write a tiny safety checker, as Stable Diffusion 1.5 has it or alone; returns the folder.
+
+    A picture is flagged where its cosine to a concept is above the concept's limit: always at -1.1, never at 1.1.
+    """
+    import torch
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    config = CLIPConfig(
+        text_config=SMALL, vision_config={"image_size": 32, "patch_size": 8, **SMALL}, projection_dim=12
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        checker = StableDiffusionSafetyChecker(config)
+        for vectors in (checker.concept_embeds, checker.special_care_embeds):
+            vectors.data.normal_()
+    checker.concept_embeds_weights.data = torch.tensor([*limits, *[1.1] * (17 - len(limits))])
+    checker.special_care_embeds_weights.data = torch.tensor([float(limit) for limit in care])
+    checker.save_pretrained(folder / "safety_checker" if inside else folder)
+    write_json((folder / "feature_extractor" if inside else folder) / "preprocessor_config.json", CLIP_PREPROCESSOR)
+    return folder
+
+
 def clip_config(vocabulary: Mapping[str, int], width: int, act: str, projection_dim: int | None = None) -> Any:
     """Config of a tiny CLIP text encoder of two layers."""
     from transformers import CLIPTextConfig

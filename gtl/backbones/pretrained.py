@@ -107,7 +107,7 @@ def open_pretrained(spec: str) -> Extractor:
     source = str(path) if path.is_dir() else spec
     with _explained(spec, path.is_dir()), quieted():
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **_pillow())
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **pillow())
         model, info = AutoModel.from_pretrained(
             source,
             dtype=torch.float32,
@@ -167,7 +167,7 @@ def _size(size: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in size.items() if value)
 
 
-def _pillow() -> dict[str, Any]:
+def pillow() -> dict[str, Any]:
     """What makes transformers preprocess with Pillow where torchvision is installed, too: the two differ in pixels."""
     return {"backend": "pil"} if find_spec("transformers.image_processing_backends") else {"use_fast": False}
 
