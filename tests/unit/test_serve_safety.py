@@ -46,7 +46,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineLoop]:
 
 def pictures(place: Path) -> list[Image.Image]:
     write_pictures(place, [(48, 64), (64, 40), (32, 32), (100, 31)])
-    return [Image.open(file).convert("RGB") for file in sorted(place.iterdir())]
+    return [Image.open(file).convert("RGB") for file in sorted(place.glob("*.png"))]
 
 
 def judged(folder: Path, images: list[Image.Image]) -> list[bool]:
