@@ -36,6 +36,21 @@ FIELDS = {
 }  # fmt: skip
 """What the engine's messages begin with, and the field of the API that is meant."""
 
+_TEXT = {"type": "string"}
+_ERROR = {
+    "message": _TEXT, "type": _TEXT, "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]},
+}  # fmt: skip
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "An error, in OpenAI's shape.",
+        "content": {"application/json": {"schema": {
+            "type": "object", "required": ["error"],
+            "properties": {"error": {"type": "object", "required": list(_ERROR), "properties": _ERROR}},
+        }}},
+    }
+}  # fmt: skip
+"""Of every route, in the API's own description."""
+
 _PLACES = ("body", "query", "path", "header", "cookie")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 

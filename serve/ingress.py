@@ -70,7 +70,11 @@ FILES = {"image": {"type": "string", "format": "binary"}, "mask": {"type": "stri
 KEEP_ALIVE_S = 10.0
 """Between two comments in a stream that has nothing to tell: proxies close silent connections."""
 
-app = FastAPI(title="gtl", docs_url="/docs", redoc_url=None)
+PICTURES = {
+    "200": {"description": "Pictures; with stream, events.", "content": {"application/json": {}, "text/event-stream": {}}}
+}  # fmt: skip
+
+app = FastAPI(title="gtl", docs_url="/docs", redoc_url=None, responses=errors.RESPONSES)
 app.add_middleware(metrics.CountRequests)
 errors.install(app)
 
@@ -81,7 +85,7 @@ def body_of(model: type[Drawing], kind: str = "application/json", files: Mapping
     schema["properties"] |= files
     schema["required"] = [*schema.get("required", ()), *list(files)[:1]]
     schema["properties"]["adapters"] = schema["properties"]["adapters"] | {"items": schema.pop("$defs")["Adapter"]}
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}, "responses": PICTURES}
 
 
 async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], identity: str) -> AsyncIterator[bytes]:
@@ -185,7 +189,7 @@ class Ingress:
         told = {"status": "waiting" if missing else "ready", "missing": missing}
         return JSONResponse(told, 503 if missing else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def scrape(self, request: Request) -> Response:
         """For Prometheus."""
         self._who(request)
