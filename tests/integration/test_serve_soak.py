@@ -44,12 +44,17 @@ def test_everything_at_once(ray_cluster: None, shelf: Path, seconds: float, kill
         with observed() as vitals, killing(kill_s) as killed:
             asyncio.run(traffic.run(seconds, USERS))
             still = seconds > 10 * SAMPLE_S and eventually(lambda: idle(url), 30)
-        print(dict(traffic.asked), "killed:", len(killed), "pictures kept:", len(traffic.shown))
+        print(dict(traffic.asked), f"replicas killed: {len(killed)}, pictures kept: {len(traffic.shown)}")
+        for name, series in vitals.items():
+            grown = [growth(series, of) for of in ("bytes", "threads", "files")]
+            print(f"{name}: {series[0]} to {series[-1]} in {len(series)} looks, grew by {grown}")
         assert traffic.faults == []
         assert killed, "or the test shows nothing of it"
         assert still, "nobody asks, and yet something is in work"
         for name, series in vitals.items():
             assert (grown := growth(series)) <= GROWTH, f"{name}: grew by {grown / 2**20:.0f} MiB: {series}"
+            for of in ("threads", "files"):
+                assert growth(series, of) <= SPARE, f"{name}: {of}: {series}"
         wrong = [one.fields for one in traffic.shown[:checked] if not same(one.image, alone(shelf, one))]
         assert wrong == []
     assert len(traffic.shown) > checked // 4
@@ -75,7 +80,10 @@ def idle(url: str) -> bool:
     import ray
 
     told = numbers_of(url)
-    busy = [ray.get(one.record_routing_stats.remote())["busy_s"] for one in actors("Generator")]
+    try:
+        busy = [ray.get(one.record_routing_stats.remote())["busy_s"] for one in actors("Generator")]
+    except ray.exceptions.RayError:  # one is not up yet
+        return False
     return told["gtl_pictures_running"] == told["gtl_pictures_waiting"] == 0 and len(busy) == 2 and not any(busy)
 
 
