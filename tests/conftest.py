@@ -16,7 +16,9 @@ PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 BUCKET = "gtl-tests"
 ALONE = ("test_interop", "test_wheel")
 """Files among those of the cluster that do without it."""
-LONGEST = ("engine", "integration", "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
+TOGETHER = ("engine", "integration", "serving")
+"""Folders whose files share a group of processes or a cluster."""
+LONGEST = (*TOGETHER, "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
 
 
 def free_port() -> int:
@@ -79,7 +81,7 @@ def scope_of(nodeid: str) -> str:
     That is the cluster, a group of processes or the models of a file.
     """
     file = Path(nodeid.partition("::")[0])
-    return file.parent.name if file.parent.name in ("integration", "engine") and file.stem not in ALONE else file.stem
+    return file.parent.name if file.parent.name in TOGETHER and file.stem not in ALONE else file.stem
 
 
 def skip_without_gpu(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from serve.routing import LOAD_S, STATS_S, seconds
 from serve.scaling import ByWork
 from tests.conftest import free_port
 from tests.endpoint import BASE, serving
-from tests.integration.test_serve import eventually, generators
+from tests.serving.test_serve import eventually, generators
 
 
 def test_replicas_follow_the_work(ray_cluster: None, shelf: Path) -> None:

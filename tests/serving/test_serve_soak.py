@@ -22,7 +22,7 @@ from gtl.generate.engine import Request
 from gtl.generate.images import generate
 from tests.conftest import free_port
 from tests.endpoint import BASE, serving
-from tests.integration.test_serve import eventually, numbers_of, same
+from tests.serving.test_serve import eventually, numbers_of, same
 from tests.traffic import Shown, Traffic
 
 USERS = 6
