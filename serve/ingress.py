@@ -71,7 +71,10 @@ KEEP_ALIVE_S = 10.0
 """Between two comments in a stream that has nothing to tell: proxies close silent connections."""
 
 PICTURES = {
-    "200": {"description": "Pictures; with stream, events.", "content": {"application/json": {}, "text/event-stream": {}}}
+    "200": {
+        "description": "Pictures; with stream, events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
 }  # fmt: skip
 
 app = FastAPI(title="gtl", docs_url="/docs", redoc_url=None, responses=errors.RESPONSES)
