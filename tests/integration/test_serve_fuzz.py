@@ -51,25 +51,7 @@ def fuzz(url: str, examples: int, seconds: float) -> dict[str, set[int]]:
         seen, end = found.setdefault(operation.path, set()), time.monotonic() + seconds / len(operations)
         modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
         for mode in modes:
-
-            @given(case=operation.as_strategy(generation_mode=mode))
-            @settings(
-                max_examples=examples, deadline=None, derandomize=True, database=None,
-                phases=[Phase.generate], suppress_health_check=list(HealthCheck),
-            )  # fmt: skip
-            def send(case: Any) -> None:  # noqa: B023
-                if time.monotonic() > end:
-                    return
-                answer = case.call(base_url=url, timeout=60)
-                seen.add(answer.status_code)
-                kind = answer.headers.get("content-type", [""])[0].partition(";")[0]
-                assert answer.status_code < 500, (case.as_curl_command(), answer.text)
-                if answer.status_code >= 400:
-                    assert_openai_s(answer.status_code, answer.text, kind)
-                else:
-                    declared = case.operation.definition.raw["responses"]["200"]["content"]
-                    assert kind in declared, (case.as_curl_command(), kind)
-
+            send = sender(operation.as_strategy(generation_mode=mode), url, examples, end, seen)
             try:
                 send()
             except Exception as error:
@@ -77,6 +59,30 @@ def fuzz(url: str, examples: int, seconds: float) -> dict[str, set[int]]:
                 if mode is modes[0] or "Impossible" not in str(error) and "nsatisfiable" not in type(error).__name__:
                     raise
     return found
+
+
+def sender(cases: Any, url: str, examples: int, end: float, seen: set[int]) -> Any:
+    """Sends cases until `end`, and looks at what is answered."""
+
+    @given(case=cases)
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None,
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    def send(case: Any) -> None:
+        if time.monotonic() > end:
+            return
+        answer = case.call(base_url=url, timeout=60)
+        seen.add(answer.status_code)
+        kind = answer.headers.get("content-type", [""])[0].partition(";")[0]
+        assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+        if answer.status_code >= 400:
+            assert_openai_s(answer.status_code, answer.text, kind)
+        else:
+            declared = case.operation.definition.raw["responses"]["200"]["content"]
+            assert kind in declared, (case.as_curl_command(), kind)
+
+    return send
 
 
 ROUTES = {
