@@ -29,6 +29,8 @@ USERS = 6
 SAMPLE_S = 2.0
 GROWTH = 40 * 2**20
 """Bytes that a process may gain after its first third: allocators do not give back all that they are given."""
+NEW_S = 120.0
+"""A replica that lived for less tells nothing of growth, unless it was there from the start."""
 SPARE = 8
 """Threads and open files that come and go."""
 
@@ -135,9 +137,13 @@ def measured(kind: str) -> list[tuple[int, dict[str, float]]]:
 
 
 def growth(series: list[dict[str, float]], of: str = "bytes") -> float:
-    """What a straight line through a series gains after its first third; 0 of one that was too short-lived to say."""
+    """What a straight line through a series gains after its first third; 0 of one that was too short-lived to say.
+
+    That is a replica that was started in place of a killed one: for a minute it loads and fills what it keeps.
+    """
     later = series[len(series) // 3 :]
-    if len(later) < 5:
+    was_there = series[0]["second"] < 3 * SAMPLE_S
+    if len(later) < 5 or not was_there and series[-1]["second"] - series[0]["second"] < NEW_S:
         return 0.0
     seconds = np.array([one["second"] for one in later])
     slope, _ = np.polyfit(seconds, [one[of] for one in later], 1)
