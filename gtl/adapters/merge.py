@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,27 @@ if TYPE_CHECKING:
 
 
 def merge(parts: Mapping[str, nn.Module], folder: Path, scale: float = 1.0) -> set[str]:
-    """Put an artefact into a model's weights, in place; the names `<part>.<parameter>` of those that changed.
+    """`merge_all` of one artefact."""
+    return merge_all(parts, ((folder, scale),))
 
-    The parts are plain modules before and after. What changes becomes fp32, and so loses nothing. See `apply`.
+
+def merge_all(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]) -> set[str]:
+    """Put artefacts into a model's weights, in place; the names `<part>.<parameter>` of those that changed.
+
+    They are all on the model before any is folded in, so that a delta replaces the base's weights and not another's
+    update of them. The parts are plain modules before and after. What changes becomes fp32, and so loses nothing; it
+    gets memory of its own. See `apply`.
 
     Raises:
-        UserError: the artefact does not fit; the model stays as it was.
+        UserError: an artefact does not fit; the model may be changed by those before it.
     """
-    changed = moved(parts, folder)
+    changed = {name for folder, _ in adapters for name in moved(parts, folder)}
     for name in changed:
         owner, _, own = name.partition(".")
         parameter = parts[owner].get_parameter(own)
-        parameter.data = parameter.data.float()
-    apply(parts, folder, scale=scale)
+        parameter.data = parameter.data.float().clone()
+    for number, (folder, scale) in enumerate(adapters):
+        apply(parts, folder, f"adapter{number}", scale)
     for part in parts.values():
         fold(part)
     return changed

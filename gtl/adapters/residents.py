@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gtl.adapters.apply import moved
 from gtl.adapters.formats import MAIN_PARTS
-from gtl.adapters.merge import merge
+from gtl.adapters.merge import merge_all
 from gtl.adapters.sharing import fits
 from gtl.adapters.slots import Slots, Stack, joint
 from gtl.types import UserError
@@ -156,14 +155,7 @@ class Residents:
     def _merge(self, adapters: Adapters) -> dict[str, Tensor]:
         """The weights that adapters change, with all of them in."""
         fresh = {part: shadow(module) for part, module in self._plain.items()}
-        changed: set[str] = set()
-        for folder, _ in adapters:
-            changed |= moved(fresh, folder)
-        for name in changed:  # what is merged in place must not be the base's own memory
-            part, _, parameter = name.partition(".")
-            fresh[part].get_parameter(parameter).data = fresh[part].get_parameter(parameter).data.float().clone()
-        for folder, scale in adapters:
-            merge(fresh, folder, scale)
+        changed = merge_all(fresh, adapters)
         weights = {}
         for name in sorted(changed):
             part, _, parameter = name.partition(".")

@@ -40,6 +40,7 @@ def folders(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     config = LoraExport(rank=RANK, alpha=2.0)
     write_lora(random_lora(unet, "unet", seed=1, only="attn"), place / "a", config=config)
     write_lora(random_lora(unet, "unet", seed=2, only="conv1"), place / "b", config=config)
+    write_lora(random_lora(unet, "unet", seed=7, only="attn"), place / "all", config=config)
     both = random_lora(unet, "unet", seed=3, only="attn") | random_lora(encoder, "text_encoder", seed=4)
     write_lora(both, place / "words", config=config)
     write_lora(random_lora(unet, "unet", seed=5, rank=9, only="attn"), place / "wide", config=LoraExport(9, 2.0))
@@ -137,6 +138,17 @@ def test_what_cannot_share_has_batches_of_its_own(
         assert distance(pictures[handle], alone(sd, each, replace(DOG, seed=seed))) < SAME + 0.5 / 255
     after = engine.parts["unet"].state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("names", [("b", "delta"), ("delta", "b"), ("all", "delta"), ("a", "dora"), ("dora", "all")])
+def test_what_cannot_share_adds_up_with_what_can(sd: Path, folders: dict[str, Path], names: tuple[str, str]) -> None:
+    """In either order, also where both change the same weights."""
+    adapters: Adapters = tuple((folders[name], scale) for name, scale in zip(names, (1.0, 0.5), strict=True))
+    engine = make_engine(sd)
+    seat = take(engine, adapters)
+    assert seat.company == adapters
+    (picture,) = (engine.add(DOG, seat), drain(engine))[1].values()
+    assert distance(picture, alone(sd, adapters, DOG)) < SAME + 0.5 / 255
 
 
 def test_a_lora_can_be_merged(sd: Path, folders: dict[str, Path]) -> None:
