@@ -13,9 +13,6 @@ from serve.ingress import Ingress
 from serve.routing import STATS_S
 from serve.settings import Base, Settings, resolved
 
-DRAIN_S = 60.0
-"""A replica that is to end finishes what it draws for so long."""
-
 
 def build(args: dict[str, Any]) -> Application:
     """The application for the `args` of a config; see `serve.settings.Settings`.
@@ -27,8 +24,9 @@ def build(args: dict[str, Any]) -> Application:
     settings = settings.model_copy(update={"bases": list(bases_from(settings))})
     generators = {base.name: generator(base, settings) for base in settings.bases if isinstance(base, Base)}
     ingress = serve.deployment(
-        name="Ingress", num_replicas=settings.ingresses, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1}
-    )(Ingress)
+        name="Ingress", num_replicas=settings.ingresses, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=settings.timeout_s,
+    )(Ingress)  # fmt: skip
     return ingress.bind(settings.model_dump(mode="json"), generators)
 
 
@@ -50,7 +48,7 @@ def generator(base: Base, settings: Settings) -> Application:
         name=f"Generator:{base.name}",
         max_ongoing_requests=8 * base.max_batch,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus_of(base)},
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=settings.timeout_s,  # what it draws is finished first
         request_router_config={
             "request_router_class": "serve.routing:ByAdapter",
             "request_routing_stats_period_s": STATS_S,

@@ -54,13 +54,20 @@ def serving(registry: Path, port: int, **args: Any) -> Iterator[str]:
     """URL of an endpoint on the connected cluster, until the block ends."""
     from ray import serve
 
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    try:
+        deploy(registry, **args)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+
+
+def deploy(registry: Path, **args: Any) -> None:
+    """Deploy it, or another in its place."""
+    from ray import serve
+
     from serve.app import build
 
     base = {"name": "tiny", "source": BASE, "slots": 4, "max_rank": 8, "merged": ["star"]}
     values = {"registry": str(registry), "bases": [base], "refresh_s": 3600, "timeout_s": 120, **args}
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    try:
-        serve.run(build(values), name="gtl", route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
+    serve.run(build(values), name="gtl", route_prefix="/")

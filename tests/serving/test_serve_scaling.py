@@ -1,5 +1,7 @@
 """Generators come with the work and go with it, to none and back."""
 
+import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +14,8 @@ from serve.order import Order
 from serve.routing import LOAD_S, STATS_S, seconds
 from serve.scaling import ByWork
 from tests.conftest import free_port
-from tests.endpoint import BASE, serving
-from tests.serving.test_serve import eventually, generators
+from tests.endpoint import BASE, deploy, serving
+from tests.serving.test_serve import eventually, generators, load_of, picture_of
 
 
 def test_replicas_follow_the_work(ray_cluster: None, shelf: Path) -> None:
@@ -36,6 +38,30 @@ def test_replicas_follow_the_work(ray_cluster: None, shelf: Path) -> None:
         assert eventually(lambda: generators() == [], 90)
         assert time.monotonic() - began > 2.0
         assert ask(1, 2) == 200, "and back"
+
+
+def test_another_config_takes_over_and_no_request_fails(ray_cluster: None, shelf: Path) -> None:
+    """Those in work are finished by what they began with, those who come later find the new one."""
+    bases = [{"name": "tiny", "source": BASE, "steps": 120}]
+    with serving(shelf, free_port(), bases=bases) as url, ThreadPoolExecutor(4) as pool:
+        over = threading.Event()
+
+        def keep_asking(seed: int) -> list[int]:
+            found = []
+            while not over.is_set():
+                fields = {"prompt": "a red circle", "seed": seed}
+                found.append(httpx.post(f"{url}/v1/images/generations", json=fields, timeout=120).status_code)
+            return found
+
+        asking = [pool.submit(keep_asking, seed) for seed in range(3)]
+        assert eventually(lambda: load_of()[1] > 0)
+        deploy(shelf, bases=[{**bases[0], "steps": 3}])
+        time.sleep(2)
+        over.set()
+        answers = [status for one in asking for status in one.result()]
+        assert set(answers) == {200} and len(answers) >= 6
+        drawn = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a red circle"}, timeout=60).json()
+        assert json.loads(picture_of(drawn["data"][0]["b64_json"]).info["gtl"])["steps"] == 3
 
 
 def test_an_adapter_stays_where_it_is_until_everybody_wants_it(ray_cluster: None, shelf: Path) -> None:
