@@ -79,7 +79,10 @@ def test_parts_are_shown_beside_the_value() -> None:
         scores={"val_loss": score}, samples=None,
     )  # fmt: skip
     lines = scores_table(evaluation).splitlines()
-    assert lines[2].split()[0] == "val_loss" and "12 real" in lines[2] and "drawn" not in lines[2]
+    assert lines[1].split()[-3:] == ["drawn", "real", "extractor"]
+    name, *_, better, real, extractor = lines[2].split(maxsplit=6)
+    assert (name, better, real) == ("val_loss", "lower", "12"), "nothing is drawn"
+    assert extractor == f"{FACTS['extractor']} ({FACTS['resize']}, {FACTS['dtype']})"
     assert [line.split() for line in lines[3:]] == [["val_loss_q1", "0.5"], ["val_loss_q2", "0.25"]]
     shown = make_scores(evaluation.model_dump(mode="json"), None)
     assert shown.title.endswith(" UTC: 48 real images, 12 of them held out")
