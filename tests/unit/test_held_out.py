@@ -80,7 +80,7 @@ def test_parts_are_shown_beside_the_value() -> None:
     )  # fmt: skip
     lines = scores_table(evaluation).splitlines()
     assert lines[1].split()[-3:] == ["drawn", "real", "extractor"]
-    name, *_, better, real, extractor = lines[2].split(maxsplit=6)
+    name, *_, better, real, extractor = lines[2].split(maxsplit=7)
     assert (name, better, real) == ("val_loss", "lower", "12"), "nothing is drawn"
     assert extractor == f"{FACTS['extractor']} ({FACTS['resize']}, {FACTS['dtype']})"
     assert [line.split() for line in lines[3:]] == [["val_loss_q1", "0.5"], ["val_loss_q2", "0.25"]]
