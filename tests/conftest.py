@@ -167,7 +167,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, seconds: float = 60) -> None:
+def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while server.poll() is None and time.monotonic() < deadline:
         with socket.socket() as client:
