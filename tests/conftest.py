@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.ports import free_port
+
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
 BUCKET = "gtl-tests"
 ALONE = ("test_interop", "test_wheel")
@@ -19,12 +21,6 @@ ALONE = ("test_interop", "test_wheel")
 TOGETHER = ("engine", "integration", "serving")
 """Folders whose files share a group of processes or a cluster."""
 LONGEST = (*TOGETHER, "test_pairs", "test_footprint", "test_flow", "test_bench", "test_families")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 # Set before anything is imported or started: workers of the one Ray cluster inherit it. The S3 address is that of the
@@ -167,7 +163,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, seconds: float = 240) -> None:
+def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while server.poll() is None and time.monotonic() < deadline:
         with socket.socket() as client:

@@ -140,7 +140,7 @@ def export_pipeline(registry: str, reference: str, out: Path, dtype: str | None 
         empty = {part: family.build(part) for part in model_parts(family)}
     changed = {name.partition(".")[0] for name in moved(empty, folder)}
     parts = {part: family.load(part, torch.float32) for part in empty if part in changed or dtype is not None}
-    merge(parts, folder, parse_reference(reference).scale)
+    merge(parts, ((folder, parse_reference(reference).scale),))
     for name, part in parts.items():
         stored = next(family.weights(name))[1].dtype
         torch.nn.Module.to(part, getattr(torch, DTYPES[dtype]) if dtype else stored)

@@ -1,4 +1,4 @@
-"""An adapter merged into the weights it is for, as if they had been trained themselves."""
+"""Adapters merged into the weights they are for, as if those had been trained themselves."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from gtl.adapters.apply import apply, moved
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def merge(parts: Mapping[str, nn.Module], folder: Path, scale: float = 1.0) -> set[str]:
-    """`merge_all` of one artefact."""
-    return merge_all(parts, ((folder, scale),))
-
-
-def merge_all(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]) -> set[str]:
-    """Put artefacts into a model's weights, in place; the names `<part>.<parameter>` of those that changed.
+def merge(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]) -> set[str]:
+    """Put artefacts with their scales into a model's weights; the names `<part>.<parameter>` of those that changed.
 
     They are all on the model before any is folded in, so that a delta replaces the base's weights and not another's
     update of them. The parts are plain modules before and after. What changes becomes fp32, and so loses nothing; it
     gets memory of its own. See `apply`.
 
     Raises:
-        UserError: an artefact does not fit; the model may be changed by those before it.
+        UserError: an artefact does not fit, and the model stays as it was; or two deltas move one weight, and the model
+            has the first.
     """
     changed = {name for folder, _ in adapters for name in moved(parts, folder)}
     for name in changed:
         owner, _, own = name.partition(".")
         parameter = parts[owner].get_parameter(own)
-        parameter.data = parameter.data.float().clone()
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     for number, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{number}", scale)
     for part in parts.values():

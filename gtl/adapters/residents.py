@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gtl.adapters.formats import MAIN_PARTS
-from gtl.adapters.merge import merge_all
+from gtl.adapters.merge import merge
 from gtl.adapters.sharing import fits
 from gtl.adapters.slots import Slots, Stack, joint
 from gtl.types import UserError
@@ -155,7 +155,7 @@ class Residents:
     def _merge(self, adapters: Adapters) -> dict[str, Tensor]:
         """The weights that adapters change, with all of them in."""
         fresh = {part: shadow(module) for part, module in self._plain.items()}
-        changed = merge_all(fresh, adapters)
+        changed = merge(fresh, adapters)
         weights = {}
         for name in sorted(changed):
             part, _, parameter = name.partition(".")

@@ -40,6 +40,8 @@ def way_of(slots: Sequence[int], scales: Sequence[float]) -> Way:
 class Rows:
     """What every layer reads of the batch in work; set once a forward pass."""
 
+    trained: bool = False
+    """Whether there are backward passes; the same for all batches, so that all are rounded alike."""
     each: int | None = 0
     """Rows of a run; 0 while nothing is assigned, None where one run has as many as come."""
     index: Tensor = torch.empty(0, dtype=torch.long)
@@ -124,7 +126,7 @@ class SlotConv(SlotLayer):
         if is_pointwise(layer):
             down = torch.bmm(spread(a, each).flatten(2), x.flatten(2))
         else:
-            if torch.is_grad_enabled() and len(a) > 1:
+            if self.rows.trained:
                 a, each = spread(a, each), 1  # slower, but the backward pass keeps x itself and no other copy of it
             # Without the layer's dilation, as in PEFT.
             wide, kernels = turned(x, len(a), each).flatten(1, 2), a.flatten(0, 1)

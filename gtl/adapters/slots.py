@@ -80,7 +80,7 @@ class Slots:
         """
         self.part, self.module = part, module
         self.slots, self.rank, self.steady = slots, rank, steady
-        self.rows = Rows()
+        self.rows = Rows(trained=trainable)
         self._places: dict[str, Place] = {}
         width = 0
         for name in targets:

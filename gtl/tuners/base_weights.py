@@ -48,6 +48,6 @@ class BaseWeights:
 
     def _continue_from(self, parts: Mapping[str, nn.Module], init: Path) -> set[str]:
         try:
-            return merge(parts, init)
+            return merge(parts, ((init, 1.0),))
         except UserError as error:
             raise UserError(f"tuner.init: {self._name}: {error}") from None

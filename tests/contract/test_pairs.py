@@ -95,7 +95,7 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
     assert (trained - base).abs().max() > 0.1
     torch.testing.assert_close(predict(family, fresh, batch), trained, rtol=1e-4, atol=1e-5)
     plain = [set(merged[part].state_dict()) for part in live]
-    assert {name.partition(".")[0] for name in merge(merged, tmp_path / "adapter")} == set(live)
+    assert {name.partition(".")[0] for name in merge(merged, ((tmp_path / "adapter", 1.0),))} == set(live)
     assert [set(merged[part].state_dict()) for part in live] == plain
     torch.testing.assert_close(predict(family, merged, batch), trained, rtol=1e-3, atol=1e-4)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import free_port
+from tests.ports import free_port
 
 CONFIG = Path(__file__).parents[2] / "serve" / "local.yaml"
 SCRIPT = """

@@ -11,8 +11,8 @@ import pytest
 from openai import AuthenticationError, OpenAI
 
 from serve.keys import new_key
-from tests.conftest import free_port
 from tests.endpoint import serving
+from tests.ports import free_port
 
 
 class Door(NamedTuple):

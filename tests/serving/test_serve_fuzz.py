@@ -13,8 +13,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.conftest import free_port
 from tests.endpoint import BASE, serving
+from tests.ports import free_port
 
 SMALL = {
     "limits": {"max_steps": 2, "max_pixels": 64 * 64, "max_n": 2, "max_upload_bytes": 2**20},

@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import free_port
 from tests.endpoint import serving
+from tests.ports import free_port
 from tests.tiny import make_checker
 
 DRAW = {"prompt": "a red circle", "seed": 1}

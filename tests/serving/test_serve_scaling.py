@@ -13,8 +13,8 @@ import pytest
 from serve.order import Order
 from serve.routing import LOAD_S, STATS_S, seconds
 from serve.scaling import ByWork
-from tests.conftest import free_port
 from tests.endpoint import BASE, deploy, serving
+from tests.ports import free_port
 from tests.serving.test_serve import eventually, generators, load_of, picture_of
 
 

@@ -20,8 +20,8 @@ from gtl.families import open_family
 from gtl.generate.edit import Edit
 from gtl.generate.engine import Request
 from gtl.generate.images import generate
-from tests.conftest import free_port
 from tests.endpoint import BASE, serving
+from tests.ports import free_port
 from tests.serving.test_serve import eventually, numbers_of, same
 from tests.traffic import Shown, Traffic
 

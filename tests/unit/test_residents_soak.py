@@ -57,7 +57,7 @@ def asked(registry: Registry, place: Path) -> Iterator[Adapters]:
             yield tuple((fetched.get(name, place / name), scale) for name, scale in names)
 
 
-@pytest.mark.parametrize("cycles", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("cycles", [500, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_loads_and_evictions_leave_nothing(registry: Registry, tmp_path: Path, cycles: int) -> None:
     family = open_family(BASE)
     parts = load_parts(family, [], device="cpu", dtype=torch.float32)
