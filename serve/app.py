@@ -7,7 +7,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from serve.catalog import bases_from
+from serve.catalog import Catalog
 from serve.generator import Generator
 from serve.ingress import Ingress
 from serve.routing import STATS_S
@@ -21,8 +21,9 @@ def build(args: dict[str, Any]) -> Application:
         UserError: a key or value is wrong, or the registry cannot be read.
     """
     settings = resolved(args)
-    settings = settings.model_copy(update={"bases": list(bases_from(settings))})
-    generators = {base.name: generator(base, settings) for base in settings.bases if isinstance(base, Base)}
+    bases = Catalog(settings).bases if settings.bases == "auto" else tuple(settings.bases)
+    settings = settings.model_copy(update={"bases": list(bases)})
+    generators = {base.name: generator(base, settings) for base in bases}
     ingress = serve.deployment(
         name="Ingress", num_replicas=settings.ingresses, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=settings.timeout_s,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from gtl.adapters import Card, Registry
 from gtl.adapters.sharing import fits
 from gtl.config.base import is_url
-from gtl.config.names import NAME
+from gtl.config.names import NAME, parse_reference
 from gtl.families import open_family
 from gtl.types import UserError
 from serve.errors import invalid, model_not_found
@@ -51,8 +51,12 @@ class Chosen(NamedTuple):
     @property
     def title(self) -> str:
         """As a client could ask for it again."""
-        names = [name if scale == 1 else f"{name}:{scale:g}" for name, scale in self.adapters]
-        return f"{self.base.name}:{'+'.join(names)}" if names else self.base.name
+        return ":".join([self.base.name, "+".join(self.names)]) if self.adapters else self.base.name
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters, NAME@VERSION[:SCALE]."""
+        return [str(parse_reference(name)._replace(scale=scale)) for name, scale in self.adapters]
 
 
 class Catalog:
@@ -67,12 +71,12 @@ class Catalog:
         self.registry = Registry(settings.registry)
         self._cards: dict[tuple[str, str], Card] = {}
         self._lock = threading.Lock()
-        self.bases = bases_from(settings)
+        found = self._read()
+        self.bases = tuple(bases_of(self._cards.values()) if settings.bases == "auto" else settings.bases)
         families = {base.name: find_here(base) for base in self.bases}
         self._prints = {name: None if family is None else family.fingerprint() for name, family in families.items()}
         self._sizes = {name: size_of(family) for name, family in families.items()}
-        self._entries: tuple[Entry, ...] = ()
-        self.refresh()
+        self._entries = self._match(found)
 
     def refresh(self) -> None:
         """Read the registry again.
@@ -81,15 +85,10 @@ class Catalog:
             UserError: it cannot be read; what was read before stands.
         """
         with self._lock:
-            found = self._read()
-            entries = []
-            for card, aliases in found:
-                base = next((base for base in self.bases if self._is_for(card, base)), None)
-                if base is not None:
-                    entries.append(Entry(base, card, aliases))
-            self._entries = tuple(entries)
+            self._entries = self._match(self._read())
 
     def _read(self) -> list[tuple[Card, tuple[str, ...]]]:
+        """Cards with their aliases; those that were read before are not read again."""
         listings = self.registry.list()
         cards = {
             (one.name, one.version): self._cards.get((one.name, one.version))
@@ -98,6 +97,15 @@ class Catalog:
         }
         self._cards = cards
         return [(cards[one.name, one.version], one.aliases) for one in listings]
+
+    def _match(self, found: Iterable[tuple[Card, tuple[str, ...]]]) -> tuple[Entry, ...]:
+        """What of the registry is for a base that is served."""
+        entries = []
+        for card, aliases in found:
+            base = next((base for base in self.bases if self._is_for(card, base)), None)
+            if base is not None:
+                entries.append(Entry(base, card, aliases))
+        return tuple(entries)
 
     def _is_for(self, card: Card, base: Base) -> bool:
         known = self._prints[base.name]
@@ -195,19 +203,7 @@ def model_of(entry: Entry, identity: str) -> Model:
     return Model(id=identity, created=int(card.created.timestamp()), gtl=origin)
 
 
-def bases_from(settings: Settings) -> tuple[Base, ...]:
-    """The bases that are served, as settings and the registry say.
-
-    Raises:
-        UserError: see `bases_of`, or the registry cannot be read.
-    """
-    registry = Registry(settings.registry)
-    if settings.bases != "auto":
-        return tuple(settings.bases)
-    return bases_of([registry.show(f"{one.name}@{one.version}") for one in registry.list()])
-
-
-def bases_of(cards: Sequence[Card]) -> tuple[Base, ...]:
+def bases_of(cards: Iterable[Card]) -> tuple[Base, ...]:
     """What adapters were made for.
 
     Raises:

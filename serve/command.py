@@ -7,13 +7,16 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl.config.keys import put
 from gtl.config.load import read_override, read_sections
 from gtl.session import session
 from gtl.types import Progress, UserError, quiet
 from serve.settings import Settings, resolved
+
+if TYPE_CHECKING:
+    from serve.catalog import Catalog
 
 LOCAL = Path(__file__).with_name("local.yaml")
 BUILDER = "serve.app:build"
@@ -82,8 +85,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check(config: Config) -> str:
-    """Everything that can be found wrong before anything is started; what would be served, a line each.
+def check(config: Config) -> Catalog:
+    """Find everything that can be found wrong before anything is started; what would be served.
 
     Raises:
         UserError: what is wrong.
@@ -97,13 +100,22 @@ def check(config: Config) -> str:
         raise UserError(f"{serve.app.__file__}: another module than gtl's is found as serve.app; start elsewhere")
     if config.settings.keys is not None:
         KeyFile(config.settings.keys)
-    catalog = Catalog(config.settings)
     check_safety(config.settings)
+    catalog = Catalog(config.settings)
+    for base in catalog.bases:
+        open_family(base.source, revision=base.revision, variant=base.variant)
+    return catalog
+
+
+def describe(catalog: Catalog) -> str:
+    """What is served, a line each."""
+    from gtl.families import open_family
+
     lines = []
     for base in catalog.bases:
         family = open_family(base.source, revision=base.revision, variant=base.variant)
         lines.append(f"{base.name}: {base.source} ({family.name}), {base.replicas.min} to {base.replicas.max} replicas")
-    lines += [f"{model.id}" for model in catalog.models() if model.gtl.kind == "adapter"]
+    lines += [model.id for model in catalog.models() if model.gtl.kind == "adapter"]
     return "\n".join(lines)
 
 
@@ -130,14 +142,14 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
     from serve.app import build
 
     progress("check", 0, 0)
-    check(config)
+    settings = config.settings.model_copy(update={"bases": list(check(config).bases)})
     stop = stop or threading.Event()
     progress("start", 0, 0, "Ray")
     with session():
         try:
             serve.start(proxy_location=config.proxy_location, http_options=config.http)
             progress("start", 0, 0, "models")
-            application = build(config.settings.model_dump(mode="json"))
+            application = build(settings.model_dump(mode="json"))
             serve.run(application, name=config.name, route_prefix=config.route_prefix)
             catch(stop)
             progress("ready", 0, 0, config.url)

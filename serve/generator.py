@@ -56,8 +56,8 @@ class Generator:
         self._guard = None if safety is None else Guard(Safety.model_validate(safety), device)
         self._print = self._engine.family.fingerprint()
         self._loop = EngineLoop(self._engine)
-        self._names: dict[Path, str] = {}
-        """NAME@VERSION by the folder on this machine."""
+        self._folders: dict[str, Path] = {}
+        """On this machine, of each NAME@VERSION that was asked for."""
         self._files = ThreadPoolExecutor(FETCHING, "fetch")
 
     async def draw(self, order: Order) -> AsyncIterator[Drawn]:
@@ -117,16 +117,24 @@ class Generator:
         """Folders of the adapters on this machine, with their scales; there until `held` closes."""
         found = []
         for name, scale in order.adapters:
-            card, _ = self._registry.resolve(name)
-            if card.base.fingerprint != self._print:
-                raise UserError(
-                    f"adapters: {name}: was made for {card.base.source} ({card.base.fingerprint[:12]}); "
-                    f"{self._base.name} is {self._print[:12]}"
-                )
-            folder = self._registry.fetch(name, held)
-            self._names[folder] = name
+            reference = parse_reference(name)
+            folder = None
+            if name in self._folders:
+                folder = self._registry.hold(reference.name, str(reference.version), held)
+            if folder is None:
+                folder = self._folders[name] = self._fetch_first(name, held)
             found.append((folder, scale))
         return tuple(found)
+
+    def _fetch_first(self, name: str, held: ExitStack) -> Path:
+        """The folder of an adapter that was made for this model, its files checked."""
+        base = self._registry.show(name).base
+        if base.fingerprint != self._print:
+            raise UserError(
+                f"adapters: {name}: was made for {base.source} ({base.fingerprint[:12]}); "
+                f"{self._base.name} is {self._print[:12]}"
+            )
+        return self._registry.fetch(name, held)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Seconds until all that is asked of this replica is done, at its newest pace."""
@@ -149,18 +157,13 @@ class Generator:
         """NAME@VERSION of those in slots."""
         residents = self._engine.residents
         keys = () if residents is None else residents.resident()
-        return sorted({self._names[folder] for key in keys for folder, _ in key})
+        there = {folder for key in keys for folder, _ in key}
+        return sorted(name for name, folder in self._folders.items() if folder in there)
 
-    def status(self) -> dict[str, Any]:
-        """For people and metrics."""
-        load, steps = self._loop.load(), list(self._loop.steps)
-        return {
-            "base": self._base.name, "waiting": load.waiting, "running": load.running, "busy_s": self.busy(),
-            "batch_size": statistics.fmean(step.rows for step in steps) if steps else 0.0,
-            "step_s": statistics.fmean(step.seconds for step in steps) if steps else 0.0,
-            "adapters": self.adapters(),
-            **{f"slot_{kind}": count for kind, count in self._loop.taken.items()},
-        }  # fmt: skip
+    def status(self) -> dict[str, int]:
+        """That it is there, and how much it has to do."""
+        load = self._loop.load()
+        return {"waiting": load.waiting, "running": load.running}
 
     def check_health(self) -> None:
         """Raise where the thread that draws has died: Ray Serve then starts another replica.
@@ -228,7 +231,6 @@ class Mail:
         told = {
             "negative_prompt": order.negative_prompt, "seed": order.seed, "steps": order.steps,
             "guidance": order.guidance, "height": request.height, "width": request.width,
-            "adapters": [parse_reference(name)._replace(scale=scale).__str__() for name, scale in order.adapters],
             "gtl": __version__, **order.told,
         }  # fmt: skip
         if order.edit is not None:

@@ -147,8 +147,7 @@ class Ingress:
         """
         self._settings = Settings.model_validate(settings)
         self._catalog = Catalog(self._settings)
-        self._generators = {name: handle.options(stream=True) for name, handle in generators.items()}
-        self._statuses = dict(generators)
+        self._generators = generators
         self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
         rate = self._settings.requests_per_minute
         self._limiter = None if rate is None else RateLimiter(rate, max(1, round(rate / BURSTS)))
@@ -185,7 +184,7 @@ class Ingress:
     async def readyz(self) -> Response:
         """Whether every base that is always up answers."""
         always = [base.name for base in self._catalog.bases if base.replicas.min]
-        asked = [self._statuses[name].status.remote() for name in always]
+        asked = [self._generators[name].status.remote() for name in always]
         found = await asyncio.gather(*(asyncio.wait_for(one, READY_S) for one in asked), return_exceptions=True)
         missing = [name for name, one in zip(always, found, strict=True) if isinstance(one, BaseException)]
         told = {"status": "waiting" if missing else "ready", "missing": missing}
@@ -266,7 +265,7 @@ class Ingress:
         seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
         steps = asked.num_inference_steps or base.steps
         guidance = base.guidance if asked.guidance_scale is None else asked.guidance_scale
-        told = {"model": base.source, "request": errors.request_id(request)}
+        told = {"model": base.source, "adapters": chosen.names, "request": errors.request_id(request)}
         return [
             Order(
                 prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
@@ -351,7 +350,7 @@ class Ingress:
         """Previews and the picture; from another generator where one is lost on the way."""
         shown = -1
         for attempt in range(TRIES):
-            response: Any = self._generators[base.name].draw.remote(order)
+            response: Any = self._generators[base.name].options(stream=True).draw.remote(order)
             try:
                 async for drawn in response:
                     if drawn.preview is None or drawn.preview > shown:

@@ -154,6 +154,20 @@ class Registry:
             disk.trim(self._disk_bytes)
         return folder
 
+    def hold(self, name: str, version: str, until: ExitStack) -> Path | None:
+        """The folder that `fetch` gave of a version before, not looked into again; None if it is gone.
+
+        It stays until the stack is closed, as for `fetch`. What asks again and again for the same versions, which never
+        change, need not read and hash them each time.
+        """
+        if self.store.is_local:
+            folder = Path(self.store.url(f"{name}/{version}"))
+        else:
+            folder = disk.place_of(self.store.root, f"{name}/{version}")
+            with disk.changing(folder):
+                disk.use(folder, until)
+        return folder if folder.is_dir() else None
+
     def add_evaluation(self, reference: str, file: str, data: bytes) -> str:
         """Keep a file of an evaluation of a version beside it, in place of one with that name; returns where it is.
 

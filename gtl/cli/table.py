@@ -233,7 +233,7 @@ def serve(
 
     loaded = command.read_config(config, set_ or ())
     if check:
-        print(command.check(loaded))
+        print(command.describe(command.check(loaded)))
         return
     with Bar() as bar:
         command.run(loaded, bar)

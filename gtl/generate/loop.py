@@ -130,12 +130,10 @@ class EngineLoop:
         self.engine = engine
         self.steps: deque[Step] = deque(maxlen=256)
         """The newest ones."""
-        self.taken: dict[str, int] = {"hits": 0, "misses": 0}
-        """Requests whose adapters were in a slot already, and that had to bring theirs."""
         self._max_active = max_active or 4 * engine.max_batch
         self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._reading = 0
+        self._reading: set[Ticket] = set()
         self._running: dict[int, Ticket] = {}
         self._cancelled: list[Ticket] = []
         self._is_closed = False
@@ -180,7 +178,7 @@ class EngineLoop:
                 self._waiting.append(ticket)
                 self._wake.notify()
                 return ticket
-            self._reading += 1
+            self._reading.add(ticket)
         self._readers.submit(self._read, ticket).add_done_callback(lambda future: self._arrive(ticket, future))
         return ticket
 
@@ -195,12 +193,12 @@ class EngineLoop:
         """What a request needs is in memory, or refused."""
         error = future.exception()
         with self._wake:
-            self._reading -= 1
+            self._reading.discard(ticket)
+            self._wake.notify()
             if ticket.is_over:
                 return
             if error is None and not self._is_closed:
                 self._waiting.append(ticket)
-                self._wake.notify()
                 return
         if isinstance(error, Exception) or error is None:
             self._fail(ticket, error or Closed("it is being stopped"))
@@ -215,15 +213,14 @@ class EngineLoop:
     def load(self) -> Load:
         """How busy it is; from any thread."""
         with self._wake:
-            waiting, running = [*self._waiting], [*self._running.values()]
-            reading = self._reading
+            waiting, running = [*self._reading, *self._waiting], [*self._running.values()]
         usual = self.engine.family.default_size[0] * self.engine.family.default_size[1]
         work = 0.0
         for ticket in (*waiting, *running):
             request = ticket.request
             done = 0 if ticket.handle is None else self.engine.steps_done(ticket.handle)
             work += max(0, ticket.steps - done) * request.height * request.width / usual
-        return Load(len(waiting) + reading, len(running), work)
+        return Load(len(waiting), len(running), work)
 
     def is_alive(self) -> bool:
         """Whether all of its threads run."""
@@ -264,7 +261,9 @@ class EngineLoop:
     def _draw(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._running or self._cancelled or self._is_closed)
+                self._wake.wait_for(
+                    lambda: self._waiting or self._running or self._cancelled or self._is_closed and not self._reading
+                )
                 if self._is_closed and not (self._waiting or self._running or self._reading):
                     self._pictures.put(None)
                     return
@@ -304,16 +303,15 @@ class EngineLoop:
                     return
                 seat = found
                 ticket.was_there = found.was_there
-                self.taken["hits" if found.was_there else "misses"] += 1
-            with self._wake:
-                self._waiting.remove(ticket)
             try:
-                handle = self.engine.add(ticket.request, seat, ticket.previews, ticket.edit)
+                ticket.handle = self.engine.add(ticket.request, seat, ticket.previews, ticket.edit)
             except Exception as error:
                 self._fail(ticket, error)
-                continue
-            ticket.handle, ticket.waited = handle, time.monotonic() - ticket.since
-            self._running[handle] = ticket
+            with self._wake:
+                self._waiting.remove(ticket)
+                if ticket.handle is not None:
+                    self._running[ticket.handle] = ticket
+            ticket.waited = time.monotonic() - ticket.since
 
     def _step(self) -> None:
         began = time.perf_counter()

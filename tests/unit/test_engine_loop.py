@@ -86,10 +86,9 @@ def test_everyone_of_a_crowd_gets_the_own_picture(loop: EngineLoop, sd: Path, fo
         ((_, expected),) = generate(open_family(str(sd)), [request], adapters)
         assert same(picture, expected)
     assert loop.load() == (0, 0, 0.0)
-    assert loop.taken["hits"] + loop.taken["misses"] == 12 and loop.taken["misses"] <= 6
     assert max(step.rows for step in loop.steps) == 3
     courses = [each.course for each in told if each.course is not None]
-    assert sum(not course.was_there for course in courses) == loop.taken["misses"]
+    assert len(courses) == 15 and 4 <= sum(not course.was_there for course in courses) <= 6
     assert all(1 <= course.batch <= 3 and course.step_s > 0 and course.waited_s > 0 for course in courses)
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from gtl.adapters import Registry
 from gtl.types import UserError
-from serve.command import check, read_config
+from serve.command import check, describe, read_config
 from tests.endpoint import BASE
 
 PRODUCTION = Path(__file__).parents[2] / "serve" / "production.yaml"
@@ -39,12 +39,12 @@ def test_the_config_for_a_cluster_is_one_of_ours() -> None:
 
 
 def test_a_check_says_what_would_be_served(shelf: Path, tmp_path: Path) -> None:
-    lines = check(read_config(write(tmp_path, args={"registry": str(shelf)}))).splitlines()
+    lines = describe(check(read_config(write(tmp_path, args={"registry": str(shelf)})))).splitlines()
     assert lines == [
         "tiny: builtin:tiny (sd), 1 to 1 replicas", "tiny:dog@v1", "tiny:dog@prod", "tiny:dog@v2", "tiny:frozen@v1",
         "tiny:star@v1", "tiny:words@v1",
     ]  # fmt: skip
-    (only,) = check(read_config(write(tmp_path))).splitlines()
+    (only,) = describe(check(read_config(write(tmp_path)))).splitlines()
     assert only == "tiny: builtin:tiny (sd), 1 to 1 replicas", "where there is nothing else"
 
 

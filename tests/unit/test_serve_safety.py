@@ -16,7 +16,7 @@ from gtl.backbones.checker import open_checker
 from gtl.generate.loop import EngineLoop
 from gtl.images import read_recipe
 from gtl.types import UserError
-from serve.command import check, read_config
+from serve.command import check, describe, read_config
 from serve.errors import ApiError
 from serve.generator import Mail
 from serve.order import Drawn, Order
@@ -194,6 +194,6 @@ def test_a_checker_that_cannot_be_loaded_is_found_before_anything_starts(tmp_pat
 
 def test_a_good_checker_is_checked_too(tmp_path: Path, checkers: Path) -> None:
     config = read_config(None, [f"safety.checker={checkers / 'never'}", f"registry={tmp_path / 'registry'}"])
-    assert check(config).startswith("tiny: builtin:tiny")
+    assert describe(check(config)).startswith("tiny: builtin:tiny")
     with pytest.raises(UserError, match="safety.action"):
         read_config(None, [f"safety.checker={checkers / 'never'}", "safety.action=hide"])
