@@ -1,5 +1,8 @@
 """What tests ask the studio page in its browser, as JavaScript."""
 
+WAIT_MS = 30_000
+"""Until something is there: the machine may be busy."""
+
 KEPT = """async () => {
   const database = await new Promise(resolve => {
     const opening = indexedDB.open("gtl-studio", 1);

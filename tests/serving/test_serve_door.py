@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 import pytest
@@ -13,6 +13,9 @@ from openai import AuthenticationError, OpenAI
 from serve.keys import new_key
 from tests.endpoint import serving
 from tests.ports import free_port
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 class Door(NamedTuple):
@@ -95,3 +98,28 @@ def test_a_key_has_its_rate_and_no_other_s(door: Door) -> None:
     assert answers[0].status_code == 200 and late
     assert late[0].json()["error"]["code"] == "rate_limit_exceeded" and int(late[0].headers["retry-after"]) >= 1
     assert door.ask("bob").status_code == 200
+
+
+def test_the_page_asks_for_a_key_sends_it_and_keeps_it_for_the_tab(door: Door, browser: "Browser") -> None:
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    page.goto(door.url)
+    asks = page.get_by_role("dialog")
+    expect(asks).to_contain_text("This endpoint asks for an API key")
+    page.get_by_label("API key", exact=True).fill("wrong")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#key-error")).to_have_text("this API key is not known")
+    page.get_by_label("API key", exact=True).fill(door.keys["bob"])
+    page.keyboard.press("Enter")
+    expect(asks).to_be_hidden()
+    generate = page.get_by_role("button", name="Generate")
+    expect(generate).to_be_enabled()
+    page.get_by_label("Prompt", exact=True).fill("a red circle")
+    page.get_by_label("Steps").fill("2")
+    generate.click()
+    expect(page.locator("#caption")).to_be_visible()
+    page.reload()
+    expect(generate).to_be_enabled()
+    assert page.evaluate("key => Object.values(localStorage).join().includes(key)", door.keys["bob"]) is False
+    page.close()

@@ -14,30 +14,19 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from tests.pages import EVIL, contrast, find_browser
-from tests.studio import CONTRASTS, KEPT, LOW, NAMELESS, OBSERVE, PAINTED
+from tests.pages import EVIL, contrast
+from tests.studio import CONTRASTS, KEPT, LOW, NAMELESS, OBSERVE, PAINTED, WAIT_MS
 
 pytest.importorskip("playwright", reason="playwright is not installed; it comes with the extra `dev`")
-from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, Request, expect  # noqa: E402
 
 PHONE, DESK = {"width": 375, "height": 800}, {"width": 1280, "height": 900}
 POLICY = {
     "default-src 'self'", "img-src 'self' data: blob:", "object-src 'none'", "base-uri 'none'", "form-action 'none'",
     "frame-ancestors 'none'",
 }  # fmt: skip
-WAIT_MS = 30_000
 STEPS = "4"
 SEED = "1234"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
-        expect.set_options(timeout=WAIT_MS)
-        yield browser
-        browser.close()
-
 
 Visit = Callable[..., Page]
 
@@ -315,32 +304,6 @@ def test_text_is_never_html(visit: Visit) -> None:
     assert page.locator("#caption-prompt").text_content() == EVIL
     expect(page.get_by_role("button", name=f"Open: {EVIL}, seed {SEED}")).to_be_visible()
     assert page.locator("script, style, [onerror]").count() == elements
-
-
-def test_a_key_is_asked_for_sent_and_kept_for_the_tab(visit: Visit, endpoint: str) -> None:
-    # In front of an endpoint without keys stands one that wants "secret"; all else is the real one's.
-    def guard(route: Route) -> None:
-        if route.request.headers.get("authorization") == "Bearer secret":
-            return route.continue_()
-        error = {"message": "no API key that is known", "type": "invalid_request_error", "param": None, "code": None}
-        return route.fulfill(status=401, json={"error": error})
-
-    page = visit()
-    page.context.route("**/v1/**", guard)
-    page.reload()
-    asks = page.get_by_role("dialog")
-    expect(asks).to_contain_text("This endpoint asks for an API key")
-    page.get_by_label("API key", exact=True).fill("wrong")
-    page.get_by_role("button", name="Use this key").click()
-    expect(page.locator("#key-error")).to_have_text("no API key that is known")
-    page.get_by_label("API key", exact=True).fill("secret")
-    page.keyboard.press("Enter")
-    expect(asks).to_be_hidden()
-    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
-    make(page)
-    page.reload()
-    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
-    assert page.evaluate("Object.values(localStorage).join().includes('secret')") is False
 
 
 def photograph() -> bytes:
