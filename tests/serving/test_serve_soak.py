@@ -35,8 +35,9 @@ SPARE = 8
 """Threads and open files that come and go."""
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize(("seconds", "kill_s", "checked"), [(40, 15, 12), (1800, 120, 400)])
+@pytest.mark.parametrize(
+    ("seconds", "kill_s", "checked"), [(40, 15, 12), pytest.param(1800, 120, 400, marks=pytest.mark.soak)]
+)
 def test_everything_at_once(ray_cluster: None, shelf: Path, seconds: float, kill_s: float, checked: int) -> None:
     replicas = {"min": 2, "max": 2, "cpus": 0.5}
     bases = [{"name": "tiny", "source": BASE, "slots": 3, "max_rank": 8, "host_gib": 0.001, "replicas": replicas}]
