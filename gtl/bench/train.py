@@ -77,7 +77,8 @@ def measure(
 
     dtype = dtype_on(device)
     load, taken = os.getloadavg()[0], []
-    rate = matmul_flops(device, torch_dtype := getattr(torch, DTYPES[dtype]))
+    precision = getattr(torch, DTYPES[dtype])
+    rate = matmul_flops(device, precision)
     family = write_model(Path(folder, "model"), setting.model, dtype, overrides)
     dataset = write_dataset(Store(Path(folder, "cache")), family, IMAGES, dtype)
     with Tracker(Store(Path(folder, "run"))) as tracker:
@@ -90,7 +91,7 @@ def measure(
             second = timed(bare, setting.steps, bare.batch_size, device)
             taken.append(Round(*first, *second, ours.data_wait))
             progress("rounds", done, setting.rounds, f"gtl / bare {taken[-1].ratio:.3f}")
-    rate = max(rate, matmul_flops(device, torch_dtype))  # the other may have been when somebody else was at work
+    rate = max(rate, matmul_flops(device, precision))  # the other may have been when somebody else was at work
     return {
         **asdict(setting), "resolution": list(family.default_size), **summary(taken, flops, rate),
         "peak_memory_bytes": peak_memory(device), "dtype": dtype, "device": device_name(device),
