@@ -293,7 +293,7 @@ class Engine:
         if not batch:
             return []
         outputs = []
-        for state, prediction in zip(batch, self._predict(batch).split(1), strict=False):
+        for state, prediction in zip(batch, self._predict(batch)[: len(batch)].split(1), strict=True):
             wanted = state.steps_done + 1 in state.previews
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
