@@ -31,3 +31,17 @@ export function followRange(input, format) {
   input.addEventListener("input", show);
   show();
 }
+
+/** A canvas with a picture's file upright, its longest side at most so many pixels. */
+export async function shrunk(file, longest) {
+  const bitmap = await createImageBitmap(file);
+  const shrink = Math.min(1, longest / Math.max(bitmap.width, bitmap.height));
+  const canvas = element("canvas", { width: Math.round(bitmap.width * shrink), height: Math.round(bitmap.height * shrink) });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  return canvas;
+}
+
+/** What is on a canvas as a file. */
+export const blobOf = (canvas, type = "image/png", quality = undefined) =>
+  new Promise((resolve) => { canvas.toBlob(resolve, type, quality); });

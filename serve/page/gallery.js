@@ -1,6 +1,6 @@
 /** The gallery: small pictures of what was made here, newest first. */
 
-import { element, find } from "./dom.js";
+import { blobOf, element, find, shrunk } from "./dom.js";
 import { beyondBounds, erasePicture, erasePictures, readPictures, writePicture } from "./store.js";
 
 const THUMBNAIL = 256;
@@ -91,11 +91,4 @@ export class Gallery {
   }
 }
 
-async function thumbnailOf(picture) {
-  const bitmap = await createImageBitmap(picture);
-  const shrink = Math.min(1, THUMBNAIL / Math.max(bitmap.width, bitmap.height));
-  const canvas = element("canvas", { width: Math.round(bitmap.width * shrink), height: Math.round(bitmap.height * shrink) });
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  bitmap.close();
-  return new Promise((resolve) => { canvas.toBlob(resolve, "image/webp", 0.85); });
-}
+const thumbnailOf = async (picture) => blobOf(await shrunk(picture, THUMBNAIL), "image/webp", 0.85);

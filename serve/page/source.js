@@ -1,6 +1,6 @@
 /** The image to edit, and the mask painted over it. */
 
-import { element, find, followRange } from "./dom.js";
+import { blobOf, element, find, followRange, shrunk } from "./dom.js";
 
 const LONGEST_SIDE = 1536;
 const KEY_STEP = 0.02; // of the width, a press of an arrow key
@@ -170,13 +170,4 @@ export class Source {
 }
 
 /** A file as a PNG that stands upright, is not larger than needed and carries nothing beside its pixels. */
-async function upright(file) {
-  const bitmap = await createImageBitmap(file);
-  const shrink = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
-  const canvas = element("canvas", { width: Math.round(bitmap.width * shrink), height: Math.round(bitmap.height * shrink) });
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  bitmap.close();
-  return blobOf(canvas);
-}
-
-const blobOf = (canvas) => new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
+const upright = async (file) => blobOf(await shrunk(file, LONGEST_SIDE));
