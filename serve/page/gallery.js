@@ -43,15 +43,15 @@ export class Gallery {
   async remove(record) {
     this.#records = this.#records.filter(({ id }) => id !== record.id);
     this.#drop(record.id);
-    this.#count();
     await erasePicture(record.id).catch(() => {}); // never written, or the browser has no database
+    this.#count(); // last, as in add: what the count says is what a reload shows
   }
 
   async clear() {
     this.#records.forEach(({ id }) => this.#drop(id));
     this.#records = [];
-    this.#count();
     await erasePictures().catch(() => {});
+    this.#count();
   }
 
   /** Mark the picture that is being looked at. */
