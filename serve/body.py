@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.types import Message
 
-from serve.errors import ApiError, invalid, too_large, wrong_content_type
+from serve.errors import ApiError, invalid, timed_out, too_large, wrong_content_type
 
 MAX_FIELDS = 100
 TEXT_BYTES = 2**20
@@ -29,6 +30,19 @@ class Form(NamedTuple):
 
     fields: list[tuple[str, str]]
     files: dict[str, bytes]
+
+
+def in_time(request: Request, seconds: float) -> Request:
+    """The same request, whose body raises `ApiError` (408) where it is not there after so long, all of it."""
+    end = asyncio.get_running_loop().time() + seconds
+
+    async def receive() -> Message:
+        try:
+            return await asyncio.wait_for(request.receive(), end - asyncio.get_running_loop().time())
+        except asyncio.TimeoutError:
+            raise timed_out(seconds) from None
+
+    return Request(request.scope, receive)
 
 
 def bounded(request: Request, most: int) -> Request:

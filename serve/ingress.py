@@ -24,7 +24,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from gtl.generate.edit import Edit as Start
 from gtl.storage import Store
 from serve import errors, metrics
-from serve.body import read_text
+from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
 from serve.keys import KeyFile, RateLimiter
 from serve.order import Drawn, Order, Stopped
@@ -237,7 +237,8 @@ class Ingress:
     async def generations(self, request: Request) -> Response:
         """Draw pictures of a prompt."""
         who = self._who(request)
-        asked = parse_generation(await read_text(request), self._settings.limits, urls=self._output is not None)
+        text = await read_text(in_time(request, self._settings.timeout_s))
+        asked = parse_generation(text, self._settings.limits, urls=self._output is not None)
         chosen = self._catalog.choose(asked.model, asked.adapters)
         orders = self._orders(asked, chosen, request)
         if asked.stream:
@@ -249,7 +250,8 @@ class Ingress:
         """Draw pictures that begin at one that is sent."""
         who = self._who(request)
         limits = self._settings.limits
-        asked, uploads = await read_edit(request, limits, urls=self._output is not None)
+        sent = in_time(request, self._settings.timeout_s)
+        asked, uploads = await read_edit(sent, limits, urls=self._output is not None)
         chosen = self._catalog.choose(asked.model, asked.adapters)
         async with self._decoding:
             canvas = await asyncio.to_thread(decode_uploads, uploads, limits)

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 
-from serve.body import TEXT_BYTES, bounded, read_form, read_text
+from serve.body import TEXT_BYTES, bounded, in_time, read_form, read_text
 from serve.errors import install
 
 MOST = 1000
@@ -27,6 +27,10 @@ def make_app() -> FastAPI:
     @app.post("/bounded")
     async def bound(request: Request) -> int:
         return len(await bounded(request, MOST).body())
+
+    @app.post("/soon")
+    async def soon(request: Request) -> int:
+        return len(await in_time(request, 1.0).body())
 
     @app.post("/v1/images/edits")
     async def form(request: Request) -> dict[str, Any]:
@@ -52,6 +56,21 @@ def test_a_body_ends_at_its_bound(client: TestClient) -> None:
     assert told(client.post("/bounded", content=b"x" * (MOST + 1))) == over
     for length in ("9" * 30, str(MOST + 1)):
         assert told(client.post("/bounded", content=b"x", headers={"content-length": length})) == over
+
+
+def test_a_body_that_comes_too_slowly_is_given_up() -> None:
+    async def chunks(pause: float) -> AsyncIterator[bytes]:
+        for _ in range(100):  # each soon after the last, and the whole too late
+            yield b"x"
+            await asyncio.sleep(pause)
+
+    async def post(pause: float) -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=make_app())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.post("/soon", content=chunks(pause))
+
+    assert asyncio.run(post(0)).json() == 100
+    assert told(asyncio.run(post(0.05))) == (408, None, "not done within 1 seconds")
 
 
 def test_a_body_without_a_length_is_not_read_to_its_end() -> None:
