@@ -106,6 +106,30 @@ def serve(
     print(bench.table(result))
 
 
+@app.command("endpoint")
+def endpoint(
+    url: Annotated[str | None, typer.Option(
+        help="Of the endpoint, with its key in OPENAI_API_KEY; one of builtin:tiny is started when left out.",
+    )] = None,
+    model: Annotated[str | None, typer.Option(help="As requests name it; the endpoint's first base.")] = None,
+    steps: Annotated[int, typer.Option(help="Of a picture.")] = 10,
+    size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT")] = "64x64",
+    load: Annotated[list[float], typer.Option(
+        help="Requests a second, as a multiple of what it draws at most; may be given several times.",
+    )] = [0.5, 1.0, 2.0],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="Of each load.")] = 30.0,
+    users: Annotated[int, typer.Option(help="Who keep it busy to find out what it draws at most.")] = 16,
+    json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
+) -> None:  # fmt: skip
+    """What an endpoint answers under load, and whether what is too much for it is refused in time."""
+    from gtl.bench import endpoint as bench
+
+    asked = bench.Load(url, model, steps, size, tuple(load), seconds, users)
+    with Bar() as bar:
+        result = bench.bench_endpoint(asked, json_, bar)
+    print(bench.table(result))
+
+
 @app.command("stopping")
 def stopping(
     study: Annotated[str, typer.Argument(metavar="FOLDER", help="Of a study whose trials all ran to their end.")],
