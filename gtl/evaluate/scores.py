@@ -1,8 +1,8 @@
 """Scores of generated pictures from features: tensors in, numbers out.
 
-torchmetrics computes what it has: the Frechet distance and the inception score (its kernel distance is of random
-subsets, its CLIP score of one model's pictures). What it has of none is every sample's influence, from which intervals
-and paired differences follow; those are computed here.
+torchmetrics computes what it has: the Frechet distance, the inception score and the cosines of a CLIP score. Its kernel
+distance is of random subsets, equally many on both sides, and not of all samples. What it has of none is every sample's
+influence, from which intervals and paired differences follow; those are computed here.
 """
 
 from __future__ import annotations
@@ -200,11 +200,13 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Estimate:
     Raises:
         UserError: none, other numbers of rows or features, NaN, infinity or zeros.
     """
+    from torchmetrics.functional.regression import cosine_similarity
+
     images, texts = checked_units("clip_score", image_features=image_features, text_features=text_features)
     if len(images) != len(texts):
         raise UserError(f"clip_score: {len(images)} images and {len(texts)} texts; expected a text for each image")
-    cosines = 100 * (images * texts).sum(dim=1).clamp(min=0)
-    return estimate("clip_score", float(cosines.mean()), cosines)
+    scores = 100 * cosine_similarity(images, texts, reduction="none").double().clamp(min=0)
+    return estimate("clip_score", float(scores.mean()), scores)
 
 
 def diversity(fake: Tensor) -> Estimate:

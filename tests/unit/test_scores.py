@@ -229,6 +229,30 @@ def test_inception_scores_of_known_classes() -> None:
     np.testing.assert_allclose(influence.numpy(), expected, rtol=1e-8, atol=1e-12)
 
 
+def test_a_clip_score_is_that_of_torchmetrics() -> None:
+    from types import SimpleNamespace
+
+    from torchmetrics.multimodal import CLIPScore
+
+    class Given(torch.nn.Module):
+        """A CLIP model to which embeddings are given in place of pictures, [1, 1, D] each."""
+
+        config = SimpleNamespace()
+
+        def get_image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels[:, 0, 0]
+
+    def stack(images: list[torch.Tensor], **_: object) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.stack(images)}
+
+    images, texts = normal(40, 12, 0, 2.0), normal(40, 12, 1, 2.0)
+    metric = CLIPScore(model_name_or_path=lambda: (Given(), stack))
+    metric.update([one[None, None] for one in images], [one[None, None] for one in texts])
+    cosines = torch.nn.functional.cosine_similarity(images, texts)
+    assert cosines.min() > 0, "of others torchmetrics takes the mean first"
+    assert clip_score(images, texts).value == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
 def test_clip_scores_are_a_mean_with_its_t_interval() -> None:
     angles = torch.tensor([0.0, 30.0, 60.0, 90.0, 120.0, 180.0, 45.0, 10.0]).deg2rad()
     images = 3 * torch.stack([angles.cos(), angles.sin()], dim=1)
