@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from gtl.types import UserError
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the connected cluster has in all, used or not."""
+    """What a cluster has in all, used or not, with what its autoscaler may add."""
 
     cpus: float
     gpus: float
@@ -56,12 +56,37 @@ def session(*, dashboard: bool = False) -> Iterator[Cluster]:
     if mine:
         _initialize(dashboard)
     try:
-        resources = ray.cluster_resources()
-        largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-        yield Cluster(resources.get("CPU", 0), resources.get("GPU", 0), largest)
+        yield capacity()
     finally:
         if mine:
             ray.shutdown()
+
+
+def capacity() -> Cluster:
+    """Of the connected cluster: what it has, or has once its autoscaler has started every machine that it may."""
+    import ray
+    from ray._private.state import state  # as Ray Train finds out: there is no public way
+
+    config = state.get_cluster_config()  # None where nothing scales
+    groups = [] if config is None else [(dict(one.resources), one.max_count) for one in config.node_group_configs]
+    return grown([node["Resources"] for node in ray.nodes() if node["Alive"]], groups)
+
+
+def grown(nodes: Sequence[Mapping[str, float]], groups: Sequence[tuple[Mapping[str, float], int]]) -> Cluster:
+    """What machines have, or all that there may be of their groups.
+
+    Args:
+        nodes: Resources of those that are there.
+        groups: Resources of a machine and the most machines, for every kind that the autoscaler starts; -1 for no
+            bound, of which only what is there counts.
+    """
+
+    def most(kind: str) -> float:
+        there = sum(node.get(kind, 0) for node in nodes)
+        return max(there, sum(each.get(kind, 0) * max(0, number) for each, number in groups))
+
+    machines = [*nodes, *(each for each, number in groups if number)]
+    return Cluster(most("CPU"), most("GPU"), max((machine.get("GPU", 0) for machine in machines), default=0))
 
 
 def _initialize(dashboard: bool) -> None:
