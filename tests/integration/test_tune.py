@@ -182,15 +182,31 @@ def test_hyperband_pauses_trials_at_a_rung_and_goes_on_with_the_good_ones(ray_cl
 
 
 @pytest.mark.soak
-def test_optuna_chooses_from_what_it_was_told(ray_cluster: None, place: Path) -> None:
-    space = {"train.learning_rate": {"loguniform": [1e-7, 2e-2]}}
-    study = parse_study(make_values(place, space, 4, searcher={"type": "optuna", "startup": 2}, trials=4,
-                                    scheduler={"type": "fifo"}, concurrency=2))  # fmt: skip
-    record = tune(study, "optuna")
-    assert [(name, one.state, one.steps) for name, one in sorted(record.trials.items())] == [
-        (f"0000{number}", "finished", 4) for number in range(4)
-    ]
+@pytest.mark.parametrize(
+    ("searcher", "scheduler", "packages"),
+    [
+        ({"type": "optuna", "startup": 2}, "fifo", ["optuna"]),
+        ({"type": "hyperopt", "startup": 2}, "fifo", ["hyperopt"]),
+        ({"type": "bohb"}, "bohb", ["hpbandster", "ConfigSpace"]),
+    ],
+)
+def test_a_searcher_chooses_from_what_it_was_told(
+    ray_cluster: None, place: Path, searcher: dict[str, Any], scheduler: str, packages: list[str]
+) -> None:
+    for package in packages:
+        pytest.importorskip(package)
+    space = {"train.learning_rate": {"loguniform": [1e-7, 2e-2]}, "tuner.rank": {"choice": [2, 4]}}
+    study = parse_study(make_values(place, space, 4, searcher=searcher, trials=4, scheduler={"type": scheduler},
+                                    concurrency=2))  # fmt: skip
+    record = tune(study, searcher["type"])
+    found = [(name, one.state) for name, one in sorted(record.trials.items())]
+    if scheduler == "fifo":
+        assert found == [(f"0000{number}", "finished") for number in range(4)]
+    else:  # which of them are dropped depends on what it drew
+        assert [name for name, _ in found] == [f"0000{number}" for number in range(4)]
+        assert {state for _, state in found} <= {"finished", "stopped"}
     assert len({one.config["train.learning_rate"] for one in record.trials.values()}) == 4
+    assert {type(one.config["tuner.rank"]) for one in record.trials.values()} == {int}
 
 
 COMMAND = [sys.executable, "-c", "from gtl.cli import main; main()", "tune"]
