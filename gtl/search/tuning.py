@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper
 from ray.tune.search import Searcher
@@ -272,7 +273,9 @@ class Numbered(Searcher):
         self._next += 1
         self._names[trial_id] = trial_name(number)
         self.save_state()
-        return {**config, TRIAL: number}
+        # ConfigSpace, of which BOHB's come, has numpy's numbers.
+        plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}
+        return {**plain, TRIAL: number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Hand on."""
