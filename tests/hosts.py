@@ -108,12 +108,12 @@ class Hosts:
         return one
 
     def run(self, host: Host, *command: str, timeout: float = 600, **more: str) -> str:
-        """What a command on a host prints, both streams together, until it ends well."""
+        """What a command on a host prints until it ends well."""
         done = subprocess.run(
             [*self._entered(host), *command], env=self._environment(more), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
+            capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
-        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-6000:]}"
+        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
     def said(self, host: Host, log: str) -> str:

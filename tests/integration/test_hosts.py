@@ -216,7 +216,7 @@ for key in keys:
 print(json.dumps([json.loads(store.read(file))["trials"], rows]))
 """
     trials, rows = read(cluster, table)
-    assert len(trials) == 4 and all(one["scores"]["val_loss"] for one in trials), trials
+    assert [one["state"] for one in trials] == ["finished"] * 4 and all(one["metrics"]["val_loss"] for one in trials)
     assert sorted(rows) == [f"{number:05d}" for number in range(4)]
     assert all(steps == list(range(1, STEPS + 1)) for steps in rows.values()), rows
     assert "adapter study@" in said
