@@ -182,13 +182,15 @@ class Catalog:
         Raises:
             ApiError: 404.
         """
-        found = next((one for one in self.models() if one.id == identity), None)
-        if found is None:
-            chosen = self.choose(identity, ())
-            entry = self._find(chosen.base, chosen.adapters[0][0])
-            assert entry is not None
-            found = model_of(entry, identity)
-        return found
+        known = self.models()
+        if found := next((one for one in known if one.id == identity), None):
+            return found
+        chosen = self.choose(identity, ())
+        if not chosen.adapters:  # nothing, or a base and a colon: what a request may say, and no name of a model
+            raise model_not_found(identity, [one.id for one in known])
+        entry = self._find(chosen.base, chosen.adapters[0][0])
+        assert entry is not None
+        return model_of(entry, identity)
 
 
 def model_of(entry: Entry, identity: str) -> Model:

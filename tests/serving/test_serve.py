@@ -200,6 +200,9 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.models.retrieve("tiny:cat")
     assert caught.value.code == "model_not_found"
+    for path in ("tiny:", "tiny%3A", "%0A", "%20", "tiny@"):
+        answer = httpx.get(f"{endpoint}/v1/models/{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path
 
 
 def test_the_same_idempotency_key_draws_the_same(client: OpenAI) -> None:
