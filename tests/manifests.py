@@ -74,7 +74,7 @@ def strings(*keys: str) -> dict[str, Any]:
 
 
 def closed(node: Any) -> Any:
-    """A schema in which an object has no other keys than those that it names. An API server would drop them silently."""
+    """A schema in which an object has no other keys than those that it names. An API server drops them silently."""
     if isinstance(node, list):
         return [closed(one) for one in node]
     if not isinstance(node, dict):

@@ -409,6 +409,35 @@ def test_ray_up_takes_the_file(file: Path) -> None:
         assert set(re.findall(r"--[\w-]+", command)) <= known
 
 
+@pytest.mark.soak
+def test_ray_rents_the_head_on_demand_and_gpus_on_spot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    moto = pytest.importorskip("moto", reason="moto is not installed; it comes with the extra `dev`")
+    import boto3
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+    from ray.autoscaler.tags import TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
+
+    (tmp_path / ".ssh").mkdir()  # the key that Ray makes to reach its machines by
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    config = prepare_config(yaml.safe_load((CLUSTER / "ray-up" / "aws.yaml").read_text()))
+    with moto.mock_aws():
+        ec2, iam = boto3.client("ec2", config["provider"]["region"]), boto3.client("iam")
+        image = ec2.register_image(Name="ours")["ImageId"]
+        for kind in config["available_node_types"].values():
+            iam.create_instance_profile(InstanceProfileName=kind["node_config"]["IamInstanceProfile"]["Name"])
+            kind["node_config"]["ImageId"] = image  # the file says that it is the reader's to fill in
+        config = AWSNodeProvider.bootstrap_config(config)
+        provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+        for name, kind in config["available_node_types"].items():
+            tags = {TAG_RAY_NODE_KIND: "worker", TAG_RAY_NODE_NAME: name, TAG_RAY_USER_NODE_TYPE: name}
+            provider.create_node(kind["node_config"], tags, 1)
+        rented = [one for r in ec2.describe_instances()["Reservations"] for one in r["Instances"]]
+    assert {(one["InstanceType"], one.get("InstanceLifecycle")) for one in rented} == {
+        ("m6i.xlarge", None), ("g6e.2xlarge", "spot"),
+    }  # fmt: skip
+
+
 def test_there_are_two_launchers() -> None:
     assert [file.stem for file in LAUNCHERS] == ["aws", "gcp"]
 
@@ -463,7 +492,7 @@ def test_every_version_is_the_pin() -> None:
     assert PYTHON in SpecifierSet(re.findall(r'^requires-python = "(.*)"', project, re.M)[0])
     assert f'"Programming Language :: Python :: {PYTHON}"' in project
     assert all(pin.marker is None or pin.marker.evaluate({"python_version": PYTHON}) for pin in PINS.values())
-    assert f"python:${{PYTHON}}-slim" in DOCKERFILE
+    assert "python:${PYTHON}-slim" in DOCKERFILE
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -548,3 +577,14 @@ def test_the_guide_watches_what_the_endpoint_counts() -> None:
     roots = {metric._name for metric in vars(serve.metrics).values() if hasattr(metric, "_name")}
     assert len(roots) == 9
     assert [root for root in roots if not any(name.startswith(root) for name in told)] == []
+
+
+def test_the_guide_watches_what_ray_counts() -> None:
+    import ray
+
+    told = set(re.findall(r"`ray_(\w+)`", GUIDE))
+    assert len(told) == 6
+    folder = Path(ray.__file__).parent
+    sources = [*(folder / "serve" / "_private").glob("*.py"), *(folder / "dashboard/modules/reporter").glob("*.py")]
+    text = "".join(file.read_text() for file in sources)
+    assert [name for name in sorted(told) if f'"{name}"' not in text] == []
