@@ -19,7 +19,14 @@ class Cluster:
     cpus: float
     gpus: float
     gpus_of_a_node: float = 0.0
-    """Of the one that has most."""
+    """Of the machine that has most."""
+    gpus_now: float | None = None
+    """Without what an autoscaler may add; None: it is all there."""
+
+    @property
+    def gpus_at_hand(self) -> float:
+        """GPUs to take where nobody says how many: those that are there, or of one machine where none is there yet."""
+        return self.gpus if self.gpus_now is None else self.gpus_now or self.gpus_of_a_node
 
 
 def get(reference: Any) -> Any:
@@ -81,12 +88,15 @@ def grown(nodes: Sequence[Mapping[str, float]], groups: Sequence[tuple[Mapping[s
             bound, of which only what is there counts.
     """
 
+    def there(kind: str) -> float:
+        return sum(node.get(kind, 0) for node in nodes)
+
     def most(kind: str) -> float:
-        there = sum(node.get(kind, 0) for node in nodes)
-        return max(there, sum(each.get(kind, 0) * max(0, number) for each, number in groups))
+        return max(there(kind), sum(each.get(kind, 0) * max(0, number) for each, number in groups))
 
     machines = [*nodes, *(each for each, number in groups if number)]
-    return Cluster(most("CPU"), most("GPU"), max((machine.get("GPU", 0) for machine in machines), default=0))
+    largest = max((machine.get("GPU", 0) for machine in machines), default=0)
+    return Cluster(most("CPU"), most("GPU"), largest, there("GPU"))
 
 
 def _initialize(dashboard: bool) -> None:

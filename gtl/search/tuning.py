@@ -290,6 +290,14 @@ class Numbered(Searcher):
         self._inner.on_trial_complete(self._names[trial_id], result, error)
         self.save_state()
 
+    def on_pause(self, trial_id: str) -> None:
+        """Hand on: the scheduler of BOHB tells its searcher who waits."""
+        self._inner.on_pause(self._names[trial_id])  # type: ignore[attr-defined]
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Hand on."""
+        self._inner.on_unpause(self._names[trial_id])  # type: ignore[attr-defined]
+
     def save(self, checkpoint_path: str) -> None:
         """Ray Tune's own copy, which is not read."""
 
