@@ -73,15 +73,23 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(metavar="NODESxGPUSxKIND", help="Such as 8x8xH100; this machine when left out.")
     ] = None,
+    price: Annotated[float | None, typer.Option(metavar="DOLLARS", help="For an hour of one GPU; adds costs.")] = None,
+    network: Annotated[
+        float | None, typer.Option(metavar="GBIT", help="A second, of one machine; else what its GPUs usually have.")
+    ] = None,
+    utilization: Annotated[float, typer.Option(help="Share of a GPU's peak that arithmetic attains: a run's mfu.")] = (
+        0.25
+    ),
     json_: AsJson = False,
 ) -> None:
-    """What a recipe needs of each GPU, and what `auto` will choose: from the model's config files alone."""
+    """What a recipe needs of each GPU, what `auto` will choose, and what steps take: from config files alone."""
     from gtl.config import load_recipe
     from gtl.train.forecast import as_json, forecast, render
+    from gtl.train.outlook import Asked
 
     loaded = load_recipe(recipe, set_ or ())
     with Bar() as bar:
-        found = forecast(loaded, cluster, bar)
+        found = forecast(loaded, cluster, bar, Asked(price, network, utilization))
     print(json.dumps(as_json(found), indent=2) if json_ else render(found, loaded))
 
 
