@@ -253,19 +253,24 @@ def tune(
     name: Annotated[str | None, typer.Option(help="Of the study, and of what it publishes; else the file's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would try and what that takes.")] = False,
+    cluster: Annotated[str | None, typer.Option(
+        metavar="NODESxGPUSxKIND", help="With --dry-run: what it takes there, such as 64x8xH100; nothing is run.",
+    )] = None,
     set_: Set = None,
 ) -> None:
     """Search a recipe's settings: run trials, stop the poor ones, publish the best."""
     from gtl.config.load import load_study
     from gtl.config.names import check_name
 
+    if cluster is not None and not dry_run:
+        raise UserError(f"--cluster: {cluster}: is planned for, not trained on; add --dry-run")
     loaded = load_study(study, set_ or ())
     called = check_name(name or Path(study).stem, "study name")
     with Bar() as bar:
         if dry_run:
             from gtl.search.forecast import forecast
 
-            print(forecast(loaded, progress=bar))
+            print(forecast(loaded, cluster, progress=bar))
             return
         from gtl.search.study import tune as search
 
