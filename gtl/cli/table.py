@@ -77,7 +77,7 @@ def plan(
     network: Annotated[
         float | None, typer.Option(metavar="GBIT", help="A second, of one machine; else what its GPUs usually have.")
     ] = None,
-    utilization: Annotated[float, typer.Option(help="Share of a GPU's peak that arithmetic attains: a run's mfu.")] = (
+    utilization: Annotated[float, typer.Option(help="Share of a GPU's peak that it attains: a run's mfu.")] = (
         0.25
     ),
     json_: AsJson = False,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UTILIZATION = 0.25
 """Share of a GPU's peak that arithmetic attains, recomputation counted. 0.12 was measured of a LoRA of SD 1.5 at 512 px
 (gtl/bench/RESULTS.md, an H200); published are 0.16 of all of FLUX.1 on 32 H100 and 0.33 of a video model of 14 billion
-on 128: it is a guess until a run's `mfu` replaces it."""
+on 128: it is a guess until a run's `mfu` replaces it, times 4/3 if that run recomputes, which `mfu` does not count."""
 LINK = 0.8
 """Share of a link's rate that collective calls attain; nccl-tests come to about so much of NVLink."""
 LATENCY = 20e-6
