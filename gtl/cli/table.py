@@ -77,9 +77,9 @@ def plan(
     network: Annotated[
         float | None, typer.Option(metavar="GBIT", help="A second, of one machine; else what its GPUs usually have.")
     ] = None,
-    utilization: Annotated[float, typer.Option(help="Share of a GPU's peak that it attains: a run's mfu.")] = (
-        0.25
-    ),
+    utilization: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of a GPU's peak that it attains: a run's mfu; else 0.25.")
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """What a recipe needs of each GPU, what `auto` will choose, and what steps take: from config files alone."""
@@ -253,9 +253,13 @@ def tune(
     name: Annotated[str | None, typer.Option(help="Of the study, and of what it publishes; else the file's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would try and what that takes.")] = False,
-    cluster: Annotated[str | None, typer.Option(
-        metavar="NODESxGPUSxKIND", help="With --dry-run: what it takes there, such as 64x8xH100; nothing is run.",
-    )] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODESxGPUSxKIND",
+            help="With --dry-run: what it takes there, such as 64x8xH100; nothing is run.",
+        ),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Search a recipe's settings: run trials, stop the poor ones, publish the best."""

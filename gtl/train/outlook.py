@@ -37,8 +37,13 @@ class Asked:
     """Dollars an hour of one GPU. None: no costs are said."""
     network: float | None = None
     """Gbit/s of one machine. None: what is usual for its GPUs."""
-    utilization: float = UTILIZATION
-    """Share of the peak that arithmetic attains."""
+    utilization: float | None = None
+    """Share of the peak that arithmetic attains. None: UTILIZATION."""
+
+    @property
+    def attained(self) -> float:
+        """That share."""
+        return UTILIZATION if self.utilization is None else self.utilization
 
     def check(self) -> None:
         """Refuse what can't be.
@@ -50,8 +55,8 @@ class Asked:
             raise UserError(f"--price: {self.price:g}: dollars for an hour of one GPU, 0 or more")
         if self.network is not None and not 0 < self.network < math.inf:
             raise UserError(f"--network: {self.network:g}: Gbit/s of one machine, more than 0")
-        if not 0 < self.utilization <= 1:
-            raise UserError(f"--utilization: {self.utilization:g}: a share of the peak, more than 0 and at most 1")
+        if not 0 < self.attained <= 1:
+            raise UserError(f"--utilization: {self.attained:g}: a share of the peak, more than 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def outlook(recipe: Recipe, hardware: Hardware, memory: Memory, asked: Asked) ->
     assert gpu is not None
     network = gpu.network * hardware.devices if asked.network is None else asked.network
     links = Links(LINK * gpu.inner, LINK * network * 1e9 / 8, LATENCY)
-    rates = Rates(asked.utilization * gpu.flops, gpu.memory, links, overlap=True)
+    rates = Rates(asked.attained * gpu.flops, gpu.memory, links, overlap=True)
     lines = [line for layout in layouts(recipe, hardware) for line in lines_of(recipe, layout, memory, rates)]
     return Outlook(tuple(lines), rates, network, asked, recipe.train.steps)
 
@@ -143,7 +148,7 @@ def render(found: Outlook, recipe: Recipe, kind: str) -> str:
     links, kept = found.rates.links, recipe.model.quantization
     left = ["reading data", "looks", "checkpoints", "start", *([f"unpacking {kept}"] if kept else [])]
     rates = (
-        f"arithmetic at {found.asked.utilization:.0%} of {kind}'s peak in bf16 (--utilization); from a GPU to others "
+        f"arithmetic at {found.asked.attained:.0%} of {kind}'s peak in bf16 (--utilization); from a GPU to others "
         f"of its machine {links.inner / LINK / 1e9:g} GB/s, from a machine to others {found.network:g} Gbit/s "
         f"(--network), {LINK:.0%} of them attained; {LATENCY * 1e6:g} us a call; "
         + (f"${price:g} an hour of a GPU (--price)" if price is not None else "no price (--price)")

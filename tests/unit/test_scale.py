@@ -237,7 +237,8 @@ def test_the_table_goes_through_machines_and_stages(tiny: Recipe) -> None:
 def test_what_is_not_said_is_assumed_and_told(tiny: Recipe) -> None:
     found = forecast(tiny, "2x4xA100")
     assert found.outlook is not None
-    assert (found.outlook.network, found.outlook.asked.utilization) == (800, UTILIZATION)  # 4 cards of 200 Gbit/s
+    assert found.outlook.network == 800  # 4 cards of 200 Gbit/s
+    assert found.outlook.rates.flops == UTILIZATION * GPUS["A100"].flops
     text = render(found, tiny)
     assert "no price (--price)" in text and "$" not in text
     assert as_json(found)["outlook"]["lines"][0]["pace"]["dollars_per_1000_images"] is None
