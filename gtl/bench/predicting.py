@@ -52,8 +52,10 @@ class Seen:
     workers: int
     step: float
     """Seconds, median of rounds."""
-    share: float
-    """Of the step in collective calls, waiting for others included."""
+    sent: float
+    """Share of the step in collective calls while all workers are in them."""
+    late: float
+    """Share of the step in such calls before the last worker comes, which no model of what is sent knows of."""
     speeds: Speeds
     """Medians of rounds."""
 
@@ -89,8 +91,12 @@ def median_seconds(call: Callable[[], object]) -> float:
     return statistics.median(seconds[1:])
 
 
-def share_of_calls(steps: Callable[[], object]) -> float:
-    """Share of the time of some steps that passes in gloo's collective calls."""
+def shares_of_calls(steps: Callable[[], object]) -> tuple[float, float]:
+    """Shares of the time of some steps that pass in gloo's collective calls, see `Seen`. Collective.
+
+    A call lasts as long as it takes the worker that comes last, and longer for those that wait for it.
+    """
+    import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -99,7 +105,11 @@ def share_of_calls(steps: Callable[[], object]) -> float:
         seconds = time.perf_counter() - begun
     results: Any = seen.profiler
     calls = [event for event in results.kineto_results.events() if event.name().startswith("gloo:")]
-    return sum(event.duration_ns() for event in calls) / 1e9 / seconds
+    mine = [call.duration_ns() / 1e9 for call in sorted(calls, key=lambda call: call.start_ns())]
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, mine)
+    sent = sum(map(min, zip(*of_all, strict=True)))
+    return sent / seconds, (sum(mine) - sent) / seconds
 
 
 def medians(rounds: Sequence[Speeds]) -> Speeds:
@@ -141,7 +151,8 @@ def rows(seen: Sequence[Seen], predicted: Sequence[Pace]) -> list[dict[str, Any]
     return [
         {
             "workers": one.workers, "step": one.step, "predicted_step": made.step, "error": made.step / one.step - 1,
-            "communication": one.share, "predicted_communication": made.communication, **one.speeds._asdict(),
+            "communication": one.sent, "predicted_communication": made.communication, "late": one.late,
+            **one.speeds._asdict(),
         }
         for one, made in zip(seen, predicted, strict=True)
     ]  # fmt: skip
@@ -149,14 +160,13 @@ def rows(seen: Sequence[Seen], predicted: Sequence[Pace]) -> list[dict[str, Any]
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """For reading."""
-    cells = [
-        ["workers", "step ms", "predicted", "error", "communication", "predicted", "GFLOP/s", "link MB/s", "call ms"]
-    ]
+    cells = [["workers", "step ms", "predicted", "error", "communication", "predicted", "late", "GFLOP/s"]]
+    cells[0] += ["link MB/s", "call ms"]
     for row in found:
         cells.append([
             str(row["workers"]), f"{1e3 * row['step']:.1f}", f"{1e3 * row['predicted_step']:.1f}",
-            f"{row['error']:+.1%}",
-            f"{row['communication']:.1%}", f"{row['predicted_communication']:.1%}", f"{row['flops'] / 1e9:.1f}",
+            f"{row['error']:+.1%}", f"{row['communication']:.1%}", f"{row['predicted_communication']:.1%}",
+            f"{row['late']:.1%}", f"{row['flops'] / 1e9:.1f}",
             f"{row['link'] / 1e6:.0f}" if row["workers"] > 1 else "", f"{1e3 * row['latency']:.2f}",
         ])  # fmt: skip
     return columns(cells, numbers=True)

@@ -93,7 +93,10 @@ def predictions(
     from gtl.train.assemble import outline
     from gtl.train.footprint import measure
 
-    seen = [predicting.Seen(row["workers"], row["step"], row.pop("share"), row.pop("speeds")) for row in rows]
+    seen = []
+    for row in rows:
+        sent, late = row.pop("shares")
+        seen.append(predicting.Seen(row["workers"], row["step"], sent, late, row.pop("speeds")))
     footprint = measure(recipe, outline(recipe, dtype, family))
     return predicting.rows(seen, predicting.predict(footprint, recipe, stage, seen))
 
@@ -125,8 +128,8 @@ def member(
             losses = ours(setting.steps)  # on rank 0, which has waited for the others in every step
             seconds.append(time.perf_counter() - begun)
         if predicts:
-            share = predicting.share_of_calls(lambda: ours(setting.steps))
-            more = {"share": share, "speeds": predicting.medians(speeds)}
+            shares = predicting.shares_of_calls(lambda: ours(setting.steps))
+            more = {"shares": shares, "speeds": predicting.medians(speeds)}
     if rank == 0:
         images = setting.batch_size * setting.steps
         rate, loss = images / statistics.median(seconds), statistics.fmean(losses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -308,7 +309,7 @@ def test_measured_workers_are_predicted_from_the_first() -> None:
     """Seconds that the model itself makes are found again, from speeds twice what training attains."""
     made = settle(Setting(batch_size=8), None).recipe("x")
     true = [Speeds(100e12, 1e12, math.inf, 0.0), Speeds(100e12, 1e12, 1e9, 1e-3), Speeds(50e12, 1e12, 5e8, 1e-3)]
-    seen = [Seen(workers, 0.0, 0.0, speeds) for workers, speeds in zip((1, 2, 4), true, strict=True)]
+    seen = [Seen(workers, 0.0, 0.0, 0.0, speeds) for workers, speeds in zip((1, 2, 4), true, strict=True)]
     for stage in range(4):
         steps = [predicting.step_at(SIZES, made, stage, one, 0.5).step for one in seen]
         clocked = [replace(one, step=seconds) for one, seconds in zip(seen, steps, strict=True)]
@@ -318,6 +319,21 @@ def test_measured_workers_are_predicted_from_the_first() -> None:
     late = [clocked[0], replace(clocked[1], step=2 * steps[1])]
     assert predicting.rows(late, predicting.predict(SIZES, made, 3, late))[1]["error"] == pytest.approx(-0.5)
     assert [line.split()[0] for line in predicting.table(found).splitlines()] == ["workers", "1", "2", "4"]
+
+
+def test_workers_are_measured_and_predicted(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command = [Path(sys.executable).with_name("gtl"), "bench", "train", "--batch-size=2", "--steps=2", "--rounds=1"]
+    wanted = ["--workers=1", "--workers=2", "--stage=3", "--tuner=full", "--predict", "--json", file]
+    done = subprocess.run([*command, *wanted], check=True, capture_output=True, text=True)
+    result = json.loads(file.read_text())
+    one, two = result["predicted"]
+    assert one["predicted_step"] == pytest.approx(one["step"]) and one["predicted_communication"] == 0
+    assert [row["step"] for row in result["rows"]] == [one["step"], two["step"]]
+    assert two["error"] == two["predicted_step"] / two["step"] - 1
+    assert 0 <= two["late"] < 1 and 0 < two["communication"] < 1 and 0 < two["predicted_communication"] < 1
+    assert min(two["flops"], two["memory"], two["link"], two["latency"]) > 0
+    assert len(done.stdout.splitlines()) == 3 + 1 + 3
 
 
 def test_predicting_is_refused_where_it_measures_nothing(capsys: Any, monkeypatch: Any) -> None:
