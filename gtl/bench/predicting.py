@@ -1,16 +1,19 @@
 """`gtl bench train --workers --predict`: what `gtl plan` works out of a step, beside the clock, on CPUs.
 
 Every number of workers measures its rates in turn with its steps, all of its workers at once: how fast each multiplies
-matrices and adds tensors, and what an all-reduce takes. So where there are more workers than cores, the rates are those
-of a share of a core. The first number of workers also says which share of its matrix rate training attains; the others
-are predicted with that, and nothing of their own steps.
+matrices and adds tensors, and what an all-reduce takes. The first number of workers also says which share of its matrix
+rate training attains; the others are predicted with that, and nothing of their own steps.
+
+All of it is done by two clocks. By that on the wall more workers than cores have the rates of a share of a core, and
+whatever else runs on the machine is in the rates and in the steps, not always in both alike. By the processor time of
+a worker neither others nor waiting count: there the model is of a step where every worker has a core.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,9 +48,12 @@ class Speeds(NamedTuple):
     """Seconds of an all-reduce of one element."""
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What the clock said of some workers."""
+    """What a clock said of some workers."""
 
     workers: int
     step: float
@@ -60,34 +66,34 @@ class Seen:
     """Medians of rounds."""
 
 
-def measure_speeds(device: torch.device) -> Speeds:
+def measure_speeds(device: torch.device, clock: Callable[[], float]) -> Speeds:
     """Collective: all workers multiply at once, then add at once, then talk."""
     import torch
     import torch.distributed as dist
 
     world = dist.get_world_size()
     dist.barrier()
-    flops = matmul_flops(device, torch.float32)
+    flops = matmul_flops(device, torch.float32, clock)
     one, two = torch.rand(MESSAGE), torch.rand(MESSAGE)
     dist.barrier()
-    added = median_seconds(lambda: one.add_(two))
+    added = median_seconds(lambda: one.add_(two), clock)
     memory = 3 * one.nbytes / added
     if world == 1:
         return Speeds(flops, memory, float("inf"), 0.0)
     dot = torch.zeros(1)
-    latency = median_seconds(lambda: [dist.all_reduce(dot) for _ in range(CALLS)]) / CALLS
-    taken = max(median_seconds(lambda: dist.all_reduce(one)) - latency, 1e-9)
+    latency = median_seconds(lambda: [dist.all_reduce(dot) for _ in range(CALLS)], clock) / CALLS
+    taken = max(median_seconds(lambda: dist.all_reduce(one), clock) - latency, 1e-9)
     at_one = all_reduce(one.nbytes, Layout(1, world), Links(1.0, 1.0, 0.0))
     return Speeds(flops, memory, at_one / taken, latency)
 
 
-def median_seconds(call: Callable[[], object]) -> float:
+def median_seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     """Of some calls, after one that warms up."""
     seconds = []
     for _ in range(TIMINGS + 1):
-        begun = time.perf_counter()
+        begun = clock()
         call()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(clock() - begun)
     return statistics.median(seconds[1:])
 
 
@@ -158,15 +164,18 @@ def rows(seen: Sequence[Seen], predicted: Sequence[Pace]) -> list[dict[str, Any]
     ]  # fmt: skip
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(found: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """For reading."""
-    cells = [["workers", "step ms", "predicted", "error", "communication", "predicted", "late", "GFLOP/s"]]
-    cells[0] += ["link MB/s", "call ms"]
-    for row in found:
-        cells.append([
-            str(row["workers"]), f"{1e3 * row['step']:.1f}", f"{1e3 * row['predicted_step']:.1f}",
-            f"{row['error']:+.1%}", f"{row['communication']:.1%}", f"{row['predicted_communication']:.1%}",
-            f"{row['late']:.1%}", f"{row['flops'] / 1e9:.1f}",
-            f"{row['link'] / 1e6:.0f}" if row["workers"] > 1 else "", f"{1e3 * row['latency']:.2f}",
-        ])  # fmt: skip
-    return columns(cells, numbers=True)
+    steps = [["workers", "clock", "step ms", "predicted", "error", "GFLOP/s", "link MB/s", "call ms"]]
+    for clock, rows in found.items():
+        for row in rows:
+            steps.append([
+                str(row["workers"]), clock, f"{1e3 * row['step']:.1f}", f"{1e3 * row['predicted_step']:.1f}",
+                f"{row['error']:+.1%}", f"{row['flops'] / 1e9:.1f}",
+                f"{row['link'] / 1e6:.0f}" if row["workers"] > 1 else "", f"{1e3 * row['latency']:.2f}",
+            ])  # fmt: skip
+    shares = [["workers", "communication", "predicted", "waiting for the last worker"]]
+    for row in found["wall"]:
+        seen = (row["communication"], row["predicted_communication"], row["late"])
+        shares.append([str(row["workers"]), *(f"{share:.1%}" for share in seen)])
+    return f"{columns(steps, numbers=True)}\n\n{columns(shares, numbers=True)}"

@@ -88,17 +88,22 @@ def bench_scaling(
 
 def predictions(
     recipe: Recipe, family: DiffusionFamily, dtype: str, stage: int, rows: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The model's steps beside those of rows, from which it takes what was measured for it."""
+) -> dict[str, list[dict[str, Any]]]:
+    """The model's steps beside those of rows, from which it takes what was measured for it; by clock."""
     from gtl.train.assemble import outline
     from gtl.train.footprint import measure
 
-    seen = []
-    for row in rows:
-        sent, late = row.pop("shares")
-        seen.append(predicting.Seen(row["workers"], row["step"], sent, late, row.pop("speeds")))
     footprint = measure(recipe, outline(recipe, dtype, family))
-    return predicting.rows(seen, predicting.predict(footprint, recipe, stage, seen))
+    taken = [row.pop("taken") for row in rows]
+    found = {}
+    for clock in predicting.CLOCKS:
+        seen = []
+        for row, each in zip(rows, taken, strict=True):
+            sent, late = each["shares"]
+            step, speeds = each["steps"][clock], each["speeds"][clock]
+            seen.append(predicting.Seen(row["workers"], step, sent, late, speeds))
+        found[clock] = predicting.rows(seen, predicting.predict(footprint, recipe, stage, seen))
+    return found
 
 
 def member(
@@ -120,16 +125,22 @@ def member(
     with process_group(group, device, rank, world), Tracker(Store(Path(folder, f"run-{world}-{rank}"))) as tracker:
         ours = Ours(setting.recipe(folder, stage), dataset, device, dtype, tracker)
         ours(WARM_UP)
-        seconds, speeds, more = [], [], {}
+        seconds, processor, more = [], [], {}
+        speeds: dict[str, list[predicting.Speeds]] = {name: [] for name in predicting.CLOCKS}
         for _ in range(setting.rounds):
-            if predicts:
-                speeds.append(predicting.measure_speeds(device))
-            begun = time.perf_counter()
+            for name, clock in predicting.CLOCKS.items() if predicts else ():
+                speeds[name].append(predicting.measure_speeds(device, clock))
+            begun, used = time.perf_counter(), time.process_time()
             losses = ours(setting.steps)  # on rank 0, which has waited for the others in every step
             seconds.append(time.perf_counter() - begun)
+            processor.append(time.process_time() - used)
         if predicts:
-            shares = predicting.shares_of_calls(lambda: ours(setting.steps))
-            more = {"shares": shares, "speeds": predicting.medians(speeds)}
+            both = {"wall": seconds, "processor": processor}
+            more["taken"] = {
+                "steps": {name: statistics.median(each) / setting.steps for name, each in both.items()},
+                "speeds": {name: predicting.medians(each) for name, each in speeds.items()},
+                "shares": predicting.shares_of_calls(lambda: ours(setting.steps)),
+            }
     if rank == 0:
         images = setting.batch_size * setting.steps
         rate, loss = images / statistics.median(seconds), statistics.fmean(losses)

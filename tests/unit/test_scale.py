@@ -318,7 +318,10 @@ def test_measured_workers_are_predicted_from_the_first() -> None:
         assert found[0]["predicted_communication"] == 0 < found[1]["predicted_communication"]
     late = [clocked[0], replace(clocked[1], step=2 * steps[1])]
     assert predicting.rows(late, predicting.predict(SIZES, made, 3, late))[1]["error"] == pytest.approx(-0.5)
-    assert [line.split()[0] for line in predicting.table(found).splitlines()] == ["workers", "1", "2", "4"]
+    lines = predicting.table({"wall": found, "processor": found}).splitlines()
+    assert [line.split()[:1] for line in lines] == [
+        ["workers"], *[["1"], ["2"], ["4"]] * 2, [], ["workers"], ["1"], ["2"], ["4"]
+    ]  # fmt: skip
 
 
 def test_workers_are_measured_and_predicted(tmp_path: Path) -> None:
@@ -327,13 +330,13 @@ def test_workers_are_measured_and_predicted(tmp_path: Path) -> None:
     wanted = ["--workers=1", "--workers=2", "--stage=3", "--tuner=full", "--predict", "--json", file]
     done = subprocess.run([*command, *wanted], check=True, capture_output=True, text=True)
     result = json.loads(file.read_text())
-    one, two = result["predicted"]
-    assert one["predicted_step"] == pytest.approx(one["step"]) and one["predicted_communication"] == 0
-    assert [row["step"] for row in result["rows"]] == [one["step"], two["step"]]
-    assert two["error"] == two["predicted_step"] / two["step"] - 1
-    assert 0 <= two["late"] < 1 and 0 < two["communication"] < 1 and 0 < two["predicted_communication"] < 1
-    assert min(two["flops"], two["memory"], two["link"], two["latency"]) > 0
-    assert len(done.stdout.splitlines()) == 3 + 1 + 3
+    assert [row["step"] for row in result["rows"]] == [row["step"] for row in result["predicted"]["wall"]]
+    for one, two in result["predicted"].values():
+        assert one["predicted_step"] == pytest.approx(one["step"]) and one["predicted_communication"] == 0
+        assert two["error"] == two["predicted_step"] / two["step"] - 1
+        assert 0 <= two["late"] < 1 and 0 < two["communication"] < 1 and 0 < two["predicted_communication"] < 1
+        assert min(two["flops"], two["memory"], two["link"], two["latency"]) > 0
+    assert len(done.stdout.splitlines()) == 3 + 1 + 5 + 1 + 3
 
 
 def test_predicting_is_refused_where_it_measures_nothing(capsys: Any, monkeypatch: Any) -> None:
