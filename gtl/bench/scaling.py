@@ -11,9 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gtl import __version__
+from gtl.bench import predicting
 from gtl.bench.models import write_dataset, write_model
 from gtl.bench.setting import Setting, settle
 from gtl.bench.train import IMAGES, WARM_UP, device_name, device_of, dtype_on
@@ -21,10 +22,15 @@ from gtl.storage import Store
 from gtl.train.group import process_group
 from gtl.types import Progress, UserError
 
+if TYPE_CHECKING:
+    from gtl.config import Recipe
+    from gtl.families.base import DiffusionFamily
+
 
 def bench_scaling(
-    setting: Setting, workers: Sequence[int], stage: int, file: Path | None, progress: Progress
-) -> dict[str, Any]:
+    setting: Setting, workers: Sequence[int], stage: int, file: Path | None, progress: Progress, *,
+    predicts: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Time gtl's loop on several numbers of workers, whose batches together are the same.
 
     Args:
@@ -33,6 +39,7 @@ def bench_scaling(
         stage: Of ZeRO, 0 to 3.
         file: Where the result is written too, as JSON.
         progress: Is called after every measurement.
+        predicts: Whether the model of `gtl plan` is put beside it, see `gtl.bench.predicting`.
 
     Returns:
         Images per second and loss for every number of workers, and what it ran on.
@@ -47,6 +54,8 @@ def bench_scaling(
         raise UserError(f"--workers: {list(workers)}: each must be 1 or more")
     if stage not in range(4):
         raise UserError(f"--stage: {stage}: must be from 0 to 3")
+    if predicts and device_of(0).type != "cpu":
+        raise UserError("--predict: measures calls of gloo, between CPUs; hide the GPUs with CUDA_VISIBLE_DEVICES=")
     context = multiprocessing.get_context("forkserver")  # one import for all workers
     context.set_forkserver_preload(["diffusers.models.modeling_utils", "gtl.bench.loops", "gtl.train.engine"])
     load, rows, dtype = os.getloadavg()[0], [], dtype_on(device_of(0))
@@ -57,7 +66,7 @@ def bench_scaling(
         for done, world in enumerate(workers, 1):
             ours, theirs = context.SimpleQueue(), []
             for rank in range(world):
-                arguments = (rank, world, folder, dataset.fingerprint, setting, stage, ours)
+                arguments = (rank, world, folder, dataset.fingerprint, setting, stage, ours, predicts)
                 theirs.append(context.Process(target=member, args=arguments, daemon=True))
                 theirs[-1].start()
             for process in theirs:
@@ -66,17 +75,40 @@ def bench_scaling(
                 raise RuntimeError(f"{world} workers: one of them failed")
             rows.append({"workers": world, **ours.get()})
             progress("workers", done, len(workers), f"{world}: {rows[-1]['images_per_second']:.2f} images/s")
+        predicted = predictions(setting.recipe(folder, stage), family, dtype, stage, rows) if predicts else None
     about = {name: value for name, value in asdict(setting).items() if not name.startswith("bare_")}
     result = {
         **about, "resolution": list(family.default_size), "stage": stage, "rows": rows, "cores": os.cpu_count(),
-        "load_average": load, "gtl": __version__,
+        "load_average": load, "gtl": __version__, **({} if predicted is None else {"predicted": predicted}),
     }  # fmt: skip
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
-def member(rank: int, world: int, folder: str, fingerprint: str, setting: Setting, stage: int, answers: Any) -> None:
+def predictions(
+    recipe: Recipe, family: DiffusionFamily, dtype: str, stage: int, rows: Sequence[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The model's steps beside those of rows, from which it takes what was measured for it; by clock."""
+    from gtl.train.assemble import outline
+    from gtl.train.footprint import measure
+
+    footprint = measure(recipe, outline(recipe, dtype, family))
+    taken = [row.pop("taken") for row in rows]
+    found = {}
+    for clock in predicting.CLOCKS:
+        seen = []
+        for row, each in zip(rows, taken, strict=True):
+            sent, late = each["shares"]
+            step, speeds = each["steps"][clock], each["speeds"][clock]
+            seen.append(predicting.Seen(row["workers"], step, sent, late, speeds))
+        found[clock] = predicting.rows(seen, predicting.predict(footprint, recipe, stage, seen))
+    return found
+
+
+def member(
+    rank: int, world: int, folder: str, fingerprint: str, setting: Setting, stage: int, answers: Any, predicts: bool
+) -> None:
     """One worker; that of rank 0 answers for all."""
     import torch
 
@@ -93,15 +125,27 @@ def member(rank: int, world: int, folder: str, fingerprint: str, setting: Settin
     with process_group(group, device, rank, world), Tracker(Store(Path(folder, f"run-{world}-{rank}"))) as tracker:
         ours = Ours(setting.recipe(folder, stage), dataset, device, dtype, tracker)
         ours(WARM_UP)
-        seconds = []
+        seconds, processor, more = [], [], {}
+        speeds: dict[str, list[predicting.Speeds]] = {name: [] for name in predicting.CLOCKS}
         for _ in range(setting.rounds):
-            begun = time.perf_counter()
+            for name, clock in predicting.CLOCKS.items() if predicts else ():
+                speeds[name].append(predicting.measure_speeds(device, clock))
+            begun, used = time.perf_counter(), time.process_time()
             losses = ours(setting.steps)  # on rank 0, which has waited for the others in every step
             seconds.append(time.perf_counter() - begun)
+            processor.append(time.process_time() - used)
+        if predicts:
+            both = {"wall": seconds, "processor": processor}
+            more["taken"] = {
+                "steps": {name: statistics.median(each) / setting.steps for name, each in both.items()},
+                "speeds": {name: predicting.medians(each) for name, each in speeds.items()},
+                "shares": predicting.shares_of_calls(lambda: ours(setting.steps)),
+            }
     if rank == 0:
         images = setting.batch_size * setting.steps
         rate, loss = images / statistics.median(seconds), statistics.fmean(losses)
-        answers.put({"images_per_second": rate, "loss": loss, "device": device_name(device)})
+        step = statistics.median(seconds) / setting.steps
+        answers.put({"images_per_second": rate, "step": step, "loss": loss, "device": device_name(device), **more})
 
 
 def table(result: dict[str, Any]) -> str:
@@ -118,4 +162,6 @@ def table(result: dict[str, Any]) -> str:
             f"{row['workers']:>3} workers  {row['images_per_second']:.2f} images/s  {speedup:.2f} of the first  "
             f"loss {row['loss']:.6f}"
         )
+    if "predicted" in result:
+        lines += ["", predicting.table(result["predicted"])]
     return "\n".join(lines)

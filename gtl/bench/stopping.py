@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,21 +16,9 @@ from gtl.config import load_study
 from gtl.report.chart import short
 from gtl.report.study import Study, read_study
 from gtl.report.text import columns
+from gtl.search.replay import Curve, Outcome, cost, replay
 from gtl.storage import Store
 from gtl.types import UserError
-
-Curve = Sequence[tuple[int, float]]
-"""(step, metric) of a trial's looks, in their order."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one order."""
-
-    chosen: str
-    """The best of the trials that ran to their end."""
-    spent: int
-    """Steps of all trials."""
 
 
 def bench_stopping(
@@ -100,64 +86,6 @@ def curves_of(record: Study, metric: str) -> dict[str, Curve]:
     if len(curves) < 2:
         raise UserError(f"{record.url}: {len(curves)} whole trials with {metric}: a replay needs two or more")
     return curves
-
-
-def replay(
-    scheduler: Any, curves: Mapping[str, Curve], order: Sequence[str], concurrency: int, keys: tuple[str, str],
-    mode: str, paces: Mapping[str, float],
-) -> Outcome:  # fmt: skip
-    """Let a scheduler see recorded looks as if the trials ran now, each as fast as it was.
-
-    Of trials that are all equally fast the order in which they begin is that in which they come to every rung, however
-    many there are at once.
-
-    Args:
-        scheduler: Ray Tune's, new.
-        curves: Trial -> its whole curve.
-        order: In which trials begin.
-        concurrency: Trials at once; the next begins when one ends.
-        keys: Names of the step and of the metric in what trials report.
-        mode: max or min.
-        paces: Trial -> time of a step, in any unit; 1 where it is not known.
-    """
-    from types import SimpleNamespace
-
-    waiting = list(reversed(order))
-    looks: list[tuple[float, int, str, int]] = []
-    """A queue of (time, begun as the how many-th, trial, number of the look)."""
-    trials: dict[str, Any] = {}
-    spent, whole = 0, []
-
-    def begin(now: float) -> None:
-        name = waiting.pop()
-        trials[name] = SimpleNamespace(trial_id=name)
-        scheduler.on_trial_add(None, trials[name])
-        heapq.heappush(looks, (now + curves[name][0][0] * paces.get(name, 1.0), len(trials), name, 0))
-
-    for _ in range(min(concurrency, len(waiting))):
-        begin(0)
-    while looks:
-        now, number, name, at = heapq.heappop(looks)
-        step, value = curves[name][at]
-        report = dict(zip(keys, (step, value), strict=True))
-        is_last = at + 1 == len(curves[name])
-        if is_last:  # of which Ray Tune does not ask the scheduler
-            scheduler.on_trial_complete(None, trials[name], report)
-            whole.append(name)
-        elif scheduler.on_trial_result(None, trials[name], report) != scheduler.STOP:
-            took = (curves[name][at + 1][0] - step) * paces.get(name, 1.0)
-            heapq.heappush(looks, (now + took, number, name, at + 1))
-            continue
-        spent += step
-        if waiting:
-            begin(now)
-    return Outcome(min(whole, key=lambda name: cost(curves[name], mode)), spent)
-
-
-def cost(curve: Curve, mode: str) -> float:
-    """The best of a curve, as something that should be low."""
-    sign = 1 if mode == "min" else -1
-    return min(sign * value for _, value in curve if math.isfinite(value))
 
 
 def summary(

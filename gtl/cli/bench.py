@@ -9,6 +9,7 @@ import typer
 
 from gtl.cli.bar import Bar
 from gtl.cli.options import Set
+from gtl.types import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
 
@@ -34,6 +35,9 @@ def train(
     )] = False,
     workers: Annotated[list[int] | None, typer.Option(help="Compare numbers of workers instead; repeat it.")] = None,
     stage: Annotated[int, typer.Option(help="ZeRO stage, with --workers.")] = 0,
+    predict: Annotated[bool, typer.Option(
+        "--predict", help="With --workers: beside what gtl plan's model of a step says, from rates measured in turn.",
+    )] = False,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result here.")] = None,
 ) -> None:  # fmt: skip
     """This training loop beside a bare PyTorch loop, or on several numbers of workers.
@@ -48,9 +52,11 @@ def train(
         from gtl.bench import scaling
 
         with Bar() as bar:
-            result = scaling.bench_scaling(setting, workers, stage, json_, bar)
+            result = scaling.bench_scaling(setting, workers, stage, json_, bar, predicts=predict)
         print(scaling.table(result))
         return
+    if predict:
+        raise UserError("--predict: is of numbers of workers; add --workers 1 --workers 2")
     from gtl.bench.train import bench_train as bench
     from gtl.bench.train import table
 

@@ -73,15 +73,23 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(metavar="NODESxGPUSxKIND", help="Such as 8x8xH100; this machine when left out.")
     ] = None,
+    price: Annotated[float | None, typer.Option(metavar="DOLLARS", help="For an hour of one GPU; adds costs.")] = None,
+    network: Annotated[
+        float | None, typer.Option(metavar="GBIT", help="A second, of one machine; else what its GPUs usually have.")
+    ] = None,
+    utilization: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of a GPU's peak that it attains: a run's mfu; else 0.25.")
+    ] = None,
     json_: AsJson = False,
 ) -> None:
-    """What a recipe needs of each GPU, and what `auto` will choose: from the model's config files alone."""
+    """What a recipe needs of each GPU, what `auto` will choose, and what steps take: from config files alone."""
     from gtl.config import load_recipe
     from gtl.train.forecast import as_json, forecast, render
+    from gtl.train.outlook import Asked
 
     loaded = load_recipe(recipe, set_ or ())
     with Bar() as bar:
-        found = forecast(loaded, cluster, bar)
+        found = forecast(loaded, cluster, bar, Asked(price, network, utilization))
     print(json.dumps(as_json(found), indent=2) if json_ else render(found, loaded))
 
 
@@ -245,19 +253,28 @@ def tune(
     name: Annotated[str | None, typer.Option(help="Of the study, and of what it publishes; else the file's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would try and what that takes.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODESxGPUSxKIND",
+            help="With --dry-run: what it takes there, such as 64x8xH100; nothing is run.",
+        ),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Search a recipe's settings: run trials, stop the poor ones, publish the best."""
     from gtl.config.load import load_study
     from gtl.config.names import check_name
 
+    if cluster is not None and not dry_run:
+        raise UserError(f"--cluster: {cluster}: is planned for, not trained on; add --dry-run")
     loaded = load_study(study, set_ or ())
     called = check_name(name or Path(study).stem, "study name")
     with Bar() as bar:
         if dry_run:
             from gtl.search.forecast import forecast
 
-            print(forecast(loaded, progress=bar))
+            print(forecast(loaded, cluster, progress=bar))
             return
         from gtl.search.study import tune as search
 

@@ -1,11 +1,11 @@
-"""What a study would try and what that takes, from a few measured steps of one trial."""
+"""What a study would try and what that takes, from a few steps of one trial, measured here or predicted."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -17,23 +17,29 @@ from gtl.report.facts import duration
 from gtl.report.text import columns
 from gtl.search.record import trial_name
 from gtl.search.room import Room, fill, make_room
+from gtl.search.simulate import Tempo, draws, middle
 from gtl.search.space import configurations
 from gtl.search.trial import Place
 from gtl.session import Cluster, session
 from gtl.train.board import Row
+from gtl.train.forecast import forecast as plan
+from gtl.train.forecast import parse_cluster, plural
 from gtl.train.launch import begin, open_model, run_workers
-from gtl.types import Progress, quiet
+from gtl.types import Progress, UserError, quiet
 
 STEPS, EVERY = 8, 4
 """Of the run that is measured, and between its looks."""
 SHOWN = 50
 """Trials that are listed."""
+START = 60.0
+"""Seconds before a trial's first step, where nothing was measured: processes that start and weights that are read."""
 
 
 @dataclass
 class Clock:
     """Goes along with a run and looks at the time when its rows come."""
 
+    begun: float = field(default_factory=time.monotonic)
     step_seconds: list[float] = field(default_factory=list)
     arrivals: dict[int, float] = field(default_factory=dict)
 
@@ -62,19 +68,70 @@ class Clock:
         """Seconds of a look: those between the rows of a step with one and of the step behind it, less the step."""
         return max(0.0, self.arrivals[EVERY] - self.arrivals[EVERY - 1] - self.step)
 
+    @property
+    def start(self) -> float:
+        """Seconds before the first step, the look before it included."""
+        return max(0.0, self.arrivals[1] - self.begun - self.step)
 
-def forecast(study: Study, *, progress: Progress = quiet) -> str:
+    @property
+    def tempo(self) -> Tempo:
+        """All of them."""
+        return Tempo(self.step, self.look, self.start)
+
+
+def forecast(study: Study, cluster: str | None = None, *, progress: Progress = quiet) -> str:
     """The space, the trials, what each needs, and the hours of all, for people.
+
+    Args:
+        study: See `gtl.load_study`.
+        cluster: NODESxGPUSxKIND, of which nothing has to be there: steps are then predicted (`gtl.train.pace`). None: a
+            few steps are measured on the cluster that is.
+        progress: Is called as it goes on.
 
     Raises:
         UserError: the study, the model, the data or the cluster is not what it has to be.
     """
-    with session() as cluster, tempfile.TemporaryDirectory() as folder:
+    if cluster is not None:
+        return "\n\n".join([space_table(study), trials_table(study), *planned(study, cluster, progress)])
+    with session() as here, tempfile.TemporaryDirectory() as folder:
         place = Place(study.model_dump(mode="json"), folder, "measured")
-        room = make_room(study, place, cluster)
+        room = make_room(study, place, here)
         fill(study, place, room, progress)
-        clock = measure(study, place, cluster, progress)
-    return "\n\n".join([space_table(study), trials_table(study), need(study, room, clock)])
+        clock = measure(study, place, here, progress)
+    said = (
+        f"measured: {short(clock.step)} s a step of {study.base.train.batch_size} images, {short(clock.look)} s a look"
+    )
+    return "\n\n".join([space_table(study), trials_table(study), need(study, room, clock.tempo, said)])
+
+
+def planned(study: Study, cluster: str, progress: Progress) -> Iterator[str]:
+    """What the trials take of a cluster that one may not have.
+
+    Raises:
+        UserError: it is not spelled so, nothing is known of its GPUs, or a trial does not fit.
+    """
+    hardware = parse_cluster(cluster)
+    place = Place(study.model_dump(mode="json"), "planned", "planned")
+    recipe = place.recipe(study, {})
+    if recipe.train.gpus_per_worker == 0:
+        raise UserError("train.gpus_per_worker: 0: trains on CPUs, of which --cluster says nothing; leave it out")
+    room = make_room(study, place, Cluster(math.inf, hardware.workers, hardware.devices))
+    train = recipe.train.model_copy(update={"workers": room.devices})
+    found = plan(recipe.model_copy(update={"train": train}), cluster, progress)
+    if found.outlook is None or found.plan is None:
+        raise UserError(found.problem or f"--cluster {cluster}: {found.untimed}")
+    one = next(line.pace for line in found.outlook.lines if line.chosen)
+    said = (
+        f"predicted: {short(float(f'{one.step:.3g}'))} s a step of {one.batch_size} images, {one.communication:.1%} of "
+        f"it communication, ZeRO stage {one.stage} (gtl plan --cluster {cluster}); assumed: {START:g} s to start a "
+        "trial, looks (evaluate.every) take no time"
+    )
+    yield need(study, room, Tempo(one.step, 0.0, START), said)
+    if study.base.train.workers == "auto" and hardware.workers > 1:
+        yield (
+            f"train.workers: auto gives a trial all {hardware.workers} GPUs; --set set.train.workers=1 runs "
+            f"{hardware.workers} trials at once"
+        )
 
 
 def measure(study: Study, place: Place, cluster: Cluster, progress: Progress) -> Clock:
@@ -118,30 +175,39 @@ def trials_table(study: Study) -> str:
     return columns(rows) + more + then
 
 
-def need(study: Study, room: Room, clock: Clock) -> str:
-    """What a trial and the study take."""
-    steps = longest(study)
-    of_each = f"{room.devices} workers with {room.resources.cpus_per_worker:g} CPUs" + (
-        f" and {room.resources.gpus_per_worker} GPUs" if room.resources.gpus_per_worker else ""
+def need(study: Study, room: Room, tempo: Tempo, said: str) -> str:
+    """What a trial and the study take; `said` is where its times are from."""
+    steps, on_gpus = longest(study), bool(room.resources.gpus_per_worker)
+    of_each = f"{plural(room.devices, 'worker')} with {room.resources.cpus_per_worker:g} CPUs" + (
+        f" and {room.resources.gpus_per_worker} GPUs" if on_gpus else ""
     )
-    lines = [
-        f"a trial: {of_each}, {room.concurrency} at once here",
-        f"measured: {short(clock.step)} s a step of {study.base.train.batch_size} images, {short(clock.look)} s a look",
-    ]
+    lines = [f"a trial: {of_each}, {room.concurrency} at once", said]
     if steps is None:
         return "\n".join([*lines, "how long it takes depends on what an epoch has; give train.steps to know it"])
-    looks = math.ceil(steps / study.base.evaluate.every) + 1
-    seconds = steps * clock.step + looks * clock.look
-    share = expected_share(study, steps)
-    searched = study.at_smallest_rank.num_trials
-    total = (searched * share + study.num_trials - searched) * seconds
+    looks = math.ceil(steps / study.base.evaluate.every)
+    found = draws(study, tempo, room.concurrency)
+    usual = middle(found)
+    hours, device_hours = usual.seconds / 3600, usual.busy * room.devices / 3600
+    bounds = f" ({duration(found[0].seconds)} to {duration(found[-1].seconds)})" if len(found) > 1 else ""
     lines += [
-        f"a whole trial: {duration(seconds)}, start not included",
-        f"the study: {short(total * room.devices / 3600)} {'GPU' if room.resources.gpus_per_worker else 'worker'}-hours"
-        f", {duration(total / room.concurrency)} on this cluster",
+        f"a whole trial: {duration(tempo.start + steps * tempo.step + looks * tempo.look)}, {duration(tempo.start)} of "
+        "them to start",
+        f"the study: {short(float(f'{device_hours:.3g}'))} {'GPU' if on_gpus else 'worker'}-hours, "
+        f"{duration(usual.seconds)}{bounds}",
     ]  # fmt: skip
-    if share < 1:
-        lines.append(f"{study.scheduler.type} stops trials early: that is {share:.0%} of their steps, more if they tie")
+    if usual.share < 1:
+        lines.append(
+            f"{study.scheduler.type} stops trials early: that is {usual.share:.0%} of their steps, simulated for "
+            f"trials that keep their place among each other, in {plural(len(found), 'random order')}"
+        )
+    elif study.scheduler.type not in ("asha", "fifo"):
+        lines.append(f"{study.scheduler.type}: all trials are counted whole; what it pauses or stops is not simulated")
+    for name, most, asked in (
+        ("hours", study.budget.hours, hours),
+        ("gpu_hours", study.budget.gpu_hours, device_hours),
+    ):
+        if most is not None and most < asked:
+            lines.append(f"budget.{name}: {most:g}: ends it before that")
     return "\n".join([*lines, pack_line(study)])
 
 
@@ -153,17 +219,3 @@ def pack_line(study: Study) -> str:
         "several in a forward pass where that pays, which is measured when the study begins"
     )  # fmt: skip
     return f"trials train {when}; the times above are of trials alone"
-
-
-def expected_share(study: Study, steps: int) -> float:
-    """The share of all steps that ASHA runs if one in `reduction_factor` passes each rung; 1 with other schedulers."""
-    from gtl.search.schedule import make_scheduler
-
-    if study.scheduler.type != "asha":
-        return 1.0
-    rungs = sorted(milestone for milestone, _ in make_scheduler(study)._brackets[0]._rungs)  # type: ignore[attr-defined]
-    share, passing, before = 0.0, 1.0, 0
-    for rung in rungs:
-        share += passing * (rung - before) / steps
-        passing, before = passing / study.scheduler.reduction_factor, rung
-    return share + passing * (steps - before) / steps

@@ -21,7 +21,7 @@ from gtl.train.flops import FlopMeter
 from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
 from gtl.train.optimizer import MOMENTS, make_optimizer, read_moments, write_moments
 from gtl.train.place import place, shard
-from gtl.train.plan import BUCKET
+from gtl.train.plan import BUCKET, REUSE
 from gtl.train.schedule import ema_decay, learning_rate
 from gtl.types import Batch, Losses
 
@@ -266,8 +266,8 @@ def make_config(
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             # In elements. The defaults keep a whole 1B model live, which is what stage 3 is there to avoid.
-            "stage3_max_live_parameters": 100_000_000,
-            "stage3_max_reuse_distance": 100_000_000,
+            "stage3_max_live_parameters": REUSE,
+            "stage3_max_reuse_distance": REUSE,
             "stage3_prefetch_bucket_size": 20_000_000,
             "offload_optimizer": host,
             "offload_param": host if stage == 3 else None,

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gtl.train.quantize import FORMATS, frozen_linears
+from gtl.train.work import Work, count
 from gtl.tuners.depth import is_under
 from gtl.types import Batch, Geometry, Item, UserError
 
@@ -73,6 +74,10 @@ class Footprint:
     per_image: Activations
     decoded_bytes: int = 0
     """Of the largest quantised weight, which is there in the dtype of the arithmetic while its layer runs."""
+    work: Work = Work()
+    """What is computed for an image."""
+    modules: int = 0
+    """That have weights of their own: each is gathered by itself where weights are sharded."""
 
     @property
     def largest_bytes(self) -> int:
@@ -103,7 +108,7 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     adapters = moving if recipe.pair.frozen_base else set()
     parameters = {name: dict(part.named_parameters()) for name, part in parts.items()}
 
-    def count(chosen: Iterable[nn.Parameter]) -> int:
+    def numel(chosen: Iterable[nn.Parameter]) -> int:
         return sum(parameter.numel() for parameter in chosen if id(parameter) not in adapters)
 
     def nbytes(tensor: Tensor) -> int:
@@ -112,7 +117,7 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     def block(prefixes: tuple[str, ...]) -> Block:
         inside = [p for key, p in parameters[family.main].items() if is_under(key, prefixes)]
         trained = sum(p.numel() for p in inside if id(p) in moving)
-        return Block(prefixes[0], count(inside), trained, sum(map(nbytes, inside)))
+        return Block(prefixes[0], numel(inside), trained, sum(map(nbytes, inside)))
 
     main = parts.get(family.main)
     blocks = [] if main is None else family.blocks(main)
@@ -120,23 +125,26 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     modules = {} if main is None else {name: main.get_submodule(name) for names in blocks for name in names}
     tensors = {id(t): t for part in parts.values() for t in chain(part.parameters(), part.buffers())}
     # All that is asked of the weights themselves comes first: they are replaced below.
-    counts = {name: count(own.values()) for name, own in parameters.items()}
+    counts = {name: numel(own.values()) for name, own in parameters.items()}
     listed = tuple(block(names) for names in blocks)
     frozen = sum(nbytes(tensor) for key, tensor in tensors.items() if key not in moving)
     trained = sum(parameter.numel() for parameter in trainee.parameters.values())
+    holders = sum(bool(module._parameters) for part in parts.values() for module in part.modules())
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
     for part in parts.values():
         pretend(part, mode)
     try:
         item = make_item(recipe, family)
         # Not with one image: a dimension of one saves copies.
-        two, three = (run(trainee, make_batch(trainee, item, images, mode), modules, mode, device) for images in (2, 3))
+        batches = [make_batch(trainee, item, images, mode) for images in (2, 3)]
+        two, three = (run(trainee, batch, modules, mode, device) for batch in batches)
+        work = count(trainee.players, batches[0], modules, mode)
     except Exception as error:  # shapes that do not fit, above all
         reason = " ".join(str(error).split())
         raise UserError(f"{recipe.model.source}: its parts do not run as their config.json say: {reason}") from error
     each = Activations(three.whole - two.whole, three.checkpointed - two.checkpointed)
     fixed = Activations(two.whole - 2 * each.whole, two.checkpointed - 2 * each.checkpointed)
-    return Footprint(counts, listed, frozen, trained, fixed, each, decoded)
+    return Footprint(counts, listed, frozen, trained, fixed, each, decoded, work, holders)
 
 
 def sizes_quantized(main: nn.Module | None, blocks: Iterable[str], kind: str | None) -> tuple[dict[int, int], int]:

@@ -15,6 +15,9 @@ from gtl.report.text import columns
 from gtl.train.assemble import outline
 from gtl.train.footprint import Footprint, measure
 from gtl.train.gpus import GPUS, find_gpu
+from gtl.train.outlook import Asked, Outlook, outlook, untimed
+from gtl.train.outlook import as_json as outlook_json
+from gtl.train.outlook import render as render_outlook
 from gtl.train.plan import STAGES, Memory, Need, TrainPlan, check_groups, choose, need, repeats_of
 from gtl.types import Progress, UserError, quiet
 
@@ -72,20 +75,30 @@ class Forecast:
     """What `auto` becomes; None where nothing fits."""
     problem: str
     """Why nothing does."""
+    outlook: Outlook | None = None
+    """What steps take on it."""
+    untimed: str = ""
+    """Why that is not known."""
 
 
-def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = quiet) -> Forecast:
-    """Work out a recipe's memory from the model's config files.
+def forecast(
+    recipe: Recipe, cluster: str | None = None, progress: Progress = quiet, known: Asked | None = None
+) -> Forecast:
+    """Work out a recipe's memory from the model's config files, and its steps where the GPUs are known.
 
     Args:
         recipe: Its data is not looked at.
         cluster: NODESxGPUSxKIND, such as 8x8xH100; GPUSxKIND or KIND is one node's. KIND may also be memory, such as
             48GiB. None: this machine.
         progress: Is called as it goes on.
+        known: Prices and rates of the cluster.
 
     Raises:
-        UserError: the cluster is not spelled so, or the recipe or the model's configs are not what they have to be.
+        UserError: the cluster is not spelled so, `known` can't be, or the recipe or the model's configs are not what
+            they have to be.
     """
+    known = known or Asked()
+    known.check()
     hardware = this_machine() if cluster is None else parse_cluster(cluster)
     asked, model = recipe.train, recipe.model
     on_gpu = hardware.is_gpu and asked.gpus_per_worker != 0
@@ -117,9 +130,11 @@ def forecast(recipe: Recipe, cluster: str | None = None, progress: Progress = qu
     rows = [row(stage, False) for stage in stages]
     if on_gpu and recipe.train.optimizer.type == "adamw":
         rows += [row(stage, True) for stage in stages[1:]]
+    reason = untimed(recipe, hardware, dtype)
     return Forecast(
-        model.source, family.name, dtype, hardware, workers, footprint, tuple(rows), memory.budget, plan, problem
-    )
+        model.source, family.name, dtype, hardware, workers, footprint, tuple(rows), memory.budget, plan, problem,
+        None if reason else outlook(recipe, hardware, memory, known), reason,
+    )  # fmt: skip
 
 
 def parse_cluster(text: str) -> Hardware:
@@ -179,6 +194,8 @@ def render(found: Forecast, recipe: Recipe) -> str:
     images = plural(plan.micro_batch if plan else 1, "image")
     title = f"on each {device} with {images} of {recipe.data.resolution} px in a forward pass (! does not fit):"
     text = [columns(facts), "", title, columns(table, numbers=True)]
+    times = f"times: not predicted: {found.untimed}"
+    text += ["", times if found.outlook is None else render_outlook(found.outlook, recipe, hardware.kind)]
     if footprint.blocks:
         blocks = [["depth", "block", "parameters", "trained"]]
         blocks += [
@@ -218,6 +235,8 @@ def as_json(found: Forecast) -> dict[str, Any]:
     values = asdict(found)
     for row, each in zip(values["rows"], found.rows, strict=True):
         row["need"]["total"] = each.need.total
+    if found.outlook is not None:
+        values["outlook"] = outlook_json(found.outlook)
     if found.plan is not None:
         del values["plan"]["steps"]  # no data was looked at
     return values

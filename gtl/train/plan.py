@@ -18,6 +18,8 @@ GPU_MICRO_BATCH = 32
 STAGES = (0, 1, 2, 3)
 BUCKET = 50_000_000
 """Elements of the buffer through which gradients are reduced, at most."""
+REUSE = 100_000_000
+"""Elements that a worker keeps gathered at stage 3, at most, for what needs them soon."""
 USABLE = 0.9
 """Share of a device's memory that a plan may fill. The rest is for the backward pass's own tensors, for what the
 libraries take, and for gaps."""

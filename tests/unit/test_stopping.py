@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from gtl.bench.stopping import Outcome, bench_stopping, distribution, replay, summary, table
+from gtl.bench.stopping import bench_stopping, distribution, summary, table
 from gtl.config import parse_study
 from gtl.config.load import dump_study
 from gtl.search.record import Record, TrialRecord
+from gtl.search.replay import Outcome, replay
 from gtl.search.schedule import make_scheduler
 from gtl.storage import Store
 from gtl.types import UserError
