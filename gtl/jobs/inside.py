@@ -13,9 +13,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from gtl.config import load_recipe, load_study
 from gtl.jobs import probe, secrets
@@ -30,6 +30,7 @@ ORDER = "GTL_JOB"
 """In the environment: the JSON of what the submitter knows."""
 LOST = 75
 """EX_TEMPFAIL: the same again may work."""
+T = TypeVar("T")
 GTL = "from gtl.cli import main; main()"
 """The command, in the job's own Python, whether a script `gtl` is on its path or not."""
 
@@ -54,18 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        end(wipe)
-    if status == 1 and end(lambda: not nodes <= probe.alive()):
+        if secrets.KEY in os.environ:
+            end(secrets.wipe)
+    if status == 1 and nodes - (end(probe.alive) or nodes):
         print("job: a machine of the cluster was lost while the command ran", file=sys.stderr)
         return LOST
     return status
-
-
-def wipe() -> bool:
-    """Take the job's secrets from the cluster, if it has some."""
-    if secrets.KEY in os.environ:
-        secrets.wipe()
-    return True
 
 
 def check_versions(order: dict[str, Any]) -> None:
@@ -118,13 +113,13 @@ def waiting_through(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-def end(what: Any) -> bool:
-    """Ask the cluster something when the command is over; False if it no longer answers."""
+def end(what: Callable[[], T]) -> T | None:
+    """Ask the cluster something when the command is over; None if it no longer answers."""
     try:
         with session():
-            return bool(what())
+            return what()
     except (UserError, OSError, RuntimeError):
-        return False
+        return None
 
 
 def tell(phase: str, done: int, total: int, detail: str = "") -> None:
