@@ -37,16 +37,18 @@ GTL = "from gtl.cli import main; main()"
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the job's exit status."""
+    import ray
+
     order: dict[str, Any] = json.loads(os.environ[ORDER])
     try:
         check_versions(order)
         with session():
             if secrets.KEY in os.environ:
                 secrets.load()
-            probe.check_places(order["writes"])
             if order["room"]:
                 probe.make_room(order["room"], tell)
-            nodes = probe.alive()
+            probe.check_places(order["writes"])
+            before = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
         more = go_on(order, arguments)
         if more is None:
             return 0
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         if secrets.KEY in os.environ:
             end(secrets.wipe)
-    if status == 1 and nodes - (end(probe.alive) or nodes):
+    gone = end(lambda: probe.lost(ray.nodes(), before)) if status == 1 else None
+    if gone:
         print("job: a machine of the cluster was lost while the command ran", file=sys.stderr)
         return LOST
     return status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gtl.storage import Store
@@ -12,6 +12,8 @@ from gtl.types import Progress, UserError
 
 WAIT_S = 120.0
 """That a node may take to start a process and to read an object."""
+DRAINED_IDLE = 4
+"""Ray's NodeDeathInfo.AUTOSCALER_DRAIN_IDLE."""
 GROW_S = 1800.0
 """That an autoscaler may take to add machines: GPUs are scarce, and the images of their containers large."""
 
@@ -97,8 +99,12 @@ def make_room(bundles: Sequence[Mapping[str, float]], progress: Progress) -> Non
     request_resources(bundles=[])  # the workers hold them from here on
 
 
-def alive() -> set[str]:
-    """Ids of the nodes that are alive."""
-    import ray
+def lost(nodes: Sequence[Mapping[str, Any]], before: Collection[str]) -> set[str]:
+    """Ids of the nodes that were there before and died, other than by an autoscaler that found them idle.
 
-    return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
+    Args:
+        nodes: As `ray.nodes()` lists them, dead ones too.
+        before: Ids.
+    """
+    dead = (node for node in nodes if not node["Alive"] and node.get("DeathReason") != DRAINED_IDLE)
+    return {str(node["NodeID"]) for node in dead} & set(before)

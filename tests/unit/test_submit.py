@@ -21,6 +21,7 @@ from gtl.jobs import pack
 from gtl.jobs.checks import Site, check_places, check_room, site_of
 from gtl.jobs.follow import Output
 from gtl.jobs.inside import LOST
+from gtl.jobs.probe import DRAINED_IDLE, lost, sees
 from gtl.jobs.resume import Left, left_of, stamp
 from gtl.jobs.submit import Parcel, read_secrets
 from gtl.jobs.verdict import End, exit_status, is_tried_again, meaning
@@ -263,6 +264,22 @@ def test_workers_that_never_fit_are_refused_unless_the_cluster_grows() -> None:
     assert check_room(recipe, site(grows=True)) == [{"CPU": 1.0, "GPU": 1.0}] * 2
     elastic = load_recipe("recipes/dog.yaml", ["train.workers=[6, 9]"])
     assert check_room(elastic, site(grows=True)) == [{"CPU": 1.0}] * 6
+
+
+def test_a_machine_that_an_autoscaler_found_idle_is_not_lost() -> None:
+    nodes = [
+        {"NodeID": "a", "Alive": True}, {"NodeID": "b", "Alive": False, "DeathReason": 2},
+        {"NodeID": "c", "Alive": False, "DeathReason": DRAINED_IDLE}, {"NodeID": "d", "Alive": False, "DeathReason": 3},
+        {"NodeID": "e", "Alive": False, "DeathReason": 2},
+    ]  # fmt: skip
+    assert lost(nodes, ["a", "b", "c", "d"]) == {"b", "d"}
+
+
+def test_a_place_that_another_machine_does_not_see_has_a_reason(tmp_path: Path) -> None:
+    Store(tmp_path).write("token", b"token")
+    assert [sees(str(tmp_path), "token"), sees(str(tmp_path), "other"), sees(str(tmp_path / "nowhere"), "token")] == [
+        "", "no such file", "no such file",
+    ]  # fmt: skip
 
 
 def test_the_cluster_is_what_its_living_nodes_have() -> None:
