@@ -60,7 +60,7 @@ def submit(
     """
     from gtl.jobs import work
     from gtl.jobs.client import connect
-    from gtl.jobs.follow import Output, see_through
+    from gtl.jobs.follow import Away, Output, see_through
     from gtl.jobs.submit import find_or_send, make_parcel, read_secrets
 
     if retries is not None and not follow:
@@ -83,6 +83,9 @@ def submit(
         return
     try:
         status = see_through(client, parcel, sent, RETRIES if retries is None else retries, Output(sys.stdout), say)
+    except Away as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
         say(str(error) or "interrupted")
         raise typer.Exit(130) from None
@@ -123,7 +126,7 @@ def logs(
 ) -> None:  # fmt: skip
     """A job's output so far."""
     from gtl.jobs.client import answered, connect, find_job
-    from gtl.jobs.follow import Output, end_of
+    from gtl.jobs.follow import Away, Output, end_of
     from gtl.jobs.follow import follow as go_along
     from gtl.jobs.verdict import exit_status
 
@@ -137,6 +140,9 @@ def logs(
         return
     try:
         info = go_along(client, job, show)
+    except Away as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         say(f"no longer following; {job} goes on")
         raise typer.Exit(130) from None

@@ -11,7 +11,6 @@ from gtl.jobs.client import ENDED, wipe_secrets
 from gtl.jobs.resume import stamp
 from gtl.jobs.submit import Parcel, Sent, send
 from gtl.jobs.verdict import End, exit_status, is_tried_again, meaning
-from gtl.types import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -26,6 +25,10 @@ NOISE = ("Running entrypoint for job ", "Runtime env is setting up.")
 """Of Ray's own lines, before the command's."""
 
 Say = Callable[[str], None]
+
+
+class Away(Exception):
+    """The cluster no longer answers: no mistake of the user's, and not known to be the end of the job."""
 
 
 class Output:
@@ -70,7 +73,7 @@ def follow(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -
     """Show a job's output until it is over; returns what Ray says of it.
 
     Raises:
-        UserError: the dashboard is away for too long.
+        Away: the cluster does not answer for too long.
         KeyboardInterrupt: the user has seen enough.
     """
     return asyncio.run(stream(client, job, show))
@@ -98,8 +101,8 @@ async def stream(client: JobSubmissionClient, job: str, show: Callable[[str], No
         except (ClientError, OSError, RuntimeError) as error:
             away_since = away_since or time.monotonic()
             if time.monotonic() - away_since > PATIENCE_S:
-                raise UserError(
-                    f"--address {client.get_address()}: has not answered for {PATIENCE_S:.0f} s "
+                raise Away(
+                    f"{client.get_address()} has not answered for {PATIENCE_S:.0f} s "
                     f"({' '.join(str(error).split())[:200]}); if it comes back, the same command follows again"
                 ) from error
         await asyncio.sleep(1)
@@ -146,7 +149,8 @@ def see_through(
         say: Takes what there is to say about it.
 
     Raises:
-        UserError: the cluster is away, or takes no further attempt.
+        Away: the cluster does not answer for too long.
+        UserError: it takes no further attempt.
         KeyboardInterrupt: the user stops following.
     """
     while True:
@@ -164,6 +168,7 @@ def see_through(
             show.close()
             tell_end(job, end, info, say)
             return exit_status(end)
+        show.flush()
         since = sent.since or (stamp(info.start_time) if info.start_time else None)
         attempt, retries = sent.attempt + 1, retries - 1
         say(f"{job} was lost ({why(end, info)}); sent again as attempt {attempt}, with {retries} more left")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl import __version__
 from gtl.jobs import checks, pack
-from gtl.jobs.client import ATTEMPT, COMMAND, CONTENT, MARK, SINCE, answered, our_jobs, put_secrets
+from gtl.jobs.client import ATTEMPT, COMMAND, CONTENT, MARK, SINCE, answered, our_jobs, put_secrets, wipe_secrets
 from gtl.jobs.inside import ORDER
 from gtl.jobs.secrets import HOOK, KEY
 from gtl.jobs.work import Work
@@ -152,14 +152,18 @@ def send(client: JobSubmissionClient, parcel: Parcel, attempt: int, since: str |
     env = {ORDER: json.dumps(order), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), **({KEY: key} if key else {})}
     command = shlex.join(parcel.arguments)
     metadata = {MARK: __version__, CONTENT: parcel.content, COMMAND: command, ATTEMPT: str(attempt)}
-    with tempfile.TemporaryDirectory() as folder, answered(client.get_address()):
-        archive = Path(folder) / "package.zip"
-        pack.write_archive(parcel.files, archive)
-        runtime_env = {"working_dir": str(archive), "env_vars": env}
+    try:
+        with tempfile.TemporaryDirectory() as folder, answered(client.get_address()):
+            archive = Path(folder) / "package.zip"
+            pack.write_archive(parcel.files, archive)
+            hook = {"worker_process_setup_hook": HOOK} if key else {}
+            client.submit_job(
+                entrypoint=ENTRY.format(version=__version__, command=command), submission_id=parcel.id(attempt),
+                runtime_env={"working_dir": str(archive), "env_vars": env, **hook},
+                metadata=metadata | ({SINCE: since} if since else {}),
+            )  # fmt: skip
+    except UserError:
         if key:
-            runtime_env["worker_process_setup_hook"] = HOOK
-        client.submit_job(
-            entrypoint=ENTRY.format(version=__version__, command=command), submission_id=parcel.id(attempt),
-            runtime_env=runtime_env, metadata=metadata | ({SINCE: since} if since else {}),
-        )  # fmt: skip
+            wipe_secrets(client, key)
+        raise
     return Sent(parcel.id(attempt), attempt, since, key)

@@ -106,7 +106,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     command = [
         str(python / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
         f"--port={free_port()}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-        f"--dashboard-agent-listen-port={free_port()}", "--ray-client-server-port=0", "--num-cpus=3",
+        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}", "--num-cpus=3",
         f"--object-store-memory={200 * 2**20}", f"--temp-dir={folder}",
     ]  # fmt: skip
     environment = remote.environment(PATH=f"{python}:{os.environ['PATH']}")
