@@ -38,12 +38,15 @@ def look(client: JobSubmissionClient) -> Site:
     """Ask the dashboard what the cluster is.
 
     Raises:
-        UserError: it does not say.
+        UserError: it does not say, or has no node yet.
     """
     version = ask(client, "/api/version")["ray_version"]
-    listed = ask(client, "/api/v0/nodes")["data"]["result"]["result"]
+    listed = ask(client, "/api/v0/nodes?limit=10000")["data"]["result"]["result"]
     status = ask(client, "/api/cluster_status")["data"].get("clusterStatus") or {}
-    return site_of(version, listed, status)
+    site = site_of(version, listed, status)
+    if not site.nodes:
+        raise UserError(f"--address {client.get_address()}: no node of that cluster is alive yet; wait for its head")
+    return site
 
 
 def site_of(version: str, listed: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Site:

@@ -123,11 +123,11 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
 
 
 def is_up(url: str) -> bool:
-    """Whether the dashboard answers, its jobs too: it does so a while after its port is open."""
-    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+    """Whether the dashboard answers and knows of a node: it does so a while after its port is open."""
+    request = urllib.request.Request(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {TOKEN}"})
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return bool(answer.status == 200)
+            return b"ALIVE" in answer.read()
     except (urllib.error.URLError, OSError):
         return False
 
