@@ -85,7 +85,7 @@ def versions() -> dict[str, str]:
     return {"gtl": __version__, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
-def check_places(work: Work, nodes: int, tree: Path) -> list[str]:
+def check_places(work: Work, nodes: int, tree: Path) -> str | None:
     """Refuse folders in the working tree where several machines would each have their own; returns what to warn of.
 
     A folder outside the tree may be one that all machines mount: the job finds that out.
@@ -93,7 +93,7 @@ def check_places(work: Work, nodes: int, tree: Path) -> list[str]:
     Raises:
         UserError: there is one.
     """
-    warned = []
+    kept = []
     for key, place in {**work.writes, **work.reads}.items():
         if is_url(place) or place.startswith("file://"):
             continue
@@ -103,8 +103,8 @@ def check_places(work: Work, nodes: int, tree: Path) -> list[str]:
                 f"or to a folder outside {tree} that all of them mount"
             )
         if key in work.writes and nodes == 1:
-            warned.append(f"{key}: {place}: on the disk of the cluster's one node; a bucket would outlive it")
-    return warned
+            kept.append(key)
+    return f"{', '.join(kept)}: on the disk of the cluster's one node; a bucket would outlive it" if kept else None
 
 
 def check_room(recipe: Recipe, site: Site) -> list[dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise UserError("--address: which cluster? give the URL of its dashboard, or set RAY_API_SERVER_ADDRESS")
     from ray.job_submission import JobSubmissionClient
 
+    for module in ("dashboard_sdk", "job.sdk"):  # which tell of every upload and connection
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets its variables overrule what a caller asks for
     with answered(address):
         return JobSubmissionClient(address, headers=read_headers())

@@ -80,7 +80,7 @@ def make_parcel(
     """
     site = checks.look(client)
     checks.check_versions(site, tree is not None)
-    for warning in checks.check_places(work, site.nodes, tree or Path.cwd()):
+    if warning := checks.check_places(work, site.nodes, tree or Path.cwd()):
         say(warning)
     room = checks.check_room(work.recipe, site) if work.recipe is not None else []
     files = dict(work.files)
