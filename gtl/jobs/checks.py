@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from gtl.types import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+UNGROUPED = re.compile(r"node_[0-9a-f]{56}")
+"""What Ray calls the group of a node that no autoscaler began: by its id."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,16 @@ def look(client: JobSubmissionClient) -> Site:
 def site_of(version: str, listed: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Site:
     """The cluster, from what the dashboard says of its nodes and its autoscaler.
 
-    An autoscaler names the group of every node that it began; one of before Ray 2.50 writes a report as well.
+    An autoscaler names the group of every node that it began, on the node (v2, KubeRay) or in its report (v1). Without
+    one there is a report too, in which every node is a group of its own.
     """
     alive = [node for node in listed if node["state"] == "ALIVE"]
     totals = [node.get("resources_total") or {} for node in alive]
     gpus = [total.get("GPU", 0.0) for total in totals]
     cpus = sum(total.get("CPU", 0.0) for total in totals)
     grouped = any((node.get("labels") or {}).get("ray.io/node-group") for node in alive)
-    grows = grouped or bool(status.get("autoscalerReport"))
+    groups = ((status.get("autoscalerReport") or {}).get("nodeTypeMapping") or {}).values()
+    grows = grouped or not all(UNGROUPED.fullmatch(group) for group in groups)
     return Site(version, len(alive), Cluster(cpus, sum(gpus), max(gpus, default=0.0)), grows)
 
 

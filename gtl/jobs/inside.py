@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     import ray
 
     order: dict[str, Any] = json.loads(os.environ[ORDER])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through all that is to be taken back
     try:
         check_versions(order)
         with session():

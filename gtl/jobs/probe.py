@@ -12,6 +12,8 @@ from gtl.types import Progress, UserError
 
 WAIT_S = 120.0
 """That a node may take to start a process and to read an object."""
+LOOK_S = 10.0
+"""Between two looks at what the cluster has."""
 DRAINED_IDLE = 4
 """Ray's NodeDeathInfo.AUTOSCALER_DRAIN_IDLE."""
 GROW_S = 1800.0
@@ -57,11 +59,9 @@ def read_everywhere(key: str, place: str, token: str, nodes: Sequence[Mapping[st
         ): str(node["NodeManagerAddress"])
         for node in nodes
     }
-    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=WAIT_S)
-    answers = {asked[reference]: ray.get(reference) for reference in done}
-    answers |= {asked[reference]: f"no answer in {WAIT_S:.0f} s" for reference in late}
-    for node, reason in answers.items():
-        if reason:
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=WAIT_S)
+    for reference, node in asked.items():  # of which several may have one address
+        if reason := ray.get(reference) if reference in done else f"no answer in {WAIT_S:.0f} s":
             raise UserError(
                 f"{key}: {place}: node {node} does not see what the job's own node writes there ({reason}); set {key} "
                 "to a bucket, or to a folder that all nodes mount"
@@ -91,12 +91,15 @@ def make_room(bundles: Sequence[Mapping[str, float]], progress: Progress) -> Non
     text = ", ".join(f"{amount:g} {name}s" for name, amount in wanted.items() if amount)
     request_resources(bundles=[dict(bundle) for bundle in bundles])
     begun = time.monotonic()
-    while any(ray.cluster_resources().get(name, 0) < amount for name, amount in wanted.items()):
-        if time.monotonic() - begun > GROW_S:
-            raise UserError(f"train.workers: the cluster did not grow to {text} in {GROW_S / 60:.0f} min; ask for less")
-        progress("cluster", 0, 0, f"waiting until it has {text}")
-        time.sleep(2)
-    request_resources(bundles=[])  # the workers hold them from here on
+    try:
+        while any(ray.cluster_resources().get(name, 0) < amount for name, amount in wanted.items()):
+            waited = time.monotonic() - begun
+            if waited > GROW_S:
+                raise UserError(f"train.workers: the cluster did not grow to {text} in {waited / 60:.0f} min; ask less")
+            progress("cluster", 0, 0, f"waiting until it has {text}")
+            time.sleep(LOOK_S)
+    finally:
+        request_resources(bundles=[])  # it would outlive the job; the workers hold what they need from here on
 
 
 def lost(nodes: Sequence[Mapping[str, Any]], before: Collection[str]) -> set[str]:

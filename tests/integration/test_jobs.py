@@ -66,6 +66,8 @@ class Remote:
     """The cluster, and the tree of somebody who works with it from outside."""
 
     url: str
+    address: str
+    """Of the cluster itself, for machines that join it."""
     folder: Path
     """What Ray writes."""
     tree: Path
@@ -100,12 +102,12 @@ class Remote:
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     folder = Path(tempfile.mkdtemp(prefix="gtl-", dir="/tmp"))  # short: Ray's sockets are in it
     tree = tmp_path_factory.mktemp("tree")
-    port = free_port()
-    remote = Remote(f"http://127.0.0.1:{port}", folder, tree)
+    port, own = free_port(), free_port()
+    remote = Remote(f"http://127.0.0.1:{port}", f"127.0.0.1:{own}", folder, tree)
     python = Path(sys.executable).parent
     command = [
         str(python / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
-        f"--port={free_port()}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+        f"--port={own}", "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
         f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}", "--num-cpus=3",
         f"--object-store-memory={200 * 2**20}", f"--temp-dir={folder}",
     ]  # fmt: skip
@@ -114,7 +116,7 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     with (folder / "start.log").open("w") as log:
         cluster = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
         try:
-            wait_for(lambda: is_up(remote.url), cluster, folder / "start.log")
+            wait_for(lambda: num_nodes(remote.url), cluster, folder / "start.log")
             yield remote
         finally:
             cluster.terminate()
@@ -122,14 +124,14 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_up(url: str) -> bool:
-    """Whether the dashboard answers and knows of a node: it does so a while after its port is open."""
+def num_nodes(url: str) -> int:
+    """That are alive. The dashboard knows of the first a while after its port is open."""
     request = urllib.request.Request(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {TOKEN}"})
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return b"ALIVE" in answer.read()
+            return answer.read().count(b"ALIVE")
     except (urllib.error.URLError, OSError):
-        return False
+        return 0
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any], log: Path | None = None) -> Any:
@@ -251,6 +253,46 @@ def test_a_token_that_is_not_the_clusters_is_one_line(
     assert len(err.splitlines()) == 1
 
 
+@pytest.fixture
+def apart(remote: Remote, tmp_path: Path) -> Iterator[Path]:
+    """A folder that is another one on the second machine of the cluster."""
+    shared, folder = tmp_path / "shared", Path(tempfile.mkdtemp(prefix="gtl-", dir="/tmp"))
+    shared.mkdir()
+    ray = Path(sys.executable).parent / "ray"
+    join = (
+        f"mount -t tmpfs tmpfs {shared} && exec {ray} start --block --disable-usage-stats --address={remote.address} "
+        f"--num-cpus=1 --object-store-memory={100 * 2**20} --temp-dir={folder} "
+        f"--dashboard-agent-listen-port={free_port()}"
+    )
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("mounts of its own are not allowed here")
+    with (folder / "start.log").open("w") as log:
+        node = subprocess.Popen(["unshare", "-m", "sh", "-c", join], env=remote.environment(), stdout=log, stderr=log)
+        try:
+            wait_for(lambda: num_nodes(remote.url) == 2, node, folder / "start.log")
+            yield shared
+        finally:
+            node.terminate()
+            node.wait(60)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_stores_that_not_all_machines_have_are_refused_before_or_in_the_job(remote: Remote, apart: Path) -> None:
+    recipe = remote.write("apart")
+    status, out, err = remote.run("submit", "--", "train", recipe)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: storage.runs: {remote.tree}/runs: a folder of this machine, and the cluster has 2 ")
+    stores = [f"storage.{name}={apart}/{name}" for name in ("runs", "cache", "registry")]
+    settings = [word for store in stores for word in ("--set", store)]
+    status, out, _ = remote.run("submit", "--follow", "--", "train", recipe, *settings)
+    assert status == 2
+    (line,) = out.splitlines()
+    assert line.startswith(f"error: storage.runs: {apart}/runs: node ")
+    assert "does not see what the job's own node writes there (no such file); set storage.runs to a bucket" in line
+    assert list((apart / "runs").iterdir()) == []
+
+
+@pytest.mark.soak
 def test_a_driver_that_is_killed_is_tried_again_and_goes_on(remote: Remote) -> None:
     following = remote.start("submit", "--follow", "--", "train", remote.write("killed", steps=60))
     runs = remote.tree / "runs" / "killed"

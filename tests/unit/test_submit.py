@@ -290,7 +290,9 @@ def test_the_cluster_is_what_its_living_nodes_have() -> None:
         {"state": "DEAD", "resources_total": {"CPU": 8.0, "GPU": 8.0}, "labels": {}},
     ]
     assert site_of("2.60.0", nodes, {}) == Site("2.60.0", 2, Cluster(12, 2, 2), False)
-    assert site_of("2.60.0", nodes, {"autoscalerReport": {"activeNodes": {}}}).grows
+    by_hand = {"autoscalerReport": {"nodeTypeMapping": {"0" * 56: "node_" + "0" * 56}}}
+    assert not site_of("2.60.0", nodes, by_hand).grows
+    assert site_of("2.60.0", nodes, {"autoscalerReport": {"nodeTypeMapping": {"10.0.0.1": "ray.head.default"}}}).grows
     assert site_of("2.60.0", [{**nodes[0], "labels": {"ray.io/node-group": "head"}}], {}).grows
 
 
