@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from gtl import __version__
-from gtl.cli import adapters, bench
+from gtl.cli import adapters, bench, jobs
 from gtl.cli.bar import Bar
 from gtl.cli.options import AsJson, RecipeFile, RegistryUrl, Revision, Set, Variant
 from gtl.types import UserError
@@ -356,6 +356,8 @@ def root(
     """Fine-tune, search and serve image generators on a Ray cluster."""
 
 
+app.command()(jobs.submit)
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(data_app, name="data")
 app.add_typer(bench.app, name="bench")
