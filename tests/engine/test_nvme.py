@@ -84,14 +84,12 @@ def places(folder: str) -> dict[bool, int]:
 
 
 def locate(stage: int, folder: str) -> list[dict[bool, int]]:
-    """Where the tensors of a player of six layers, of which four move, are: once made, within a step, after it."""
+    """Where the tensors of a player of six layers, of which four move, are: once made, and within the second step."""
     before = places(folder)
     engine = wrap(Deep(6, 4), stage, ema=0.9, zero={"offload": "nvme", "offload_folder": folder})
     found = [places(folder)]
-    for _ in range(2):
-        descend(engine, 3)
-        found.append(places(folder))
-        descend(engine, 1)
+    descend(engine, 3)
+    found.append(places(folder))
     return [{key: each[key] - before[key] for key in each} for each in found]
 
 
@@ -99,16 +97,16 @@ def locate(stage: int, folder: str) -> list[dict[bool, int]]:
 def test_all_that_is_offloaded_is_in_files(duo: Group, tmp_path: Path, stage: int) -> None:
     # Of the four layers that move each of two workers has masters, their average, two moments and two gradients.
     share, gradients = 4 * LAYER // 2, 4 * LAYER
-    for made, *others in duo.run(locate, stage, str(tmp_path)):
+    for made, within in duo.run(locate, stage, str(tmp_path)):
         if stage == 3:  # and weights; the buffer for gradients is there too, where the device is a CPU
             assert made == {False: 0, True: 7 * share + 2 * LAYER // 2 + gradients}
-            assert others == [made, made]
+            assert within == made
             continue
         # The weights are on the device. Masters go back to it through a buffer, gradients come through two.
         assert made == {False: 6 * LAYER, True: 6 * share + 2 * LAYER}
-        for each in others:  # within a step, with the gradient so far
-            assert each[True] == 7 * share + 2 * LAYER
-            assert each[False] <= made[False] + (2 * gradients if stage == 1 else 0)
+        # Stage 1 keeps the gradient so far whole on the device, and the buffer that it is reduced in.
+        assert within[True] == made[True] + (share if stage == 2 else 0)
+        assert within[False] <= made[False] + (2 * gradients if stage == 1 else 0)
     assert list(tmp_path.iterdir()) == []
 
 
