@@ -87,14 +87,25 @@ class Schedule(Section):
     """Steps of linear warm-up."""
 
 
+def check_absolute(folder: str) -> str:
+    """Refuse a folder that would be another one for every process."""
+    if not os.path.isabs(folder):
+        raise ValueError("should be an absolute path, since workers have other working folders")
+    return folder
+
+
 class Zero(Section):
     """DeepSpeed ZeRO sharding (Rajbhandari et al. 2020, arXiv 1910.02054)."""
 
     stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """0 none, 1 optimizer, 2 and gradients, 3 and weights. auto: what fits without sharding runs unsharded."""
-    offload: Literal["none", "cpu"] = "none"
+    offload: Literal["none", "cpu", "nvme"] = "none"
     """cpu: the machine's memory instead of the GPU's holds, from stage 1 on, the optimizer's state, which is stepped
-    there, and at stage 3 the weights too (arXiv 2101.06840)."""
+    there, and at stage 3 the weights too (arXiv 2101.06840). nvme: the same in files of a local disk, mapped, of which
+    the machine's memory holds as much as it has room for (for the idea see arXiv 2104.07857)."""
+    offload_folder: Annotated[str, AfterValidator(check_absolute)] | None = None
+    """Where offload: nvme keeps them, on every machine. null: the machine's folder for temporary files (TMPDIR). It has
+    to be on a disk; nothing is left there when the run ends, however it ends."""
     hpz: Annotated[int, Field(ge=1)] = 1
     """So many workers in a row hold all weights among them a second time, and the backward pass gathers from there (hpZ
     of ZeRO++, arXiv 2306.10209): faster between machines, for so many as each has, and more memory. 1: off. Stage 3
@@ -276,10 +287,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_zero(self) -> "Recipe":
         zero, optimizer = self.train.zero, self.train.optimizer.type
+        asked = f"train.zero.offload: {zero.offload}"
         if zero.offload != "none" and zero.stage == 0:
-            raise ValueError("train.zero.offload: cpu: moves what is sharded, and stage 0 shards nothing; take 1 to 3")
+            raise ValueError(f"{asked}: moves what is sharded, and stage 0 shards nothing; take 1 to 3")
         if zero.offload != "none" and optimizer != "adamw":
-            raise ValueError(f"train.zero.offload: cpu: {optimizer} steps on a GPU only; take adamw")
+            raise ValueError(f"{asked}: {optimizer} steps on a GPU only; take adamw")
+        if zero.offload == "nvme" and zero.hpz > 1:
+            raise ValueError(
+                f"{asked}: train.zero.hpz: {zero.hpz} keeps the weights a second time in memory; take one of the two"
+            )
         if zero.hpz > 1 and zero.stage != 3:
             raise ValueError(f"train.zero.hpz: {zero.hpz}: it is about weights in shares; set train.zero.stage: 3")
         return self

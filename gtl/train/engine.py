@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gtl.config.recipe import Train
 from gtl.imports import absent, uncollected
 from gtl.train.checkpoint import Shapes, State
+from gtl.train.disk import Disk, open_disk
 from gtl.train.flops import FlopMeter
 from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
 from gtl.train.optimizer import MOMENTS, make_optimizer, read_moments, write_moments
@@ -63,7 +64,8 @@ class Engine:
             dtype: Of the weights that do not move; what is trained becomes fp32.
 
         Raises:
-            UserError: the optimizer needs a library that isn't installed.
+            UserError: the optimizer needs a library that isn't installed, or the disk for train.zero.offload: nvme is
+                none, or too small.
         """
         self.steps = 0
         self.grad_norm = math.nan
@@ -79,18 +81,26 @@ class Engine:
         self.shapes: Shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
         numel = sum(math.prod(shape) for shape in self.shapes.values())
         config = make_config(train, stage, micro_batch, accumulation, numel, self._device)
+        self._disk = open_disk(train.zero.offload_folder) if train.zero.offload == "nvme" else None
         prepare_deepspeed(self._device)
-        if stage == 3:
-            shard(player, dtype, self._device, config)
-        else:
-            place(player, dtype, self._device)
+        with offloading(self._disk):
+            if stage == 3:
+                shard(player, dtype, self._device, config)
+            else:
+                place(player, dtype, self._device)
         self._optimizer = make_optimizer(list(parameters.values()), train)
-        self._engine = initialize(player, self._optimizer, config)
+        with offloading(self._disk, all_large=True):
+            self._engine = initialize(player, self._optimizer, config)
         if stage == 0:
             spare_walks(self._engine, self._optimizer, list(parameters.values()))
         self._fragments = find_fragments(self._parameters, self._engine.optimizer, stage)
         self._partitions = distinct(self._fragments)
-        self._ema = [partition.detach().clone() for partition in self._partitions] if train.ema else []
+        if self._disk is not None:  # else the first step makes them, elsewhere
+            for partition in self._partitions:
+                moments = [self._disk.zeros(partition.shape, partition.dtype) for _ in MOMENTS]
+                write_moments(self._optimizer, partition, moments, steps=0)
+        copy = Tensor.clone if self._disk is None else self._disk.copy
+        self._ema = [copy(partition.detach()) for partition in self._partitions] if train.ema else []
 
     def __call__(self, batch: Batch) -> Losses | None:
         """Run the player forward."""
@@ -100,7 +110,7 @@ class Engine:
     def backward(self, total: Tensor) -> None:
         """Add the gradient of a micro-batch's share of the global mean."""
         # DeepSpeed averages over ranks; shares are to be summed. They also add up over micro-batches as they are.
-        with self._meter.backward() if self._meter else nullcontext():
+        with self._meter.backward() if self._meter else nullcontext(), offloading(self._disk):
             self._engine.backward(total * dist.get_world_size(), scale_wrt_gas=False)
         self._micro_steps += 1
         if self._micro_steps % self._accumulation:
@@ -198,7 +208,8 @@ class Engine:
 
         A state without EMA starts the average at its weights.
         """
-        moments = [[torch.zeros_like(partition) for _ in MOMENTS] for partition in self._partitions]
+        # Where they are, as far as they are there already.
+        moments = [[each.zero_() for each in read_moments(self._optimizer, part)] for part in self._partitions]
         position = {id(partition): index for index, partition in enumerate(self._partitions)}
         given = set()
         for name, values in tensors:
@@ -251,8 +262,9 @@ def make_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: fp32 mode, and buffers no larger than the `numel` trained elements need."""
     bucket = min(max(numel + numel % 2, 2), BUCKET)  # DeepSpeed refuses odd ones
-    # Pinned, so that copies overlap with arithmetic.
-    host = {"device": "cpu", "pin_memory": device.type == "cuda"} if train.zero.offload == "cpu" else None
+    # Pinned, so that copies overlap with arithmetic. To a disk nothing else leads, see `Disk.pinning`.
+    pinned = device.type == "cuda" or train.zero.offload == "nvme"
+    host = None if train.zero.offload == "none" else {"device": "cpu", "pin_memory": pinned}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -290,6 +302,18 @@ def prepare_deepspeed(device: torch.device) -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Shared-memory collectives for CPUs are compiled on first use, for 12 s; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def offloading(disk: Disk | None, all_large: bool = False) -> Iterator[None]:
+    """Within it DeepSpeed offloads to a disk, if there is one; with `all_large` also what it makes without pinning."""
+    if disk is None:
+        yield
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    with (disk.making if all_large else disk.pinning)(get_accelerator()):
+        yield
 
 
 def initialize(player: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:

@@ -52,7 +52,7 @@ class Row:
 
     stage: int
     offload: bool
-    """With train.zero.offload: cpu."""
+    """With train.zero.offload: cpu, or nvme where the recipe says so."""
     need: Need
     checkpointed: float
     """Bytes in all with train.activation_checkpointing."""
@@ -189,8 +189,10 @@ def render(found: Forecast, recipe: Recipe) -> str:
         facts.append(["auto", f"ZeRO stage {plan.stage}, micro-batch {plan.micro_batch}, {rest}{filled}"])
     else:
         facts.append(["auto", found.problem])
-    header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed", "host"]
-    table = [header, *(_cells(row, found.budget) for row in found.rows)]
+    offload = "nvme" if recipe.train.zero.offload == "nvme" else "cpu"
+    header = ["GiB", "weights", "gradients", "optimizer", "buffers", "activations", "total", "checkpointed"]
+    table = [[*header, {"cpu": "host", "nvme": "disk"}[offload]]]
+    table += [_cells(row, found.budget, offload) for row in found.rows]
     images = plural(plan.micro_batch if plan else 1, "image")
     title = f"on each {device} with {images} of {recipe.data.resolution} px in a forward pass (! does not fit):"
     text = [columns(facts), "", title, columns(table, numbers=True)]
@@ -206,12 +208,13 @@ def render(found: Forecast, recipe: Recipe) -> str:
     return "\n".join(text)
 
 
-def _cells(row: Row, budget: float) -> list[str]:
+def _cells(row: Row, budget: float, offload: str) -> list[str]:
     sizes = (row.need.weights, row.need.gradients, row.need.optimizer, row.need.buffers, row.need.activations)
     totals = (row.need.total, row.checkpointed)
     marked = [f"{total / GIB:.2f}{' ' if total <= budget else '!'}" for total in totals]
-    name = f"stage {row.stage}{', offload cpu' if row.offload else ''}"
-    return [name, *(f"{size / GIB:.2f}" for size in sizes), *marked, f"{row.need.host / GIB:.2f}"]
+    name = f"stage {row.stage}{f', offload {offload}' if row.offload else ''}"
+    moved = row.need.host + row.need.disk  # one of the two
+    return [name, *(f"{size / GIB:.2f}" for size in sizes), *marked, f"{moved / GIB:.2f}"]
 
 
 def plural(number: int, noun: str) -> str:

@@ -81,5 +81,5 @@ def no_room(recipe: Recipe) -> str:
     train, highest = recipe.train, recipe.pair.max_zero_stage
     more = "" if train.activation_checkpointing else "train.activation_checkpointing: true, "
     more += "" if train.zero.stage == highest else f"train.zero.stage: {highest} on more workers, "
-    more += "" if train.zero.offload == "cpu" else "train.zero.offload: cpu, "
+    more += "" if train.zero.offload != "none" else "train.zero.offload: cpu, "
     return f"a worker ran out of memory; take {more}a smaller model or a lower data.resolution"

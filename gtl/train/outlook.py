@@ -90,8 +90,8 @@ def untimed(recipe: Recipe, hardware: Hardware, dtype: str) -> str:
         return f"of {hardware.kind} only the memory is known; kinds with rates are {', '.join(GPUS)}"
     if dtype != "bf16":
         return f"model.dtype: {dtype}: of GPUs only the rate in bf16 is known"
-    if recipe.train.zero.offload == "cpu":
-        return "train.zero.offload: cpu: how fast machines step the optimizer is not known"
+    if (offload := recipe.train.zero.offload) != "none":
+        return f"train.zero.offload: {offload}: how fast machines step the optimizer is not known"
     return ""
 
 

@@ -40,7 +40,9 @@ class Need:
     largest quantised weight as it is multiplied with."""
     activations: float
     host: float = 0.0
-    """In the machine's memory, with train.zero.offload."""
+    """In the machine's memory, with train.zero.offload: cpu."""
+    disk: float = 0.0
+    """On the machine's disk, with train.zero.offload: nvme."""
 
     @property
     def total(self) -> float:
@@ -82,7 +84,8 @@ def need(
     Stage 1 shards the optimizer, 2 also the gradients, 3 also the weights (arXiv 1910.02054, figure 1). From stage 1
     on every worker has fp32 masters of its share beside the weights that the forward pass reads. With `offload` the
     masters, the optimizer and two copies of the share's gradient are in the machine's memory, and at stage 3 all that
-    is sharded (arXiv 2101.06840). train.zero.hpz keeps the weights a second time, in larger shares.
+    is sharded (arXiv 2101.06840); under train.zero.offload: nvme they are on its disk. train.zero.hpz keeps the weights
+    a second time, in larger shares.
     """
     train, trained = recipe.train, footprint.trained
     weights_share, gradients_share, share = (1 / workers if stage >= first else 1.0 for first in (3, 2, 1))
@@ -95,9 +98,9 @@ def need(
     buffer = 4 * min(trained, BUCKET) if stage else 0
     if stage == 3 and train.zero.hpz > 1:
         weights += (footprint.frozen_bytes + 4 * trained) / train.zero.hpz
-    host = 0.0
+    moved_out = 0.0
     if offload:
-        host = stepped + moved + 2 * 4 * trained * share + (weights if stage == 3 else 0)
+        moved_out = stepped + moved + 2 * 4 * trained * share + (weights if stage == 3 else 0)
         weights, gradients = (0.0, 0.0) if stage == 3 else (weights, gradients)
         stepped, moved = 0.0, 0.0
     return Need(
@@ -106,7 +109,8 @@ def need(
         optimizer=moved,
         buffers=buffer + footprint.decoded_bytes + (footprint.largest_bytes if stage == 3 else 0),
         activations=footprint.activations(micro_batch, train.activation_checkpointing),
-        host=host,
+        host=0.0 if train.zero.offload == "nvme" else moved_out,
+        disk=moved_out if train.zero.offload == "nvme" else 0.0,
     )
 
 
@@ -138,7 +142,7 @@ def settle_sizes(recipe: Recipe, workers: int, share: int, memory: Memory | None
         UserError: nothing fits.
     """
     asked_stage, asked = recipe.train.zero.stage, recipe.train.micro_batch
-    offload = recipe.train.zero.offload == "cpu"
+    offload = recipe.train.zero.offload != "none"
     sizes = micro_batches(share, CPU_MICRO_BATCH if memory is None else GPU_MICRO_BATCH) if asked == "auto" else [
         min(asked, share)
     ]  # fmt: skip

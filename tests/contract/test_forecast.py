@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from gtl.families.source import resolve
 from gtl.storage import Store
 from gtl.train.assemble import Trainee
 from gtl.train.footprint import Footprint, measure
-from gtl.train.forecast import GIB, Forecast, Hardware, as_json, count, forecast, parse_cluster, render
+from gtl.train.forecast import GIB, Forecast, Hardware, Row, as_json, count, forecast, parse_cluster, render
+from gtl.train.plan import need
 from gtl.types import UserError
 from tests.tiny import make_flux, write_json
 
@@ -100,6 +102,15 @@ def test_full_tuning_is_sharded_and_says_what_would_make_it_fit(flux: Path) -> N
     assert found.plan is not None
     assert (found.plan.stage, found.plan.micro_batch) == (3, 16)
     assert found.rows[-1].need.host > 11.9e9 * 16 > found.rows[-1].need.total
+
+
+def test_what_goes_to_a_disk_is_in_a_column_of_its_own(lora: Forecast, flux: Path) -> None:
+    asked = parse_recipe(recipe(flux, train={"zero": {"offload": "nvme"}}))
+    sizes = need(lora.footprint, asked, stage=3, workers=8, micro_batch=1, offload=True)
+    text = render(replace(lora, rows=(Row(3, True, sizes, sizes.total),)), asked)
+    header, line = (line.split() for line in text.splitlines() if line.startswith(("GiB ", "stage 3")))
+    assert (header[-1], line[:4]) == ("disk", ["stage", "3,", "offload", "nvme"])
+    assert (sizes.host, line[-1]) == (0, f"{lora.rows[-1].need.host / GIB:.2f}")
 
 
 def test_the_command(flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -128,6 +128,17 @@ def test_offloading_begins_at_stage_1_and_takes_less_of_a_device() -> None:
     assert choose(asked, workers=4, steps_per_epoch=1, memory=Memory(SIZES, 5 * GIB)).stage == 3
 
 
+def test_offloading_to_a_disk_takes_none_of_the_machines_memory() -> None:
+    asked, other = (recipe(zero={"offload": offload}) for offload in ("nvme", "cpu"))
+    assert choose(asked, workers=4, steps_per_epoch=1).stage == 1
+    assert choose(asked, workers=4, steps_per_epoch=1, memory=Memory(SIZES, 5 * GIB)).stage == 3
+    for stage in (1, 2, 3):
+        found, cpu = (need(SIZES, each, stage=stage, workers=4, micro_batch=1, offload=True) for each in (asked, other))
+        assert (found.host, found.disk, found.total) == (0, cpu.host, cpu.total)
+    kept = need(SIZES, asked, stage=3, workers=4, micro_batch=1)
+    assert (kept.host, kept.disk) == (0, 0)
+
+
 def test_a_smaller_footprint_needs_no_sharding() -> None:
     lora = replace(SIZES, trained=GIB // 100)
     assert choose(recipe(), workers=4, steps_per_epoch=1, memory=Memory(lora, 8 * GIB)).stage == 0
