@@ -468,7 +468,7 @@ def test_the_image_has_the_libraries_of_its_extras(tmp_path: Path) -> None:
     )
     wanted = [Requirement(line) for line in done.stdout.splitlines()]
     assert {"ray", "torch", "fastapi", "boto3", "bitsandbytes", "optuna", "wandb"} <= {one.name for one in wanted}
-    assert {"train", "tune", "serve"} == set().union(*(one.extras for one in wanted if one.name == "ray"))
+    assert {"default", "train", "tune", "serve"} == set().union(*(one.extras for one in wanted if one.name == "ray"))
     from packaging.utils import canonicalize_name
 
     assert [one.name for one in wanted if canonicalize_name(one.name) not in PINS] == []
