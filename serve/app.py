@@ -7,7 +7,6 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from gtl.session import capacity
 from serve.catalog import Catalog
 from serve.generator import Generator
 from serve.ingress import Ingress
@@ -67,4 +66,4 @@ def gpus_of(base: Base) -> float:
 
     if base.replicas.gpus != "auto":
         return base.replicas.gpus
-    return float(ray.is_initialized() and capacity().gpus > 0)
+    return float(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from gtl import __version__
-from gtl.session import capacity, get
+from gtl.session import get
 from gtl.types import Progress, UserError
 
 AHEAD = 2
@@ -88,7 +88,9 @@ def naming_machine() -> Iterator[None]:
 
 def choose_gpus() -> int:
     """GPUs of an actor: 1 where the connected cluster has any, else 0."""
-    return int(capacity().gpus > 0)
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def choose_places(gpus: int, most: int, memory: int = 0) -> int:

@@ -18,7 +18,6 @@ from gtl.generate.crew import (
     naming_machine,
     work_through,
 )
-from gtl.session import capacity
 from gtl.types import DTYPES, Progress, UserError, quiet
 
 if TYPE_CHECKING:
@@ -111,13 +110,14 @@ def choose_number(workers: int | None, gpus: int | None, orders: Sequence[Order]
     Raises:
         UserError: the cluster can never hold so many.
     """
+    import ray
+
     gpus = choose_gpus() if gpus is None else gpus
     if workers is None:
         largest = 0 if gpus else max(size_of(model) for model in {order.model for order in orders})
         return choose_places(gpus, math.ceil(len(orders) / max_batch), largest), gpus
-    cluster = capacity()
-    kind, there = ("GPU", cluster.gpus) if gpus else ("CPU", cluster.cpus)
-    if workers > there:
+    kind = "GPU" if gpus else "CPU"
+    if workers > (there := ray.cluster_resources().get(kind, 0)):
         raise UserError(f"--workers: {workers}: each takes one {kind}; the cluster has {there:g}")
     return min(workers, len(orders)), gpus
 

@@ -31,7 +31,7 @@ def choose_resources(recipe: Recipe, cluster: Cluster) -> Resources:
     """
     asked = recipe.train
     gpus = (1 if cluster.gpus else 0) if asked.gpus_per_worker == "auto" else asked.gpus_per_worker
-    workers = (max(int(cluster.gpus_at_hand), 1) if gpus else 1) if asked.workers == "auto" else asked.workers
+    workers = (max(int(cluster.gpus), 1) if gpus else 1) if asked.workers == "auto" else asked.workers
     fewest = workers[0] if isinstance(workers, tuple) else workers
     if fewest * gpus > cluster.gpus:
         raise UserError(
