@@ -146,7 +146,8 @@ def render(found: Outlook, recipe: Recipe, kind: str) -> str:
     header += ["run $"] if price is not None and steps else []
     table = [header, *(_cells(line, price, steps) for line in found.lines)]
     links, kept = found.rates.links, recipe.model.quantization
-    left = ["reading data", "looks", "checkpoints", "start", *([f"unpacking {kept}"] if kept else [])]
+    left = ["launching kernels", "late workers", "reading data", "looks", "checkpoints", "start"]
+    left += [f"unpacking {kept}"] if kept else []
     rates = (
         f"arithmetic at {found.asked.attained:.0%} of {kind}'s peak in bf16 (--utilization); from a GPU to others "
         f"of its machine {links.inner / LINK / 1e9:g} GB/s, from a machine to others {found.network:g} Gbit/s "

@@ -6,8 +6,9 @@
 `gtl.train.work` counts the operations, recomputation with the backward pass; `gtl.train.traffic` has what is sent.
 Where nothing overlaps, on CPUs, sums take the place of the maxima. The optimizer reads and writes its state once, at
 the rate of the device's memory. Fillers of an uneven batch are computed and do not count as images. Loading of data,
-looks, checkpoints and the start are not in it. `gtl bench train --workers 1 --workers 2 --predict` puts it beside the
-clock.
+looks, checkpoints and the start are not in it, nor what a forward pass takes however few images go through it, nor
+waiting for a worker that is late: of small models with few images a worker it is too fast (gtl/bench/RESULTS.md).
+`gtl bench train --workers 1 --workers 2 --predict` puts it beside the clock.
 """
 
 from __future__ import annotations
