@@ -149,7 +149,8 @@ def decompose(pairs: Sequence[tuple[Tensor, Tensor]], method: Method, layer: str
     # Of thin factors, so that the decomposition is one of [k, k], however large the layer.
     (left, r_left), (right, r_right) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    return left @ u, s, v @ right.T
+    rounding = r_left.norm() * r_right.norm() * max(len(left), len(right)) * torch.finfo(s.dtype).eps
+    return left @ u, torch.where(s > rounding, s, 0.0), v @ right.T  # also where updates cancel each other
 
 
 def kept(s: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], method: Method) -> int:
