@@ -30,6 +30,8 @@ PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that drop values of every update first, named as in PEFT."""
 METHODS = (*SUMS, *PRUNING)
 DENSITY = 0.5
+OVERSAMPLING, ITERATIONS = 8, 16
+"""Directions more than twice the rank, and rounds: of noise, which decays least, within 0.01 % of the smallest error."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ def combine(loras: Sequence[LoraWeights], weights: Weights, method: Method, prog
         if method.name == "cat":
             a, b = concatenate(pairs)
         else:
-            u, s, v = decompose(pairs, method, layer)
+            u, s, v, beyond = decompose(pairs, method, layer)
             rank = kept(s, pairs, method)
-            dropped, total = dropped + float(s[rank:].square().sum()), total + float(s.square().sum())
+            dropped += float(s[rank:].double().square().sum()) + beyond
+            total += float(s.double().square().sum()) + beyond
             if rank == 0:
                 continue
             root = s[:rank].sqrt()  # half to each factor, as training would balance them
@@ -140,27 +143,60 @@ def concatenate(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
-def decompose(pairs: Sequence[tuple[Tensor, Tensor]], method: Method, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U [out, k], singular values [k] and V [k, in] of a layer's combined update."""
+class Decomposed(NamedTuple):
+    """A layer's combined update by its singular values, largest first."""
+
+    u: Tensor
+    """[out, k]"""
+    s: Tensor
+    """[k]; 0 where there is only rounding."""
+    v: Tensor
+    """[k, in]"""
+    beyond: float
+    """Sum of squares of the singular values that were not looked for."""
+
+
+def decompose(pairs: Sequence[tuple[Tensor, Tensor]], method: Method, layer: str) -> Decomposed:
+    """A layer's combined update: all of a sum, and of another what its rank needs."""
     if method.name in PRUNING:
         dense = merge([b.flatten(1) @ a.flatten(1) for a, b in pairs], method, layer)
-        return torch.linalg.svd(dense, full_matrices=False)
+        return largest(dense, rank_of(pairs, method), layer)
     a, b = (factor.flatten(1).double() for factor in concatenate(pairs))
     # Of thin factors, so that the decomposition is one of [k, k], however large the layer.
     (left, r_left), (right, r_right) = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     rounding = r_left.norm() * r_right.norm() * max(len(left), len(right)) * torch.finfo(s.dtype).eps
-    return left @ u, torch.where(s > rounding, s, 0.0), v @ right.T  # also where updates cancel each other
+    return Decomposed(left @ u, torch.where(s > rounding, s, 0.0), v @ right.T, 0.0)  # 0 where updates cancel, too
+
+
+def largest(matrix: Tensor, rank: int, name: str) -> Decomposed:
+    """The largest singular values of a matrix [out, in], at least so many.
+
+    Of a large one they are found by subspace iteration from random directions (Halko et al. 2011, arXiv 0909.4061): the
+    whole decomposition takes minutes where this takes a second.
+    """
+    directions = 2 * rank + OVERSAMPLING
+    if directions >= min(matrix.shape) / 2:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        return Decomposed(u, s, v, 0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(name.encode()))
+        u, s, v = torch.svd_lowrank(matrix, directions, ITERATIONS)
+    beyond = float(matrix.double().square().sum() - s.double().square().sum())
+    return Decomposed(u, s, v.T, max(beyond, 0.0))
+
+
+def rank_of(pairs: Sequence[tuple[Tensor, Tensor]], method: Method) -> int:
+    """The rank that a layer is brought to: what is asked for, else of linear the sum's, and the largest of the rest."""
+    ranks = [len(a) for a, _ in pairs]
+    return method.rank or (sum(ranks) if method.name == "linear" else max(ranks))
 
 
 def kept(s: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], method: Method) -> int:
     """How many singular values [k] stay: those that are more than rounding, up to the rank."""
     a, b = pairs[0]
-    sizes = (b.shape[0], a[0].numel())
-    own = int((s > s[0] * max(sizes) * torch.finfo(s.dtype).eps).sum())  # as numpy's matrix_rank
-    if method.name == "linear":
-        return own
-    return min(own, method.rank or max(len(a) for a, _ in pairs))
+    own = int((s > s[0] * max(b.shape[0], a[0].numel()) * torch.finfo(s.dtype).eps).sum())  # as numpy's matrix_rank
+    return min(own, rank_of(pairs, method))
 
 
 def highest(pairs: Sequence[tuple[Tensor, Tensor]], method: Method) -> int:

@@ -1,6 +1,8 @@
 """Adapters fused into one: what the arithmetic gives, and what is published of it."""
 
+import json
 import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from gtl.adapters.formats import LoraExport, LoraWeights, write_lora
 from gtl.adapters.fuse import fuse
 from gtl.adapters.merge import merge as merge_into
 from gtl.adapters.read import read_safetensors
+from gtl.cli import main
 from gtl.families import open_family
 from gtl.types import UserError
 from tests.endpoint import BASE
@@ -166,6 +169,18 @@ def test_ties_by_hand(density: float) -> None:
     torch.testing.assert_close(update(pruned.tensors), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_large_layer_is_decomposed_as_well_without_all_of_it() -> None:
+    """Half of the values dropped at random is near the flattest spectrum that there is."""
+    loras = [lora(seed, rank=4, shape=(160, 120)) for seed in (1, 2)]
+    method = Method("dare_linear", rank=6, density=0.5)
+    dense = merge([update(each.tensors) for each in loras], method, LAYER)
+    least = float(torch.linalg.svdvals(dense.double())[6:].norm())
+    combined = combine(loras, Weights([1.0, 1.0]), method)
+    error = float((update(combined.tensors) - dense).norm())
+    assert least * 0.9999 < error < least * 1.001
+    assert combined.lost == pytest.approx(error / float(dense.norm()), rel=1e-4)
+
+
 def test_dare_by_hand() -> None:
     """Every value is dropped or divided by the density, the kept share is the density, and the mean is the update's."""
     updates = [torch.randn(40, 50, generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
@@ -259,13 +274,30 @@ def test_a_fused_adapter_is_read_as_any_other(family, registry: Registry) -> Non
     assert furthest(weights_with(family, registry, (str(twice), 1.0)), both) < 1e-5
 
 
+def test_the_command_says_what_it_made_and_what_the_rank_lost(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GTL_REGISTRY", str(registry.store.root))
+    fuse_them = ["gtl", "adapters", "fuse", "wide:0.7", "tall@v1", "--name", "typed"]
+    for arguments in ([], ["--method", "svd", "--rank", "1"], ["--method", "svd", "--rank", "1", "--json"]):
+        monkeypatch.setattr(sys, "argv", [*fuse_them, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+    plain, low, as_json = capsys.readouterr().out.splitlines()
+    versions, lost = registry.versions("typed"), json.loads(as_json)["lost"]
+    assert plain == f"adapter typed@{versions[0]}"
+    assert low == f"adapter typed@{versions[1]}  ({lost:.1%} of the update is lost to the rank)"
+    assert 0.3 < lost < 1 and json.loads(as_json)["adapter"] == f"typed@{versions[2]}"
+
+
 @pytest.mark.parametrize(
     ("adapters", "arguments", "message"),
     [
         ("wide tall", {"method": "slerp"}, r"--method: 'slerp': expected one of linear, cat, svd, ties, "),
         ("wide", {}, r"fuse: 1 adapter; expected two or more"),
         ("wide wide@v1:0.5", {}, r"adapter wide@v1: is given twice"),
-        ("wide cat", {}, r"adapter 'cat': not in the registry "),
+        ("wide nobody", {}, r"adapter 'nobody': not in the registry "),
         ("wide tall:x", {}, r"adapter 'tall:x': the part after ':' is its scale"),
         ("wide other", {}, r"adapter other@v1: is for builtin:tiny \(000000000000\), and wide@v1 for builtin:tiny"),
         ("dora wide", {}, r"adapter dora@v1: it is a DoRA"),
