@@ -31,7 +31,7 @@ PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*SUMS, *PRUNING)
 DENSITY = 0.5
 OVERSAMPLING, ITERATIONS = 8, 16
-"""Directions more than twice the rank, and rounds: of noise, which decays least, within 0.01 % of the smallest error."""
+"""Directions beyond twice the rank, and rounds: of noise, which decays least, within 0.01 % of the smallest error."""
 
 
 @dataclass(frozen=True)
