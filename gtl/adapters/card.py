@@ -47,8 +47,27 @@ class DatasetInfo(Part):
     """Neither class images nor those that were held out."""
 
 
+class Fusion(Part):
+    """What was fused, and how; see `gtl.adapters.fuse`."""
+
+    method: str
+    adapters: list[str]
+    """NAME@VERSION of each."""
+    weights: list[float]
+    """One for each adapter."""
+    blocks: dict[str, list[float]] = {}
+    """Prefix of layers -> a factor for each adapter's weight in them."""
+    rank: int | None = None
+    """Of the layers, where one was asked for."""
+    density: float | None = None
+    seed: int | None = None
+    """Of what DARE drops."""
+    lost: float = 0.0
+    """Of the fused update, as its norm's share: what its rank cannot hold."""
+
+
 class Lineage(Part):
-    """Where it came from: a run, a trial of a study, or the file it was imported from."""
+    """Where it came from: a run, a trial of a study, other adapters, or the file it was imported from."""
 
     run: str | None = None
     study: str | None = None
@@ -56,6 +75,7 @@ class Lineage(Part):
     file: str | None = None
     init: str | None = None
     """NAME@VERSION of the adapter that its training started from."""
+    fusion: Fusion | None = None
 
 
 class Training(Part):

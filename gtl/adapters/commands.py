@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gtl.adapters.base import empty_parts, open_base
 from gtl.adapters.card import Card, Lineage, base_of
 from gtl.adapters.registry import Registry
 from gtl.config.base import absolute_if_local
+from gtl.config.load import read_sections
 from gtl.config.names import check_name, new_version, parse_reference
-from gtl.types import UserError
-
-if TYPE_CHECKING:
-    from gtl.families.base import Family
+from gtl.types import Progress, UserError, quiet
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -91,6 +92,49 @@ def import_adapter(
         return Registry(registry).publish(name, card.version, Path(folder), card)
 
 
+def fuse_adapters(
+    registry: str, adapters: Sequence[str], name: str, method: str = "linear", *, rank: int | None = None,
+    density: float | None = None, blocks: Sequence[str] = (), seed: int = 0, progress: Progress = quiet,
+) -> Card:  # fmt: skip
+    """Publish one adapter made of several, each NAME[@VERSION|@ALIAS][:WEIGHT]; returns its card. See `fuse`.
+
+    Raises:
+        UserError: a weight or a block cannot be read, or as for `fuse`.
+    """
+    from gtl.adapters.fuse import fuse
+
+    opened = Registry(registry)
+    chosen = [(str(each._replace(scale=1.0)), each.scale) for each in map(parse_reference, adapters)]
+    fused = fuse(opened, chosen, method, name=name, rank=rank, density=density, blocks=read_blocks(blocks), seed=seed,
+                 progress=progress)  # fmt: skip
+    return opened.show(str(fused))
+
+
+def read_blocks(texts: Sequence[str]) -> dict[str, list[float]]:
+    """Factors of blocks, each text PREFIX=FACTOR[,FACTOR...] or a YAML file of PREFIX: FACTOR or a list of them.
+
+    Raises:
+        UserError: one cannot be read, or names a prefix again.
+    """
+    found: dict[str, list[float]] = {}
+    for text in texts:
+        prefix, equals, given = text.partition("=")
+        values = {prefix: given.split(",")} if equals else read_sections(text, "blocks")
+        for key, value in values.items():
+            try:
+                numbers = [float(each) for each in (value if isinstance(value, list) else [value])]
+            except (TypeError, ValueError):
+                numbers = []
+            if not numbers or not all(map(math.isfinite, numbers)):
+                raise UserError(
+                    f"--blocks {text}: {key}: expected a number, or one for each adapter: unet.mid_block=0.5,1"
+                )
+            if str(key) in found:
+                raise UserError(f"--blocks {text}: {key}: is given twice")
+            found[str(key)] = numbers
+    return found
+
+
 def export_adapter(registry: str, reference: str, out: Path) -> str:
     """Copy a version's files, checked against its card, to a new folder; returns NAME@VERSION.
 
@@ -122,22 +166,14 @@ def export_pipeline(registry: str, reference: str, out: Path, dtype: str | None 
 
     from gtl.adapters.apply import moved
     from gtl.adapters.merge import merge
-    from gtl.families import open_family
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r}: expected one of {', '.join(DTYPES)}")
     check_new(out)
     opened = Registry(registry)
     card, version = opened.resolve(reference)
-    folder, base = opened.fetch(f"{card.name}@{version}"), card.base
-    family = open_family(base.source, revision=base.revision, variant=base.variant)
-    if (found := family.fingerprint()) != base.fingerprint:
-        raise UserError(
-            f"adapter {card.name}@{version}: was made for {base.source} ({base.fingerprint[:12]}); the model there is "
-            f"another now ({found[:12]})"
-        )
-    with torch.device("meta"):
-        empty = {part: family.build(part) for part in model_parts(family)}
+    folder, family = opened.fetch(f"{card.name}@{version}"), open_base(card)
+    empty = empty_parts(family)
     changed = {name.partition(".")[0] for name in moved(empty, folder)}
     parts = {part: family.load(part, torch.float32) for part in empty if part in changed or dtype is not None}
     merge(parts, ((folder, parse_reference(reference).scale),))
@@ -146,12 +182,6 @@ def export_pipeline(registry: str, reference: str, out: Path, dtype: str | None 
         torch.nn.Module.to(part, getattr(torch, DTYPES[dtype]) if dtype else stored)
     family.export(parts, out)
     return f"{card.name}@{version}"
-
-
-def model_parts(family: Family) -> list[str]:
-    """The parts of a model that have weights an adapter may move, the main one first."""
-    codec = getattr(family, "codec", None)
-    return [family.main, *getattr(family, "encoders", ()), *([codec] if codec else [])]
 
 
 def check_new(out: Path) -> None:

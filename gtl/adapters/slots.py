@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gtl.adapters.apply import fitting_lora
+from gtl.adapters.combine import concatenate, factors
 from gtl.adapters.formats import A, B, layers_of
 from gtl.adapters.sharing import fits
 from gtl.adapters.slot_layers import Rows, SlotConv, SlotLayer, SlotLinear, Way, way_of
@@ -245,14 +246,11 @@ def joint(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]
     for folder, factor in adapters:
         if (reason := fits(folder)) is not None:
             raise UserError(f"{folder}: {reason}; it needs a forward pass of its own")
-        weights = fitting_lora(parts, folder)
-        for name, group in layers_of(weights.tensors).items():
-            scale = factor * weights.config.scale(name, len(group[A]))
-            found.setdefault(name, []).append((group[A].float(), group[B].float() * scale))
+        for name, pair in factors(fitting_lora(parts, folder), factor).items():
+            found.setdefault(name, []).append(pair)
     tensors = {}
     for name, pairs in found.items():
-        tensors[f"{name}.{A}"] = torch.cat([a for a, _ in pairs])
-        tensors[f"{name}.{B}"] = torch.cat([b for _, b in pairs], dim=1)
+        tensors[f"{name}.{A}"], tensors[f"{name}.{B}"] = concatenate(pairs)
     return tensors
 
 

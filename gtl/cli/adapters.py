@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from gtl.cli.bar import Bar
 from gtl.cli.options import AdapterName, AsJson, RegistryUrl, Revision, Variant
 from gtl.types import UserError
 
-app = typer.Typer(no_args_is_help=True, help="The registry of adapters: list, show, promote, import, export, remove.")
+app = typer.Typer(
+    no_args_is_help=True, help="The registry of adapters: list, show, promote, import, fuse, export, remove."
+)
 
 
 def tell(text: str, values: dict[str, str], as_json: bool) -> None:
@@ -74,6 +77,38 @@ def import_(
 
     card = import_adapter(registry, file, model, name, revision, variant)
     tell(f"adapter {card.name}@{card.version}", {"adapter": f"{card.name}@{card.version}"}, json_)
+
+
+@app.command("fuse")
+def fuse(
+    adapters: Annotated[list[str], typer.Argument(metavar="NAME[@VERSION|@ALIAS][:WEIGHT] ...")],
+    name: Annotated[str, typer.Option(help="Of the new adapter.")],
+    method: Annotated[str, typer.Option(help=(
+        "linear, cat: the sum of the LoRAs, or the mean of whole weights; svd: the sum at a rank; ties, dare_linear, "
+        "dare_ties, magnitude_prune: of what is left of each when values are dropped."
+    ))] = "linear",
+    rank: Annotated[int | None, typer.Option(help="Of svd and what drops values; else the largest LoRA's.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of values that stay; 0.5 when left out.")] = None,
+    blocks: Annotated[list[str] | None, typer.Option(
+        metavar="PREFIX=FACTOR[,FACTOR...]|FILE",
+        help="Of the weights in the layers that begin so: one factor, or one for each adapter; or a YAML file of them.",
+    )] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what DARE drops.")] = 0,
+    registry: RegistryUrl = "./registry",
+    json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Publish one adapter made of several of the same base."""
+    from gtl.adapters.commands import fuse_adapters
+
+    with Bar() as bar:
+        card = fuse_adapters(registry, adapters, name, method, rank=rank, density=density, blocks=blocks or (),
+                             seed=seed, progress=bar)  # fmt: skip
+    called, lost = f"{card.name}@{card.version}", card.lineage.fusion.lost if card.lineage.fusion else 0.0
+    loss = f"  ({lost:.1%} of the update is lost to the rank)" if lost > 0.0005 else ""
+    if json_:
+        print(json.dumps({"adapter": called, "lost": lost}))
+    else:
+        print(f"adapter {called}{loss}")
 
 
 @app.command("export")

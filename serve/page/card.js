@@ -29,6 +29,7 @@ function factsOfCard({ version, kind, base, tuner, objective, dataset, training,
     ...Object.entries(training?.scores ?? {}).map(([name, value]) => [name.toUpperCase(), numberText(value)]),
     ["Run", lineage?.trial ?? lineage?.run ?? lineage?.study ?? lineage?.file],
     ["Continues", lineage?.init],
+    ["Fused", lineage?.fusion?.adapters.map((name, i) => `${name}:${lineage.fusion.weights[i]}`).join(", ")],
     ["Size", bytes > 0 && `${(bytes / 1e6).toFixed(1)} MB`],
   ];
   return facts.filter(([, value]) => value).map(([term, value]) => [term, String(value)]);

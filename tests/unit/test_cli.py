@@ -70,6 +70,8 @@ def stop(*_: object, **__: object) -> None:
         ("edit pictures/a.png --mask cat.png --out drawn --prompt x", "--mask cat.png: cannot be read: No such file"),
         ("edit pictures/a.png --out drawn --prompt x --adapter cat", "adapter 'cat': not in the registry"),
         ("adapters show dog@v2", "adapter 'dog@v2': dog has no such version or alias; it has: v1"),
+        ("adapters fuse dog --name two", "fuse: 1 adapter; expected two or more, each NAME[@VERSION|@ALIAS][:WEIGHT]"),
+        ("adapters fuse dog cat --name two --method add", "--method: 'add': expected one of linear, cat, svd, ties, "),
         ("adapters remove dog", "adapter 'dog': name the version to remove"),
         ("adapters import nowhere --model model --name dog", "model.source: 'model': not in the local cache"),
     ],
@@ -168,8 +170,10 @@ def test_init_writes_a_recipe_and_what_to_type_next(
     assert trained == [(load_recipe("My Photos.yaml"), "my-photos")]
     assert run(monkeypatch, "train", "My Photos.yaml") == 2
     assert len(trained) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(
-        "error: --name, left out, of My Photos.yaml: 'my photos': a name starts with a-z or 0-9"
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error: --name, left out, of My Photos.yaml: 'my photos': a name starts with a-z or 0-9")
     )
 
 
