@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from serve.settings import Base, Settings
 
 if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = "builtin:tiny"
 """Served where there is nothing else."""
@@ -89,14 +92,17 @@ class Catalog:
 
     def _read(self) -> list[tuple[Card, tuple[str, ...]]]:
         """Cards with their aliases; those that were read before are not read again."""
-        listings = self.registry.list()
-        cards = {
-            (one.name, one.version): self._cards.get((one.name, one.version))
-            or self.registry.show(f"{one.name}@{one.version}")
-            for one in listings
-        }
+        found, cards = [], {}
+        for name, version, aliases in self.registry.list():
+            try:
+                card = self._cards.get((name, version)) or self.registry.show(f"{name}@{version}")
+            except UserError as error:  # one that is damaged, or was removed just now, keeps no other from being served
+                log.warning("not served: %s", error)
+                continue
+            cards[name, version] = card
+            found.append((card, aliases))
         self._cards = cards
-        return [(cards[one.name, one.version], one.aliases) for one in listings]
+        return found
 
     def _match(self, found: Iterable[tuple[Card, tuple[str, ...]]]) -> tuple[Entry, ...]:
         """What of the registry is for a base that is served."""

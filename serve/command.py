@@ -155,6 +155,7 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
             progress("ready", 0, 0, config.url)
             while not stop.wait(0.2):
                 pass
+            serve.delete(config.name)  # shutting down at once would take the proxy from under what is being drawn
         finally:
             serve.shutdown()
 

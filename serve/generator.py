@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
-from serve.errors import ApiError, timed_out
+from serve.errors import ApiError, model_not_found, timed_out
 from serve.order import Drawn, Order, Stopped
 from serve.pictures import encode
 from serve.safety import Guard, Passed
@@ -128,12 +128,12 @@ class Generator:
 
     def _fetch_first(self, name: str, held: ExitStack) -> Path:
         """The folder of an adapter that was made for this model, its files checked."""
-        base = self._registry.show(name).base
+        try:
+            base = self._registry.show(name).base
+        except UserError:  # it was removed since the registry was read
+            raise model_not_found(name, field="adapters") from None
         if base.fingerprint != self._print:
-            raise UserError(
-                f"adapters: {name}: was made for {base.source} ({base.fingerprint[:12]}); "
-                f"{self._base.name} is {self._print[:12]}"
-            )
+            raise UserError(f"adapters: {name}: was made for another model than {self._base.name} is now")
         return self._registry.fetch(name, held)
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -3,10 +3,12 @@
 import asyncio
 import base64
 import hashlib
+import logging
 import secrets
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ from serve.settings import Base, Settings
 from serve.share import FairShare
 from serve.uploads import decode_uploads, read_edit
 
+log = logging.getLogger(__name__)
+
 BURSTS = 6
 """A key may send at once what it may send in a sixth of a minute."""
 TRIES = 3
@@ -76,7 +80,7 @@ PICTURES = {
     }
 }  # fmt: skip
 
-app = FastAPI(title="gtl", docs_url="/docs", redoc_url=None, responses=errors.RESPONSES)
+app = FastAPI(title="gtl", docs_url=None, redoc_url=None, responses=errors.RESPONSES)
 app.add_middleware(metrics.CountRequests)
 errors.install(app)
 
@@ -107,6 +111,19 @@ async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], ident
         yield errors.sse_error(errors.api_error(error, identity))
     finally:
         following.cancel()
+
+
+async def until(end: float, stream: AsyncIterator[Drawn]) -> AsyncIterator[Drawn]:
+    """What a stream has to tell by a moment of the clock; then `asyncio.TimeoutError`.
+
+    A generator keeps the time by itself between two steps. A step that takes too long, a bucket that does not answer
+    and a generator that is still to start do not.
+    """
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(stream), end - time.monotonic())
+        except StopAsyncIteration:
+            return
 
 
 def seed_of(request: Request, n: int) -> int:
@@ -161,8 +178,10 @@ class Ingress:
     async def _refresh(self) -> None:
         while True:
             await asyncio.sleep(self._settings.refresh_s)
-            with suppress(Exception):  # a store that does not answer now: what was read before stands
+            try:
                 await asyncio.to_thread(self._catalog.refresh)
+            except Exception as error:  # a store that does not answer now: what was read before stands
+                log.warning("the registry is as it was read before: %s", error)
 
     def _who(self, request: Request) -> str:
         """The name of who asks; "" where nobody needs a key.
@@ -186,9 +205,19 @@ class Ingress:
         always = [base.name for base in self._catalog.bases if base.replicas.min]
         asked = [self._generators[name].status.remote() for name in always]
         found = await asyncio.gather(*(asyncio.wait_for(one, READY_S) for one in asked), return_exceptions=True)
-        missing = [name for name, one in zip(always, found, strict=True) if isinstance(one, BaseException)]
+        missing = [
+            name for name, one in zip(always, found, strict=True)
+            if isinstance(one, BaseException) and not (isinstance(one, asyncio.TimeoutError) and await self._runs(name))
+        ]  # fmt: skip
         told = {"status": "waiting" if missing else "ready", "missing": missing}
         return JSONResponse(told, 503 if missing else 200)
+
+    async def _runs(self, name: str) -> bool:
+        """Whether a base has a generator, which answers only when it has room for more."""
+        application = serve.get_replica_context().app_name
+        told = await asyncio.to_thread(serve.status)
+        states = told.applications[application].deployments[f"Generator:{name}"].replica_states
+        return any(state == "RUNNING" for state, number in states.items() if number)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def scrape(self, request: Request) -> Response:
@@ -292,7 +321,7 @@ class Ingress:
         pictures = []
         for order, one in zip(orders, drawn, strict=True):
             if self._output is not None and asked.response_format == "url":
-                key = f"{identity}-{order.seed}.{order.output_format}"
+                key = f"{uuid.uuid4().hex}.{order.output_format}"  # nothing of it is the client's to choose
                 await asyncio.to_thread(self._output.write, key, one.data)
                 place: dict[str, Any] = {"url": self._output.url(key)}
             else:
@@ -350,15 +379,18 @@ class Ingress:
 
     async def _ask(self, base: Base, order: Order) -> AsyncIterator[Drawn]:
         """Previews and the picture; from another generator where one is lost on the way."""
-        shown = -1
+        shown, end = -1, time.monotonic() + order.timeout_s
         for attempt in range(TRIES):
-            response: Any = self._generators[base.name].options(stream=True).draw.remote(order)
+            left = end - time.monotonic()
+            response: Any = self._generators[base.name].options(stream=True).draw.remote(replace(order, timeout_s=left))
             try:
-                async for drawn in response:
+                async for drawn in until(end, response):
                     if drawn.preview is None or drawn.preview > shown:
                         shown = shown if drawn.preview is None else drawn.preview
                         yield drawn
                 return
+            except asyncio.TimeoutError:
+                raise errors.timed_out(self._settings.timeout_s) from None
             except BackPressureError as error:
                 raise errors.overloaded(5.0) from error
             except Exception as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.requests import Request
 
+from gtl.generate.edit import HALF
 from gtl.images import BrokenImage, decode, decode_mask
 from serve.body import read_form
 from serve.errors import ApiError, invalid, too_large
@@ -97,7 +98,7 @@ def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height}: should be of the image's size, {image.width}x{image.height}"
         raise invalid("mask", sizes, "invalid_value")
-    if mask.getextrema() == (0, 0):
+    if not any(mask.histogram()[HALF:]):
         raise invalid("mask", "nothing in it is transparent, or white, so that nothing would change", "invalid_value")
     return Canvas(image, mask)
 

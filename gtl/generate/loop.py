@@ -288,17 +288,24 @@ class EngineLoop:
             self._fail(ticket, Closed("it was stopped") if closed else Late("its time is up"))
 
     def _admit(self) -> None:
-        """Let those who wait in, in their order; only one that needs a pass of its own lets others past."""
+        """Let those who wait in, in their order; only one that needs a pass of its own lets others past.
+
+        Not those that do too: else it would wait for as long as they come.
+        """
         with self._wake:
             waiting = list(self._waiting)
+        has_whole = False
         for ticket in waiting:
             if len(self._running) >= self._max_active:
                 return
             seat = BASE
             if ticket.loaded is not None and self.engine.residents is not None:
+                if has_whole and ticket.loaded.weights:
+                    continue
                 found = self.engine.residents.seat(ticket.adapters, ticket.loaded)
                 if found is None:
                     if ticket.loaded.weights:
+                        has_whole = True
                         continue
                     return
                 seat = found
@@ -351,7 +358,7 @@ class EngineLoop:
                     ticket.listener.preview(output.preview, to_image(pixels.nan_to_num()))
                 elif pixels.isnan().any():
                     self._fail(
-                        ticket, UserError("the model draws NaN, no picture; an adapter's scale is far too large")
+                        ticket, UserError("adapters: the model draws NaN, no picture; a scale is far too large")
                     )
                 elif not ticket.is_over:
                     ticket.is_over = True

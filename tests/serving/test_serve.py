@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image, ImageChops
 
 from gtl.adapters import Registry
@@ -203,6 +204,44 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     for path in ("tiny:", "tiny%3A", "%0A", "%20", "tiny@"):
         answer = httpx.get(f"{endpoint}/v1/models/{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path
+
+
+def test_an_adapter_that_was_removed_is_not_found(client: OpenAI, endpoint: str, shelf: Path) -> None:
+    registry = Registry(shelf)
+    registry.publish("gone", "v1", registry.fetch("star@v1"), registry.show("star@v1").model_copy(update={
+        "name": "gone"}))  # fmt: skip
+    httpx.post(f"{endpoint}/v1/registry/refresh")
+    registry.remove("gone@v1")
+    try:
+        with pytest.raises(NotFoundError) as caught:
+            draw(client, "tiny:gone@v1", 9)
+        assert caught.value.code == "model_not_found"
+    finally:
+        httpx.post(f"{endpoint}/v1/registry/refresh")
+
+
+def test_a_damaged_card_keeps_nothing_else_from_being_served(client: OpenAI, endpoint: str, shelf: Path) -> None:
+    before = [model.id for model in client.models.list()]
+    (shelf / "broken" / "v1").mkdir(parents=True)
+    try:
+        (shelf / "broken" / "v1" / "adapter.json").write_text("{")
+        assert httpx.post(f"{endpoint}/v1/registry/refresh").json() == {"models": len(before)}
+    finally:
+        shutil.rmtree(shelf / "broken")
+    assert [model.id for model in client.models.list()] == before
+
+
+@pytest.mark.parametrize("mask", [Image.new("L", (64, 64), 55), Image.new("RGBA", (64, 64), (0, 0, 0, 200))])
+def test_a_mask_that_marks_nothing_is_a_mistake(client: OpenAI, mask: Image.Image) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        client.images.edit(prompt=PROMPT, image=as_file(Image.new("RGB", (64, 64))), mask=as_file(mask))
+    assert caught.value.param == "mask"
+
+
+def as_file(image: Image.Image) -> tuple[str, bytes]:
+    with io.BytesIO() as file:
+        image.save(file, "PNG")
+        return "a.png", file.getvalue()
 
 
 def test_the_same_idempotency_key_draws_the_same(client: OpenAI) -> None:

@@ -1,10 +1,14 @@
 """`gtl bench endpoint` on a real one."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gtl.bench.endpoint import ROOM, Load, bench_endpoint
+import httpx
+
+from gtl.bench.endpoint import PATH, ROOM, Load, bench_endpoint, endpoint
 from gtl.types import quiet
+from tests.serving.test_serve import eventually, numbers_of
 
 
 def test_what_is_too_much_for_an_endpoint_is_refused_and_all_else_is_drawn(ray_cluster: None, tmp_path: Path) -> None:
@@ -19,3 +23,13 @@ def test_what_is_too_much_for_an_endpoint_is_refused_and_all_else_is_drawn(ray_c
     assert high["drawn"] >= ROOM["max_running"] + ROOM["max_waiting"], "what it has room for is not refused"
     for row in (low, high):
         assert row["sent"] == row["drawn"] + row["refused"]
+
+
+def test_what_is_in_work_at_the_end_is_finished(ray_cluster: None) -> None:
+    body = {"prompt": "a red circle", "num_inference_steps": 100}
+    with ThreadPoolExecutor(4) as pool:
+        with endpoint(Load(), quiet) as url:
+            asked = [pool.submit(httpx.post, f"{url}{PATH}", json=body, timeout=120) for _ in range(4)]
+            assert eventually(lambda: numbers_of(url)["gtl_pictures_running"] == 4)
+            assert not any(one.done() for one in asked)
+        assert [one.result().status_code for one in asked] == [200] * 4

@@ -68,6 +68,9 @@ def test_a_url_leads_to_the_picture(door: Door) -> None:
     told = read_recipe(one["url"])
     assert Path(one["url"]).parent == door.output
     assert told["seed"] == one["seed"] and "prompt" not in told
+    # The same once more, by whoever it is, is another file.
+    (other,) = door.ask("bob", response_format="url", seed=one["seed"]).json()["data"]
+    assert other["url"] != one["url"]
 
 
 def test_more_than_fit_are_refused_and_none_that_was_taken_is_lost(door: Door) -> None:

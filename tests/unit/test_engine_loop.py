@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,6 +122,39 @@ def test_who_is_late_is_told_so(loop: EngineLoop) -> None:
     loop.submit(DOG, on_time, timeout=60)
     on_time.wait()
     assert late.over.wait(60) and isinstance(late.errors[0], Late)
+
+
+def test_a_pass_of_its_own_is_not_put_off_by_those_that_came_later(loop: EngineLoop, folders: dict[str, Path]) -> None:  # noqa: F811
+    """They would have it for as long as they come."""
+    order: list[str] = []
+
+    @dataclass
+    class Noting(Told):
+        name: str = ""
+
+        def finish(self, image: Image.Image, course: Course) -> None:
+            order.append(self.name)
+            super().finish(image, course)
+
+    dora, delta = ((folders["dora"], 1.0),), ((folders["delta"], 1.0),)
+    long = replace(DOG, steps=60)
+    tolds = [Noting(name=name) for name in ("first", "other", "later", "last")]
+    loop.submit(long, tolds[0], dora)
+    assert eventually(lambda: len(loop._running) == 1)
+    loop.submit(long, tolds[1], delta)
+    assert eventually(lambda: len(loop._waiting) == 1)
+    for told in tolds[2:]:
+        loop.submit(long, told, dora)
+    for told in tolds:
+        told.wait()
+    assert order.index("other") < min(order.index("later"), order.index("last")), order
+
+
+def eventually(is_so: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not is_so():
+        time.sleep(0.001)
+    return is_so()
 
 
 def test_mistakes_are_told(loop: EngineLoop, tmp_path: Path) -> None:
