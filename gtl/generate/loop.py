@@ -298,7 +298,7 @@ class EngineLoop:
             if ticket.loaded is not None and self.engine.residents is not None:
                 found = self.engine.residents.seat(ticket.adapters, ticket.loaded)
                 if found is None:
-                    if ticket.loaded.weights:
+                    if ticket.loaded.reason is not None:
                         continue
                     return
                 seat = found

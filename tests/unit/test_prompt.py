@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from gtl.adapters import apply
 from gtl.adapters.apply import kind_of, moved
+from gtl.adapters.formats import LoraExport, write_lora
+from gtl.adapters.residents import BASE, Adapters, Residents
 from gtl.adapters.sharing import fits
 from gtl.config import parse_recipe
 from gtl.config.pairs import Needs
@@ -21,8 +23,11 @@ from gtl.data.sources import Located, Scan
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.word_table import remove_words, table_of
+from gtl.generate.engine import Engine, Request
+from gtl.generate.images import generate, load_parts
 from gtl.tuners import make_tuner
 from gtl.types import Record, UserError
+from tests.loras import random_lora
 from tests.tiny import make_sd, make_sdxl
 
 TOKEN = "<dog>"
@@ -247,6 +252,43 @@ def test_what_does_not_fit_is_refused_in_a_line(families: dict[str, DiffusionFam
     (tmp_path / "dog" / "learned_word.json").unlink()
     with pytest.raises(UserError, match=r"learned_word.json: does not say which word is in learned_embeds.safetensors"):
         apply(encoders_of(family), tmp_path / "dog")
+
+
+def test_one_that_draws_for_many_knows_the_word_for_those_who_ask(family: DiffusionFamily, tmp_path: Path) -> None:
+    """Beside the base and a LoRA, and together with one: everyone's picture is the one that it gets alone."""
+    exported(family, tmp_path / "dog")
+    parts = load_parts(family, [], device="cpu", dtype=torch.float32)
+    lora = write_random_lora(parts["unet"], tmp_path / "lora")
+    targets = {part: family.encoder_targets(parts[part], "all-linear") for part in family.encoders}
+    targets["unet"] = family.lora_targets(parts["unet"], "all-linear")
+    residents = Residents(parts, targets, slots=3, rank=4)
+    engine = Engine(family, parts, max_batch=8, residents=residents)
+    request = Request("a photo of <dog>", 64, 64, seed=3, steps=2, guidance=1.0)
+    dog, with_lora = ((tmp_path / "dog", 1.0),), ((tmp_path / "dog", 1.0), (lora, 1.0))
+    asked: list[Adapters] = [(), dog, ((lora, 1.0),), with_lora, ()]
+    pictures = []
+    for adapters in asked:
+        loaded = residents.read(adapters) if adapters else None
+        seat = BASE if loaded is None else residents.seat(adapters, loaded)
+        assert seat is not None and (seat.company == (adapters if adapters in (dog, with_lora) else ()))
+        engine.add(request, seat)
+        while len(engine):
+            for output in engine.step():
+                pictures.extend(engine.decode([output]))
+    for adapters, picture in zip(asked, pictures, strict=True):
+        ((_, image),) = generate(family, [request], adapters)
+        alone = torch.tensor(list(image.tobytes())).view(64, 64, 3).permute(2, 0, 1) / 255
+        assert (picture - alone).abs().max() < 2e-4 + 0.5 / 255
+    assert torch.equal(pictures[0], pictures[4]) and not torch.equal(pictures[0], pictures[1])
+    with pytest.raises(UserError, match="'<dog>' is a word of another adapter already"):
+        residents.read((*dog, *dog))
+    with pytest.raises(UserError, match="scale 2: the word '<dog>' has none; take 1"):
+        residents.read(((tmp_path / "dog", 2.0),))
+
+
+def write_random_lora(unet: nn.Module, folder: Path) -> Path:
+    write_lora(random_lora(unet, "unet", seed=1, only="attn"), folder, config=LoraExport(rank=4, alpha=2.0))
+    return folder
 
 
 @pytest.mark.parametrize(
