@@ -28,7 +28,10 @@ def merge(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]
     """
     for folder, _ in adapters:
         if kind_of(folder) == "prompt":
-            raise UserError(f"{folder}: it is a word beside the model's weights, and cannot be merged into them")
+            raise UserError(
+                f"{folder}: it is a word beside the model's weights, and cannot be merged into them; diffusers reads "
+                "it by load_textual_inversion"
+            )
     changed = {name for folder, _ in adapters for name in moved(parts, folder)}
     for name in changed:
         owner, _, own = name.partition(".")

@@ -52,7 +52,8 @@ class Loaded:
     @property
     def encodes(self) -> bool:
         """Whether prompts are encoded in another way with them."""
-        return bool(self.words) or any(name.partition(".")[0] not in MAIN_PARTS for name in (*self.stacks, *self.weights))
+        names = (*self.stacks, *self.weights)
+        return bool(self.words) or any(name.partition(".")[0] not in MAIN_PARTS for name in names)
 
     @property
     def bytes(self) -> int:

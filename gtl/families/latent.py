@@ -157,7 +157,8 @@ class LatentDiffusion(DiffusersLayout, ABC):
         """The family as it tokenizes prompts for these encoders: with the words that they have learned."""
         from gtl.families.word_table import words_of
 
-        words = next((found for encoder in encoders.values() if (found := words_of(encoder))), {})
+        own = (encoders[part] for part in self.encoders if part in encoders)
+        words = next((found for encoder in own if (found := words_of(encoder))), {})
         if words and not self.learns_words:
             raise UserError(f"{self.folder}: {NO_WORDS}")
         return self._taught(words) if words else self
