@@ -13,6 +13,7 @@ from gtl.adapters.delta import DELTA, apply_delta, moved_by_delta
 from gtl.adapters.formats import MAIN_PARTS, PEFT_CONFIG, A, LoraExport, LoraWeights, layers_of, peft_config
 from gtl.adapters.match import match
 from gtl.adapters.read import read_peft
+from gtl.adapters.words import EMBEDS, apply_word, moved_by_word
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def apply(parts: Mapping[str, nn.Module], folder: Path, name: str = "default", s
     Calls with different names add up: all are active at once, each with its own scale. Only a delta that moves a weight
     which another delta has moved is refused. Nothing is trainable afterwards, and the artefact's tensors take the dtype
     and the device of the layers they are on. The model stays as it was when the artefact is refused. A DoRA is scaled
-    as diffusers does it: the update, not the magnitude.
+    as diffusers does it: the update, not the magnitude. A word has no scale but 1.
 
     Raises:
         UserError: a file is missing or damaged, a key matches no layer, or a layer stays without its weights.
@@ -141,5 +142,6 @@ class Reader(NamedTuple):
 READERS = {
     PEFT_CONFIG: Reader("lora", apply_lora, moved_by_lora),
     DELTA: Reader("delta", apply_delta, moved_by_delta),
+    EMBEDS: Reader("prompt", apply_word, moved_by_word),
 }
 """Readers by the file that marks their kind."""

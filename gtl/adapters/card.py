@@ -15,8 +15,8 @@ from gtl.types import UserError
 if TYPE_CHECKING:
     from gtl.families.base import Family
 
-Kind = Literal["lora", "delta"]
-"""lora: low-rank updates, as PEFT and as diffusers read them. delta: new values of base weights."""
+Kind = Literal["lora", "delta", "prompt"]
+"""lora: low-rank updates, as PEFT and as diffusers read them. delta: new values of base weights. prompt: a word."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 
 

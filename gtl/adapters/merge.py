@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gtl.adapters.apply import apply, moved
+from gtl.adapters.apply import apply, kind_of, moved
+from gtl.types import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,9 +23,15 @@ def merge(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]
     gets memory of its own. See `apply`.
 
     Raises:
-        UserError: an artefact does not fit, and the model stays as it was; or two deltas move one weight, and the model
-            has the first.
+        UserError: an artefact does not fit or is a word, and the model stays as it was; or two deltas move one weight,
+            and the model has the first.
     """
+    for folder, _ in adapters:
+        if kind_of(folder) == "prompt":
+            raise UserError(
+                f"{folder}: it is a word beside the model's weights, and cannot be merged into them; diffusers reads "
+                "it by load_textual_inversion"
+            )
     changed = {name for folder, _ in adapters for name in moved(parts, folder)}
     for name in changed:
         owner, _, own = name.partition(".")

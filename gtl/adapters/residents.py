@@ -1,7 +1,8 @@
 """The adapters that live in a model while it draws for many.
 
 On the device they are in slots, of which every row of a batch takes its own: see `gtl.adapters.slots`. What cannot be
-in a slot is a set of whole weights, put in place of the base's for batches of its own. Both are kept in host memory
+in a slot is a set of whole weights, put in place of the base's for batches of its own, and of words, which the encoders
+know as long. All are kept in host memory
 within a bound, the longest unused going first, so that what is in demand is read from its files once.
 """
 
@@ -17,10 +18,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from gtl.adapters.apply import apply, kind_of
 from gtl.adapters.formats import MAIN_PARTS
 from gtl.adapters.merge import merge
 from gtl.adapters.sharing import fits
 from gtl.adapters.slots import Slots, Stack, joint
+from gtl.adapters.words import Word, read_word
+from gtl.families.word_table import add_word, remove_words, table_of
 from gtl.types import UserError
 
 Adapters = tuple[tuple[Path, float], ...]
@@ -42,16 +46,20 @@ class Loaded:
     """Whole weights by `<part>.<parameter>`, for a pass of its own."""
     reason: str | None
     """Why it needs one; None: it shares passes."""
+    words: tuple[Word, ...] = ()
+    """What the encoders know during a pass of its own."""
 
     @property
     def encodes(self) -> bool:
         """Whether prompts are encoded in another way with them."""
-        return any(name.partition(".")[0] not in MAIN_PARTS for name in (*self.stacks, *self.weights))
+        names = (*self.stacks, *self.weights)
+        return bool(self.words) or any(name.partition(".")[0] not in MAIN_PARTS for name in names)
 
     @property
     def bytes(self) -> int:
         """Of host memory."""
         tensors = [*(stack.values for stack in self.stacks.values()), *self.weights.values()]
+        tensors += [tensor for word in self.words for tensor in word.vectors.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -99,6 +107,7 @@ class Residents:
         Raises:
             UserError: a target is no layer that can have slots.
         """
+        self._parts = parts
         self._live = {f"{part}.{name}": value for part in parts for name, value in parts[part].named_parameters()}
         self._plain = {part: shadow(module) for part, module in parts.items()}
         self._stacks = {
@@ -111,10 +120,11 @@ class Residents:
         self._slots: OrderedDict[int, Adapters | None] = OrderedDict.fromkeys(range(1, slots))
         """Slot -> what is in it; those that were used last are last."""
         self._users = [0] * slots
-        self._alone: dict[Adapters, tuple[int, dict[str, Tensor]]] = {}
-        """Requests that are seated with whole weights, and those on the device."""
+        self._alone: dict[Adapters, tuple[int, dict[str, Tensor], tuple[Word, ...]]] = {}
+        """Requests that are seated with whole weights and words, and those, the weights on the device."""
         self._worn: Adapters = ()
         self._swapped: dict[str, Tensor] = {}
+        self._known: tuple[Word, ...] = ()
 
     def read(self, adapters: Adapters, *, alone: bool = False) -> Loaded:
         """Bring adapters into host memory; from any thread.
@@ -133,7 +143,7 @@ class Residents:
                 return self._host[name]
         loaded = self._load(adapters, alone)
         with self._lock:
-            self._host[loaded.key, bool(loaded.weights)] = loaded
+            self._host[loaded.key, loaded.reason is not None] = loaded
             while len(self._host) > 1 and sum(one.bytes for one in self._host.values()) > self._host_bytes:
                 self._host.popitem(last=False)
         return loaded
@@ -149,8 +159,17 @@ class Residents:
                 return Loaded(key, self._stack(tensors, key), {}, None)
             except UserError as error:  # layers or ranks that the slots have not
                 reason = str(error)
+        words = tuple(adapter for adapter in adapters if kind_of(adapter[0]) == "prompt")
+        others = tuple(adapter for adapter in adapters if adapter not in words)
         with _MERGING:
-            return Loaded(adapters, {}, self._merge(adapters), reason)
+            return Loaded(adapters, {}, self._merge(others), reason, self._words(words))
+
+    def _words(self, adapters: Adapters) -> tuple[Word, ...]:
+        """The words in adapters, after a try whether the encoders take all of them."""
+        fresh = {part: shadow(module) for part, module in self._plain.items()} if adapters else {}
+        for folder, scale in adapters:
+            apply(fresh, folder, scale=scale)
+        return tuple(read_word(folder) for folder, _ in adapters)
 
     def _merge(self, adapters: Adapters) -> dict[str, Tensor]:
         """The weights that adapters change, with all of them in."""
@@ -173,7 +192,7 @@ class Residents:
 
     def seat(self, adapters: Adapters, loaded: Loaded) -> Seat | None:
         """A place on the device for one more request, until it leaves; None while all are in use."""
-        if loaded.weights:
+        if loaded.reason is not None:
             return self._seat_alone(adapters, loaded)
         slot = next((slot for slot, key in self._slots.items() if key == loaded.key), None)
         was_there = slot is not None
@@ -193,12 +212,12 @@ class Residents:
         return Seat(slot, scale, (), adapters if loaded.encodes else (), was_there)
 
     def _seat_alone(self, adapters: Adapters, loaded: Loaded) -> Seat | None:
-        users, weights = self._alone.get(loaded.key, (0, {}))
+        users, weights, _ = self._alone.get(loaded.key, (0, {}, ()))
         if not users:
             if len(self._alone) == self._max_alone:
                 return None
             weights = {name: value.to(self._live[name].device) for name, value in loaded.weights.items()}
-        self._alone[loaded.key] = users + 1, weights
+        self._alone[loaded.key] = users + 1, weights, loaded.words
         return Seat(0, 1.0, loaded.key, adapters if loaded.encodes else (), users > 0)
 
     def leave(self, seat: Seat) -> None:
@@ -207,9 +226,9 @@ class Residents:
             if seat.slot:
                 self._users[seat.slot] -= 1
             return
-        users, weights = self._alone.pop(seat.company)
+        users, weights, words = self._alone.pop(seat.company)
         if users > 1:
-            self._alone[seat.company] = users - 1, weights
+            self._alone[seat.company] = users - 1, weights, words
         elif self._worn == seat.company:
             self._swap(())
 
@@ -221,10 +240,17 @@ class Residents:
             slots.assign([seat.slot for seat in seats], [seat.scale for seat in seats])
 
     def _swap(self, company: Adapters) -> None:
-        """Let whole weights and what they replace change places; (): the base's own weights."""
+        """Let whole weights and what they replace change places, and words come and go; (): the base's own."""
         for name, value in self._swapped.items():
             self._live[name].data = value
-        weights = self._alone[company][1] if company else {}
+        for word in self._known:
+            for part in word.vectors:
+                remove_words(self._parts[part])
+        _, weights, self._known = self._alone[company] if company else (0, {}, ())
+        for word in self._known:
+            for part, vectors in word.vectors.items():
+                table = table_of(self._parts[part]).weight
+                add_word(self._parts[part], word.token, vectors.to(table.device, table.dtype))
         self._swapped = {name: self._live[name].data for name in weights}
         for name, value in weights.items():
             self._live[name].data = value

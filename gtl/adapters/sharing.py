@@ -12,6 +12,8 @@ from gtl.types import UserError
 
 DORA = "it is a DoRA, which rescales whole weights of the base"
 
+WORD = "it is a prompt, whose word the base's encoders have to know"
+
 
 def fits(adapter: Card | Path) -> str | None:
     """Why an adapter, by its card or its folder, cannot share a forward pass with others; None: it can.
@@ -26,6 +28,8 @@ def fits(adapter: Card | Path) -> str | None:
     else:
         kind = kind_of(adapter)
         dora = any(uses_dora(file) for file in (*adapter.glob(PEFT_CONFIG), *adapter.glob(f"*/{PEFT_CONFIG}")))
+    if kind == "prompt":
+        return WORD
     if kind != "lora":
         return f"it is a {kind}, which replaces weights of the base"
     return DORA if dora else None

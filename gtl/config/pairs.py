@@ -16,6 +16,8 @@ class Needs:
     """tokens: the text encoders run inside the training process. none: captions are not looked at."""
     live: tuple[str, ...] = ()
     """Frozen or trained components that must run inside the training process, beside the objective's own part."""
+    word: str | None = None
+    """What every caption has to contain."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3),
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
+    ("prompt", "denoise"): Pair(Needs(images="latents", text="tokens"), max_zero_stage=3, frozen_base=True),
 }
 TEXT_ENCODER = "text_encoder"
 """What the names of text encoders begin with, in every model in diffusers layout."""

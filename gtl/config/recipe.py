@@ -1,6 +1,7 @@
 """The recipe: everything that decides a run, in one frozen value."""
 
 import os
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -9,7 +10,7 @@ from gtl.config.base import ModelSource, Place, Section
 from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
 from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
-from gtl.config.tuners import LoraTuner, Tuner
+from gtl.config.tuners import LoraTuner, PromptTuner, Tuner
 
 
 class Model(Section):
@@ -260,7 +261,8 @@ class Recipe(Section):
     @property
     def needs(self) -> Needs:
         """What training reads, with the parts that the tuner moves."""
-        return with_trained(self.pair.needs, self.tuner.train or ())
+        needs = with_trained(self.pair.needs, self.tuner.train or ())
+        return replace(needs, word=self.tuner.token) if isinstance(self.tuner, PromptTuner) else needs
 
     @property
     def judged_by(self) -> str | None:

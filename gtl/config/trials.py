@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.config.judged import check_measured
 from gtl.config.search import Asha, Pbt
 from gtl.config.space import Domain, Space, alternatives, ancestors, applying, count_points, label, points
-from gtl.config.tuners import LoraTuner, Tuner
+from gtl.config.tuners import LoraTuner, PromptTuner, Tuner
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def unpacked(study: Study) -> str | None:
     if study.scheduler.type in ("pbt", "hyperband", "bohb"):
         return f"scheduler.type: {study.scheduler.type}: lets trials wait for each other, and a pass is of all at once"
     tuner, objective, model, train = study.base.tuner, study.base.objective, study.base.model, study.base.train
+    if isinstance(tuner, PromptTuner):
+        return f"tuner.type: {tuner.type}: is a word in the text encoders, which all share"
     if not isinstance(tuner, LoraTuner):
         return f"tuner.type: {tuner.type}: moves the model's own weights, which all share"
     if tuner.dora:

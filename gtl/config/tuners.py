@@ -162,7 +162,39 @@ class FreezeTuner(Section):
     """Continue from a published adapter; a LoRA is merged into the weights first."""
 
 
+class PromptTuner(Section):
+    """A new word of the text encoders (textual inversion, Gal et al. 2022, arXiv 2208.01618).
+
+    Nothing of the model moves. Every caption has to contain the word, for example by data.caption_template: a photo of
+    <dog>; a caption without it would teach nothing, and is refused. Prompts that contain it draw what was learned.
+    """
+
+    train: ClassVar[None] = None
+    type: Literal["prompt"] = "prompt"
+    token: Annotated[str, Field(max_length=64, pattern=r"^[^\sA-Z]+$")]
+    """The word, for example <dog>, in lower case and without spaces. The model must not know it yet."""
+    vectors: Annotated[int, Field(ge=1, le=32)] = 1
+    """How many vectors it has; a prompt has room for as many tokens fewer."""
+    initializer: Annotated[str, Field(pattern=r"\S")] | None = None
+    """A text of at most as many tokens as vectors, whose vectors it starts from, in order, over and over."""
+    init: Init | None = None
+    """Continue from a published word of the same name and number of vectors."""
+
+    @model_validator(mode="after")
+    def _check_start(self) -> "PromptTuner":
+        if self.init is None and self.initializer is None:
+            raise ValueError("initializer: missing; say in known words what it is, such as dog")
+        if self.init is not None and self.initializer is not None:
+            raise ValueError(
+                f"initializer: {self.initializer!r}: gives the initial vectors, and so does init: {self.init}; keep one"
+            )
+        return self
+
+
 Tuner = Annotated[
-    Annotated[LoraTuner, Tag("lora")] | Annotated[FullTuner, Tag("full")] | Annotated[FreezeTuner, Tag("freeze")],
+    Annotated[LoraTuner, Tag("lora")]
+    | Annotated[FullTuner, Tag("full")]
+    | Annotated[FreezeTuner, Tag("freeze")]
+    | Annotated[PromptTuner, Tag("prompt")],
     Discriminator(type_of("lora")),
 ]

@@ -195,16 +195,38 @@ def missing_texts(dataset: Dataset, prompts: Sequence[str]) -> dict[str, str]:
 
 
 def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
-    """Refuse images without a caption where one is needed.
+    """Refuse images without a caption where one is needed, or with one that lacks the word that is to be learned.
 
     Raises:
         UserError: there are some.
     """
+    check_word(found, needs.word)
     captionless = [located.record.uri for located in found.images if not located.record.captions]
     if captionless and needs.text != "none":
         raise UserError(
             f"data.captions: {data.captions}: {len(captionless)} images have no such caption, the first: "
             f"{captionless[0]}; caption them, or use captions: auto"
+        )
+
+
+def check_word(found: Scan, word: str | None) -> None:
+    """Refuse captions of the subject that lack the word: nothing could be learned from their images.
+
+    Raises:
+        UserError: there are some.
+    """
+    if word is None:
+        return
+    captions = [
+        (caption, image.record.uri)
+        for image in found.images if not image.record.is_class_image for caption in image.record.captions
+    ]  # fmt: skip
+    if lacking := [(caption, uri) for caption, uri in captions if word not in caption]:
+        caption, uri = lacking[0]
+        raise UserError(
+            f"tuner.token: {word!r}: {len(lacking)} of {len(captions)} captions do not contain it, the first: "
+            f"{caption!r} of {uri}; write it into them, or set data.captions: template and data.caption_template: "
+            f"a photo of {word}"
         )
 
 

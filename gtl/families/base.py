@@ -158,6 +158,26 @@ class DiffusionFamily(Family, Protocol):
         """Conditions of each prompt, unbatched; the padding's mask is among them where the model has one."""
         ...
 
+    @property
+    def learns_words(self) -> bool:
+        """Whether it can learn words: its encoders look tokens up in tables, and their tokenizers take further ones."""
+        ...
+
+    @property
+    def tokenizers(self) -> Mapping[str, Any]:
+        """Each text encoder's tokenizer, of transformers."""
+        ...
+
+    def reading(self, encoders: Mapping[str, nn.Module]) -> DiffusionFamily:
+        """The family as it tokenizes prompts for these encoders: with the words that they have learned.
+
+        Itself if they have learned none. `encode_prompts` sees to it, `tokenize` knows no encoders.
+
+        Raises:
+            UserError: a word is one of the model's own tokens, or the family cannot learn words.
+        """
+        ...
+
     def negative_text(self, prompt: str) -> str:
         """A negative prompt as `tokenize` and `encode_prompts` take it: itself in most models.
 

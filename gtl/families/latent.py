@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from gtl.families.base import Conditions
 from gtl.families.layout import DiffusersLayout
+from gtl.families.words import spell_out, teach
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 TEXT_ENCODER = "text_encoder"
 """What the names of text encoders begin with."""
+NO_WORDS = "its text encoders cannot learn words; models can whose encoders are all CLIP's, such as sd and sdxl"
 TOKENIZERS = {
     "CLIPTextModel": "CLIPTokenizer",
     "CLIPTextModelWithProjection": "CLIPTokenizer",
@@ -42,6 +45,8 @@ class LatentDiffusion(DiffusersLayout, ABC):
     codec: ClassVar[str | None] = "vae"
     token_limits: Mapping[str, int] = {}
     """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
+    words: Mapping[str, int] = {}
+    """Learned words that the tokenizers know, see `reading` -> number of their vectors."""
 
     @property
     def classifier_free(self) -> bool:
@@ -125,15 +130,49 @@ class LatentDiffusion(DiffusersLayout, ABC):
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
         """Conditions of each prompt, unbatched; all have the same length."""
-        return unstack(self.encode_tokens(encoders, self.collate(self.tokenize(prompts))))
+        tokens = self.reading(encoders).tokenize(prompts)
+        return unstack(self.encode_tokens(encoders, self.collate(tokens)))
 
     def _read(self, part: str, prompts: Sequence[str], **options: Any) -> Any:
-        """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens]."""
-        tokenizer = self.tokenizers[part]
+        """Prompts as an encoder's tokenizer reads them, cut and padded to its length; by name, each [B, tokens].
+
+        The ids of learned words begin behind the encoder's table, whatever the tokenizer's.
+        """
+        tokenizer, prompts = self.tokenizers[part], spell_out(prompts, self.words)
         length = self.token_limits.get(part, tokenizer.model_max_length)
-        return tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options
+        found = tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt", **options
         )
+        if self.words:
+            first, ids = len(tokenizer) - sum(self.words.values()), found["input_ids"]
+            found["input_ids"] = ids.where(ids < first, ids - first + int(self.config(part)["vocab_size"]))
+        return found
+
+    @property
+    def learns_words(self) -> bool:
+        """Whether all encoders are CLIP's."""
+        return all(TOKENIZERS[self.classes[part][1]] == "CLIPTokenizer" for part in self.encoders)
+
+    def reading(self, encoders: Mapping[str, nn.Module]) -> LatentDiffusion:
+        """The family as it tokenizes prompts for these encoders: with the words that they have learned."""
+        from gtl.families.word_table import words_of
+
+        own = (encoders[part] for part in self.encoders if part in encoders)
+        words = next((found for encoder in own if (found := words_of(encoder))), {})
+        if words and not self.learns_words:
+            raise UserError(f"{self.folder}: {NO_WORDS}")
+        return self._taught(words) if words else self
+
+    def _taught(self, words: Mapping[str, int]) -> LatentDiffusion:
+        """A family of its own whose tokenizers know these words; the last one is kept."""
+        kept: LatentDiffusion | None = self.__dict__.get("_reader")
+        if kept is None or list(kept.words.items()) != list(words.items()):
+            kept = copy.copy(self)
+            kept.__dict__.pop("_reader", None)
+            kept.__dict__["tokenizers"] = {part: teach(tokenizer, words) for part, tokenizer in self.tokenizers.items()}
+            kept.words = words
+            self.__dict__["_reader"] = kept
+        return kept
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, Any]:
@@ -182,9 +221,7 @@ def ids_of(encoder: str) -> str:
     return f"input_ids{encoder.removeprefix(TEXT_ENCODER)}"
 
 
-def encode_tokens_of(
-    part: str, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor], **options: Any
-) -> Any:
+def encode_tokens_of(part: str, encoders: Mapping[str, nn.Module], tokens: Mapping[str, Tensor], **options: Any) -> Any:
     """An encoder's output for its own tokens among all, on the encoder's device."""
     encoder = cast(Any, encoders[part])
     return encoder(tokens[ids_of(part)].to(encoder.device), **options)

@@ -294,18 +294,18 @@ class EngineLoop:
         """
         with self._wake:
             waiting = list(self._waiting)
-        has_whole = False
+        has_own = False
         for ticket in waiting:
             if len(self._running) >= self._max_active:
                 return
             seat = BASE
             if ticket.loaded is not None and self.engine.residents is not None:
-                if has_whole and ticket.loaded.weights:
+                if has_own and ticket.loaded.reason is not None:
                     continue
                 found = self.engine.residents.seat(ticket.adapters, ticket.loaded)
                 if found is None:
-                    if ticket.loaded.weights:
-                        has_whole = True
+                    if ticket.loaded.reason is not None:
+                        has_own = True
                         continue
                     return
                 seat = found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gtl.config import Recipe
 from gtl.config.base import is_url
-from gtl.jobs.client import ask
+from gtl.jobs.client import answered, ask
 from gtl.jobs.work import Work
 from gtl.session import Cluster
 from gtl.train.resources import choose_resources
@@ -44,10 +44,11 @@ def look(client: JobSubmissionClient) -> Site:
     Raises:
         UserError: it does not say, or has no node yet.
     """
-    version = ask(client, "/api/version")["ray_version"]
-    listed = ask(client, "/api/v0/nodes?limit=10000")["data"]["result"]["result"]
-    status = ask(client, "/api/cluster_status")["data"].get("clusterStatus") or {}
-    site = site_of(version, listed, status)
+    with answered(client.get_address()):
+        version = ask(client, "/api/version")["ray_version"]
+        listed = ask(client, "/api/v0/nodes?limit=10000")["data"]["result"]["result"]
+        status = ask(client, "/api/cluster_status")["data"].get("clusterStatus") or {}
+        site = site_of(version, listed, status)
     if not site.nodes:
         raise UserError(f"--address {client.get_address()}: no node of that cluster is alive yet; wait for its head")
     return site

@@ -31,6 +31,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     """
     if not address:
         raise UserError("--address: which cluster? give the URL of its dashboard, or set RAY_API_SERVER_ADDRESS")
+    if "://" not in address and address != "auto":
+        raise UserError(f"--address {address}: expected the URL of a dashboard, such as http://{address.split(':')[0]}:8265")
     from ray.job_submission import JobSubmissionClient
 
     for module in ("dashboard_sdk", "job.sdk"):  # which tell of every upload and connection
@@ -51,7 +53,7 @@ def read_headers() -> dict[str, Any]:
         headers = json.loads(text) if text else {}
     except ValueError as error:
         raise UserError(f"{HEADERS}: not JSON ({error}); expected such as " + '\'{"Cookie": "..."}\'') from error
-    if not isinstance(headers, dict):
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
         raise UserError(f"{HEADERS}: expected a JSON object of names and values")
     return headers
 
@@ -59,10 +61,12 @@ def read_headers() -> dict[str, Any]:
 @contextmanager
 def answered(address: str) -> Iterator[None]:
     """Turn what goes wrong between here and the dashboard into one line."""
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RpcError
 
     try:
         yield
+    except UserError:
+        raise
     except AuthenticationError as error:
         if "Authentication failed" in str(error):
             raise UserError(
@@ -75,7 +79,7 @@ def answered(address: str) -> Iterator[None]:
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--address {address}: no dashboard of a Ray cluster answers there ({reason})") from error
-    except RuntimeError as error:
+    except (RuntimeError, RpcError, ValueError, KeyError, TypeError) as error:  # the last ones: of what is no dashboard
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--address {address}: the dashboard answers: {reason}") from error
 

@@ -97,6 +97,8 @@ def read_secrets(names: Sequence[str]) -> dict[str, str]:
         UserError: one is not set.
     """
     for name in names:
+        if "=" in name:  # its value stays unsaid
+            raise UserError(f"--secret {name.partition('=')[0]}: export it, and name it without a value")
         if not os.environ.get(name):
             raise UserError(f"--secret {name}: not set in the environment here; export it, and name it without a value")
     return {name: os.environ[name] for name in names}

@@ -89,8 +89,12 @@ class Denoise:
         return batch
 
     def players(self, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
-        """One player, `denoiser`, over the family's main part and those text encoders that are given."""
+        """One player, `denoiser`, over the family's main part and those text encoders that are given.
+
+        What is drawn from now on has the words that these have learned.
+        """
         encoders = {name: parts[name] for name in self.family.encoders if name in parts}
+        self.family = self.family.reading(encoders)
         main, gamma = parts[self.family.main], self.config.min_snr_gamma
         return {"denoiser": Denoiser(main, encoders, self.family, gamma, dtype)}
 

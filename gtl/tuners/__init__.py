@@ -14,6 +14,7 @@ TUNERS = {
     "lora": "gtl.tuners.lora:Lora",
     "full": "gtl.tuners.full:Full",
     "freeze": "gtl.tuners.freeze:Freeze",
+    "prompt": "gtl.tuners.prompt:Prompt",
 }
 """`tuner.type` -> module:class."""
 

@@ -20,22 +20,23 @@ from gtl.objectives import OBJECTIVES, make_objective
 from gtl.objectives.base import Objective
 from gtl.train.assemble import live_parts
 from gtl.tuners import TUNERS, make_tuner
-from gtl.types import Batch, Geometry, Item
+from gtl.types import Batch, Geometry, Item, UserError
 from tests.contract.test_families import MODELS, SIZE, VARIANTS
 
 TUNER_CONFIGS = {
     "lora": {"rank": 8, "alpha": 16, "targets": "all-linear+conv"},
     "full": {},
     "freeze": {"freeze_depth": 0.5},
+    "prompt": {"token": "<dog>", "vectors": 4, "initializer": "dog"},
 }
 OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}}
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
 CASES = [
-    *((tuner, objective, False) for tuner, objective in PAIRS),
+    *((tuner, objective, False) for tuner, objective in PAIRS if tuner != "prompt"),
     *((tuner, "denoise", True) for tuner in ("lora", "full")),
 ]
-"""Every pair, and again with the text encoders trained too."""
+"""Every pair that moves the model's weights, and again with the text encoders trained too; words are for themselves."""
 WALK = [
     pytest.param(model, *case, marks=pytest.mark.soak if case == CASES[-1] or (model in VARIANTS and i) else ())
     for i, case in enumerate(CASES) for model in MODELS
@@ -100,9 +101,50 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
     torch.testing.assert_close(predict(family, merged, batch), trained, rtol=1e-3, atol=1e-4)
 
 
-def fixed_batch(family: DiffusionFamily, recipe: Recipe, captions: Sequence[str] = CAPTIONS) -> Batch:
-    """Four samples of two images, drawn once."""
-    objective = make_objective(recipe.objective, family)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_word_overfits_one_batch_and_publishes_what_it_learned(
+    tmp_path: Path, written: Callable[[str], Path], model: str
+) -> None:
+    family = open_family(str(written(model)))
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(family.folder)},
+            "data": {"source": str(tmp_path)},
+            "tuner": {"type": "prompt", **TUNER_CONFIGS["prompt"]},
+        }
+    )
+    if not family.learns_words:
+        with pytest.raises(UserError, match=f"tuner.type: prompt: {family.name}: its text encoders cannot learn words"):
+            make_tuner(recipe.tuner, family)
+        return
+    objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
+    live = live_parts(recipe, family, objective)
+    assert live == [family.main, *family.encoders]
+    parts = {part: family.load(part) for part in live}
+    trainable = tuner.apply(parts, seed=0)
+    assert {name.partition(".")[0] for name in trainable} == set(family.encoders)
+    (player,) = objective.players(parts, torch.float32).values()
+    batch = fixed_batch(family, recipe, ("a photo of <dog>", "a <dog> on the beach"), objective)
+    base = predict(family, parts, batch)
+
+    losses = overfit(player, list(trainable.values()), batch, 8)
+    assert sorted(losses, reverse=True) == losses and losses[-1] < 0.999 * losses[0]  # the denoiser itself stays
+
+    tuner.export({key: value.detach().clone() for key, value in trainable.items()}, tmp_path / "adapter")
+    fresh = {part: family.load(part) for part in live}
+    apply(fresh, tmp_path / "adapter")
+    trained = predict(family, parts, batch)
+    assert (trained - base).abs().max() > 1e-3
+    assert torch.equal(predict(family, fresh, batch), trained)
+    with pytest.raises(UserError, match="it is a word beside the model's weights, and cannot be merged into them"):
+        merge(fresh, ((tmp_path / "adapter", 1.0),))
+
+
+def fixed_batch(
+    family: DiffusionFamily, recipe: Recipe, captions: Sequence[str] = CAPTIONS, objective: Objective | None = None
+) -> Batch:
+    """Four samples of two images, drawn once; by an objective of its own if none is given."""
+    objective = objective or make_objective(recipe.objective, family)
     height, width = SIZE
     if recipe.needs.images == "pixels":
         rng = torch.Generator().manual_seed(0)

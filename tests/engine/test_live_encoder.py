@@ -17,7 +17,7 @@ from gtl.evaluate.samples import draw_share, gather
 from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.objectives import make_objective
-from gtl.train.assemble import assemble
+from gtl.train.assemble import Trainee, assemble
 from gtl.train.engine import Engine
 from gtl.types import Batch, Geometry, Item
 from tests.engine.group import Group
@@ -32,15 +32,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sd(tmp_path_factory.mktemp("sd"))
 
 
-def batch_of(folder: Path, step: int) -> Batch:
-    """Two samples of this step; with two ranks each has one of them."""
-    objective = make_objective(DenoiseObjective(), open_family(str(folder)))
+def batch_of(folder: Path, step: int, trainee: Trainee | None = None) -> Batch:
+    """Two samples of this step; with two ranks each has one of them. One's own words only its own objective knows."""
+    objective = make_objective(DenoiseObjective(), open_family(str(folder))) if trainee is None else trainee.objective
     rng = torch.Generator().manual_seed(step)
     moments = {"mean": torch.randn(4, 8, 8, generator=rng), "logvar": torch.zeros(4, 8, 8)}
     geometry = Geometry((64, 64), (0, 0), (64, 64))
     draws = [
         objective.draw(Item(moments, {}, {}, geometry, caption), torch.Generator().manual_seed(10 * step + i))
-        for i, caption in enumerate(("a dog", "a cat"))
+        for i, caption in enumerate(("a dog", "a cat") if trainee is None else ("a photo of <dog>", "a <dog>"))
     ]
     mine = draws[dist.get_rank() :: dist.get_world_size()]
     return Batch(objective.collate(mine), torch.full((len(mine),), 0.5))
@@ -79,6 +79,45 @@ def test_stages_agree_and_a_state_goes_on(solo: Group, duo: Group, model: Path, 
     assert {name.partition(".")[0] for name in moved} == set(PARTS)
     for stage in (0, 3):
         sharded, sharded_resumed, sharded_moved = duo.run(run, model, stage, tuner)[0]
+        assert sharded == pytest.approx(losses, rel=1e-4)
+        assert sharded_resumed == sharded[2:]
+        assert sharded_moved == moved
+
+
+def run_word(folder: Path, stage: int) -> tuple[list[float], list[float], list[str]]:
+    """Losses of four steps of a word; those of the last two again, from the state in between; what moved."""
+    tuner = {"type": "prompt", "token": "<dog>", "vectors": 2, "initializer": "dog"}
+    recipe = parse_recipe({"model": {"source": str(folder)}, "data": {"source": "s3://b"}, "tuner": tuner})
+
+    def fresh() -> tuple[Trainee, Engine]:
+        trainee = assemble(recipe, "fp32")
+        return trainee, Engine(
+            trainee.players["denoiser"], trainee.parameters, make_train(learning_rate=1e-1), stage=stage, micro_batch=1,
+            accumulation=1, device="cpu", total_steps=4,
+        )  # fmt: skip
+
+    def steps(trainee: Trainee, engine: Engine, start: int, stop: int) -> list[float]:
+        batches = ([batch_of(folder, step, trainee)] for step in range(start, stop))
+        return [loss for loss, _ in descend(engine, batches)]
+
+    trainee, engine = fresh()
+    before = engine.weights()
+    first = steps(trainee, engine, 0, 2)
+    states = [engine.state()]
+    dist.broadcast_object_list(states)  # every rank loads all of it
+    last = steps(trainee, engine, 2, 4)
+    moved = [name for name, value in engine.weights().items() if not torch.equal(value, before[name])]
+    again, engine = fresh()
+    engine.load_state(states[0].steps, states[0].tensors.items())
+    return first + last, steps(again, engine, 2, 4), moved
+
+
+def test_a_word_is_learned_the_same_in_shares(solo: Group, duo: Group, model: Path) -> None:
+    losses, resumed, moved = solo.run(run_word, model, 0)[0]
+    assert len(set(losses)) == 4 and resumed == losses[2:]
+    assert moved == ["text_encoder.embeddings.token_embedding.learned_0"]
+    for stage in (0, 3):
+        sharded, sharded_resumed, sharded_moved = duo.run(run_word, model, stage)[0]
         assert sharded == pytest.approx(losses, rel=1e-4)
         assert sharded_resumed == sharded[2:]
         assert sharded_moved == moved

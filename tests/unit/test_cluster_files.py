@@ -258,12 +258,13 @@ def test_jobs_run_commands_that_gtl_has(monkeypatch: pytest.MonkeyPatch) -> None
         assert parse([*words, "--resume"])["resume"] is True
         given = parse(words)
         commands.append(given["command"])
-        overrides = given["set_"] or []
+        overrides = [one.replace("=/recipes/", f"={KUBERNETES}/base/") for one in given["set_"] or []]
         if given["command"] == "train":
             recipe = load_recipe(in_repository(given["recipe"]), overrides)
             assert (recipe.train.workers, recipe.data.source) == ("auto", "s3://bucket/animals")
         else:
             recipe = load_study(in_repository(given["study"]), overrides).recipe
+            assert recipe.train.gpus_per_worker == "auto"
         assert recipe.storage.model_dump() == {key.removeprefix("GTL_").lower(): stores[key] for key in stores}
     assert commands == ["train", "tune"]
 

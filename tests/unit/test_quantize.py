@@ -151,10 +151,13 @@ def test_nothing_is_rounded_before_it_is_placed_and_then_nothing_else_is_kept() 
 
 @pytest.mark.parametrize(("tuner", "objective"), PAIRS)
 def test_what_moves_the_base_is_refused(tuner: str, objective: str) -> None:
+    needed: dict[str, dict[str, Any]] = {
+        "freeze": {"freeze_depth": 1}, "prompt": {"token": "<dog>", "initializer": "dog"},
+    }  # fmt: skip
     values = {
         "model": {"source": "builtin:tiny", "quantization": "int8"},
         "data": {"source": "photos"},
-        "tuner": {"type": tuner, **({"freeze_depth": 1} if tuner == "freeze" else {})},
+        "tuner": {"type": tuner, **needed.get(tuner, {})},
         "objective": {"type": objective},
     }
     if PAIRS[tuner, objective].frozen_base:
