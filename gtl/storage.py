@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ SILENCE_S = 15
 upload is a mean over seconds."""
 ATTEMPTS = 3
 """Of a request to a bucket: one that never answers is given up within two minutes or so."""
+GOOGLE = ("gs", "gcs")
+"""What URLs of Google's buckets begin with."""
+GOOGLE_S = 60
+"""So long a request to one of these is tried: left to itself its client goes on for a quarter of an hour."""
 
 
 class Store:
@@ -35,7 +40,14 @@ class Store:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        """Nothing is contacted until the first call."""
+        """Nothing is contacted until the first call.
+
+        Raises:
+            UserError: the URL names no bucket.
+        """
+        scheme, separator, rest = os.fspath(root).partition("://")
+        if scheme in ("s3", *GOOGLE) and separator and not rest.partition("/")[0]:
+            raise UserError(f"{root}: names no bucket; expected {scheme}://BUCKET/FOLDER")
         self.root = os.fspath(root).rstrip("/") or "/"
         self.is_local = "://" not in self.root or self.root.startswith("file://")
         if self.is_local:
@@ -214,8 +226,10 @@ def open_filesystem(url: str) -> tuple[FileSystem, str]:
     if "://" not in url:
         return fs.LocalFileSystem(), url
     scheme, _, rest = url.partition("://")
-    if scheme in ("s3", "gs") and "?" in rest:
+    if scheme in ("s3", *GOOGLE) and "?" in rest:
         raise UserError(f"{url}: a bucket URL has no '?'; endpoint, region and credentials come from the environment")
+    if scheme in GOOGLE:
+        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=GOOGLE_S)), rest
     if scheme == "s3":
         retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
         options = {"endpoint_override": endpoint} if (endpoint := s3_endpoint()) else {}
@@ -320,4 +334,7 @@ def explain(error: OSError, local: bool) -> str:
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return "there is no such bucket; create it or correct the URL"
     reason = re.split(r"; Details:| \(Request ID", text.rpartition("AWS Error ")[2])[0]
+    if reason.startswith("google::cloud::Status"):
+        shown = re.split(r" error_info=|\n", reason)[0][:300]
+        return f"the store cannot be reached or refuses ({shown}); check the URL and Google's credentials"
     return f"the store cannot be reached or refuses ({reason}); check the URL, AWS_ENDPOINT_URL and the credentials"

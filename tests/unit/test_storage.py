@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from gtl import storage
 from gtl.storage import Store, explain
 from gtl.types import UserError
 
@@ -162,6 +163,18 @@ def test_any_filesystem_that_fsspec_knows() -> None:
     assert (store.create("a/c", b"y"), store.create("a/c", b"z"), store.read("a/c")) == (True, False, b"y")
 
 
+def test_a_google_bucket_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "GOOGLE_S", 1)
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    with pytest.raises(UserError) as caught:
+        Store("gs://bucket/folder").read("key")
+    message = str(caught.value)
+    assert message.startswith("gs://bucket/folder/key: the store cannot be reached or refuses (google::cloud::Status")
+    assert message.endswith("; check the URL and Google's credentials") and "\n" not in message
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -170,6 +183,9 @@ def test_any_filesystem_that_fsspec_knows() -> None:
             "s3://bucket?region=x",
             "s3://bucket?region=x: a bucket URL has no '?'; endpoint, region and credentials come from the environment",
         ),
+        ("gcs://b?x", "gcs://b?x: a bucket URL has no '?'; endpoint, region and credentials come from the environment"),
+        ("s3:///x", "s3:///x: names no bucket; expected s3://BUCKET/FOLDER"),
+        ("gs://", "gs://: names no bucket; expected gs://BUCKET/FOLDER"),
     ],
 )
 def test_a_url_that_nothing_opens(url: str, message: str) -> None:
