@@ -29,7 +29,7 @@ from serve import errors, metrics
 from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
 from serve.keys import KeyFile, RateLimiter
-from serve.order import Drawn, Order, Stopped
+from serve.order import Drawn, Order, Stopped, until
 from serve.schema import (
     MAX_SEED,
     Completed,
@@ -111,19 +111,6 @@ async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], ident
         yield errors.sse_error(errors.api_error(error, identity))
     finally:
         following.cancel()
-
-
-async def until(end: float, stream: AsyncIterator[Drawn]) -> AsyncIterator[Drawn]:
-    """What a stream has to tell by a moment of the clock; then `asyncio.TimeoutError`.
-
-    A generator keeps the time by itself between two steps. A step that takes too long, a bucket that does not answer
-    and a generator that is still to start do not.
-    """
-    while True:
-        try:
-            yield await asyncio.wait_for(anext(stream), end - time.monotonic())
-        except StopAsyncIteration:
-            return
 
 
 def seed_of(request: Request, n: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -52,3 +54,16 @@ class Drawn(NamedTuple):
 
 class Stopped(Exception):
     """A generator is being stopped, and another one can draw."""
+
+
+async def until(end: float, stream: AsyncIterator[Drawn]) -> AsyncIterator[Drawn]:
+    """What a stream has to tell by a moment of the clock; then `asyncio.TimeoutError`.
+
+    A generator keeps the time by itself between two steps. A step that takes too long, a bucket that does not answer
+    and a generator that is still to start do not.
+    """
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(stream), end - time.monotonic())
+        except StopAsyncIteration:
+            return

@@ -1,4 +1,7 @@
-"""Machines of their own on this one: Linux namespaces with addresses, names and disks that others do not see."""
+"""Machines of their own on this one: Linux namespaces with addresses, names and disks that others do not see.
+
+Where namespaces are refused they are groups of processes on loopback, each with a folder as its disk.
+"""
 
 import os
 import shutil
@@ -11,10 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SUBNET = "10.213.77"
-GCS_PORT, DASHBOARD_PORT, S3_PORT = 6379, 8265, 5000
+LOOPBACK = "127.0.0.1"
 STORE, HEAD = 200, 1
 """Last numbers of their addresses; workers have 2 and more."""
 BUCKET = "cluster"
@@ -44,6 +52,15 @@ def tool(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
+class Ports(NamedTuple):
+    """Of what others connect to."""
+
+    gcs: int = 6379
+    dashboard: int = 8265
+    s3: int = 5000
+    http: int = 8000
+
+
 @dataclass
 class Host:
     """One machine: a network namespace, and a folder that is its disk."""
@@ -51,7 +68,7 @@ class Host:
     number: int
     """Last of its address."""
     space: str
-    """Its network namespace."""
+    """Its network namespace; empty: it has none, and its address is loopback's."""
     disk: Path
     """Where its disk is, for who looks from outside; inside it is `Hosts.disk`, as on every other."""
     started: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
@@ -62,13 +79,15 @@ class Host:
 
     @property
     def address(self) -> str:
-        return f"{SUBNET}.{self.number}"
+        return f"{SUBNET}.{self.number}" if self.space else LOOPBACK
 
 
 class Hosts:
     """A network of hosts with an S3 server, and nothing else that they share; a switch that can be unplugged."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, isolated: bool = True) -> None:
+        self.isolated = isolated
+        self.ports = Ports() if isolated else Ports(*(free_port() for _ in Ports._fields))
         self.base, self.disk, self.names = base, base / "disk", base / "hosts"
         """Where every host sees its own disk."""
         self._switch, self._hosts = f"gtl{os.getpid()}-s", dict[int, Host]()
@@ -76,19 +95,24 @@ class Hosts:
         numbers = [HEAD, *range(2, 10), STORE]
         lines = ["127.0.0.1 localhost", *(f"{SUBNET}.{number} host{number}" for number in numbers)]
         self.names.write_text("\n".join(lines) + "\n")
+        if not isolated:
+            return
         tool("ip", "netns", "add", self._switch)
         tool("ip", "-n", self._switch, "link", "add", "switch", "type", "bridge")
         tool("ip", "-n", self._switch, "link", "set", "switch", "up")
 
     def add(self, number: int) -> Host:
         """A host with an empty disk."""
-        host = Host(number, f"gtl{os.getpid()}-{number}", self.base / f"host{number}")
+        space = f"gtl{os.getpid()}-{number}" if self.isolated else ""
+        host = Host(number, space, self.base / f"host{number}")
         shutil.rmtree(host.disk, ignore_errors=True)
         for folder in ("tmp", "home"):
             (host.disk / folder).mkdir(parents=True)
+        self._hosts[number] = host
+        if not self.isolated:
+            return host
         plug = f"plug{number}"
         tool("ip", "netns", "add", host.space)
-        self._hosts[number] = host
         tool("ip", "-n", self._switch, "link", "add", plug, "type", "veth", "peer", "eth0", "netns", host.space)
         tool("ip", "-n", self._switch, "link", "set", plug, "master", "switch")
         tool("ip", "-n", self._switch, "link", "set", plug, "up")
@@ -101,8 +125,8 @@ class Hosts:
         """Start a command on a host; what it says goes into a file of that name beside its disk."""
         with (self.base / f"{host.name}-{log}.log").open("ab") as sink:
             one = subprocess.Popen(
-                [*self._entered(host), *command], env=self._environment(more), stdout=sink, stderr=sink,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                [*self._entered(host), *command], env=self._environment(host, more), cwd=host.disk, stdout=sink,
+                stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         host.started.append(one)
         return one
@@ -110,8 +134,8 @@ class Hosts:
     def run(self, host: Host, *command: str, timeout: float = 600, **more: str) -> str:
         """What a command on a host prints until it ends well."""
         done = subprocess.run(
-            [*self._entered(host), *command], env=self._environment(more), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=timeout,
+            [*self._entered(host), *command], env=self._environment(host, more), cwd=host.disk,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
@@ -129,7 +153,8 @@ class Hosts:
             time.sleep(0.05)
         for one in host.started:
             one.wait()
-        tool("ip", "netns", "delete", host.space)
+        if self.isolated:
+            tool("ip", "netns", "delete", host.space)
         del self._hosts[host.number]
 
     def unplug(self, host: Host) -> None:
@@ -144,21 +169,31 @@ class Hosts:
         """End them all."""
         for host in list(self._hosts.values()):
             self.kill(host)
-        tool("ip", "netns", "delete", self._switch)
+        if self.isolated:
+            tool("ip", "netns", "delete", self._switch)
 
     def _processes(self, host: Host) -> list[int]:
+        if not self.isolated:
+            with suppress(psutil.NoSuchProcess):
+                roots = [psutil.Process(one.pid) for one in host.started if one.poll() is None]
+                return [one.pid for root in roots for one in (*root.children(recursive=True), root)]
+            return []
         told = subprocess.run(["ip", "netns", "pids", host.space], check=True, capture_output=True, text=True)
         return [int(pid) for pid in told.stdout.split()]
 
     def _entered(self, host: Host) -> list[str]:
+        if not self.isolated:
+            return []
         spaces = ["ip", "netns", "exec", host.space, "unshare", "--mount", "--uts", "sh", "-ec", ENTER, "sh"]
         return [*spaces, host.name, str(host.disk), str(self.disk), str(self.names), str(self.disk)]
 
-    def _environment(self, more: dict[str, str]) -> dict[str, str]:
+    def _environment(self, host: Host, more: dict[str, str]) -> dict[str, str]:
+        disk = self.disk if self.isolated else host.disk
+        store = f"{SUBNET}.{STORE}" if self.isolated else LOOPBACK
         own = {
-            "PYTHONPATH": str(ROOT), "HOME": f"{self.disk}/home", "TMPDIR": f"{self.disk}/tmp",
-            "XDG_CACHE_HOME": f"{self.disk}/home/cache", "AWS_ENDPOINT_URL": f"http://{SUBNET}.{STORE}:{S3_PORT}",
-            "RAY_TMPDIR": f"{self.disk}/tmp",
+            "PYTHONPATH": str(ROOT), "HOME": f"{disk}/home", "TMPDIR": f"{disk}/tmp",
+            "XDG_CACHE_HOME": f"{disk}/home/cache", "AWS_ENDPOINT_URL": f"http://{store}:{self.ports.s3}",
+            "RAY_TMPDIR": f"{disk}/tmp",
         }  # fmt: skip
         return {**os.environ, **own, **more}
 
@@ -176,8 +211,8 @@ class RayHosts:
         """A node with so many CPUs, there when Ray counts it."""
         host = self.hosts.add(number)
         self.hosts.start(
-            host, RAY, "start", "--address", f"{self.head.address}:{GCS_PORT}", "--node-ip-address", host.address,
-            "--num-cpus", str(cpus), *NODE, "--block", log="ray",
+            host, RAY, "start", "--address", f"{self.head.address}:{self.hosts.ports.gcs}", "--node-ip-address",
+            host.address, "--num-cpus", str(cpus), *NODE, "--block", log="ray",
         )  # fmt: skip
         self.workers[number] = host
         return host
@@ -187,7 +222,7 @@ class RayHosts:
 
     def gtl(self, *command: str, log: str, **more: str) -> "subprocess.Popen[bytes]":
         """A command of gtl's on the head."""
-        address = {"RAY_ADDRESS": f"{self.head.address}:{GCS_PORT}"}
+        address = {"RAY_ADDRESS": f"{self.head.address}:{self.hosts.ports.gcs}"}
         return self.hosts.start(
             self.head, sys.executable, "-c", "from gtl.cli import main; main()", *command, log=log, **address, **more
         )
@@ -198,17 +233,19 @@ NODE = ("--object-store-memory", str(100 * 2**20), "--disable-usage-stats")
 
 
 @contextmanager
-def ray_hosts() -> Iterator[RayHosts]:
+def ray_hosts(isolated: bool) -> Iterator[RayHosts]:
     """A store and a head without work; workers are added."""
     with tempfile.TemporaryDirectory(prefix="gtl", dir="/tmp") as base:  # short: Ray's sockets have long names
-        hosts = Hosts(Path(base))
+        hosts = Hosts(Path(base), isolated)
         try:
             store, head = hosts.add(STORE), hosts.add(HEAD)
-            hosts.start(store, sys.executable, "-m", "moto.server", "-H", store.address, "-p", str(S3_PORT), log="s3")
             hosts.start(
-                head, RAY, "start", "--head", "--node-ip-address", head.address, "--port", str(GCS_PORT), "--num-cpus",
-                "0", "--dashboard-host", head.address, "--dashboard-port", str(DASHBOARD_PORT), *NODE, "--block",
-                log="ray",
+                store, sys.executable, "-m", "moto.server", "-H", store.address, "-p", str(hosts.ports.s3), log="s3"
+            )
+            hosts.start(
+                head, RAY, "start", "--head", "--node-ip-address", head.address, "--port", str(hosts.ports.gcs),
+                "--num-cpus", "0", "--dashboard-host", head.address, "--dashboard-port", str(hosts.ports.dashboard),
+                *NODE, "--block", log="ray",
             )  # fmt: skip
             hosts.run(head, sys.executable, "-c", MAKE_BUCKET, timeout=START_S)
             yield RayHosts(hosts, store, head)

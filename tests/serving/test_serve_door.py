@@ -12,9 +12,11 @@ import httpx
 import pytest
 from openai import AuthenticationError, OpenAI
 
+from gtl.adapters import Registry
 from serve.keys import new_key
 from tests.endpoint import serving
 from tests.ports import free_port
+from tests.serving.test_serve import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -41,7 +43,7 @@ def door(ray_cluster: None, shelf: Path, tmp_path_factory: pytest.TempPathFactor
     (place / "keys").write_text("\n".join(lines))
     args: dict[str, Any] = {
         "keys": str(place / "keys"), "requests_per_minute": 120, "max_running": 2, "max_waiting": 3, "timeout_s": 20,
-        "output": str(place / "out"), "keep_prompt": False,
+        "output": str(place / "out"), "keep_prompt": False, "refresh_s": 1,
     }  # fmt: skip
     with serving(shelf, free_port(), **args) as url:
         yield Door(url, keys, place / "out")
@@ -71,6 +73,21 @@ def test_a_url_leads_to_the_picture(door: Door) -> None:
     # The same once more, by whoever it is, is another file.
     (other,) = door.ask("bob", response_format="url", seed=one["seed"]).json()["data"]
     assert other["url"] != one["url"]
+
+
+def test_an_alias_that_moves_is_followed_by_itself(door: Door, shelf: Path) -> None:
+    def version() -> str:
+        headers = {"Authorization": f"Bearer {door.keys['ann']}"}
+        answer = httpx.get(f"{door.url}/v1/models/tiny:dog@prod", headers=headers, timeout=60)
+        return str(answer.json()["gtl"]["version"])
+
+    registry = Registry(shelf)
+    assert version() == "v1"
+    registry.promote("dog@v2", "prod")
+    try:
+        assert eventually(lambda: version() == "v2", 60)
+    finally:
+        registry.promote("dog@v1", "prod")
 
 
 def test_more_than_fit_are_refused_and_none_that_was_taken_is_lost(door: Door) -> None:

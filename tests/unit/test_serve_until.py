@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve.ingress import until
+from serve.order import until
 
 
 async def told(*pauses: float) -> AsyncIterator[Any]:
