@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from gtl.session import free_port
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
 
@@ -127,15 +128,6 @@ def finish(command: list[str]) -> str:
     except subprocess.TimeoutExpired:
         return f"no answer in {GROUP_SECONDS} s"
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-
-
-def free_port() -> int:
-    """Of this machine's own address."""
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def cluster() -> Iterator[Finding]:

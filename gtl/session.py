@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,3 +77,10 @@ def _initialize(dashboard: bool) -> None:
             raise UserError(f"RAY_ADDRESS: {address!r}: no Ray cluster answers there ({error})") from error
         return
     ray.init(address="local", include_dashboard=dashboard, **quiet)
+
+
+def free_port() -> int:
+    """One of this machine's loopback address at which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

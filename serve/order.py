@@ -1,4 +1,4 @@
-"""What travels between the ingress and a generator: plain values, without torch."""
+"""What travels between the ingress and a generator, and for how long: plain values, without torch."""
 
 from __future__ import annotations
 

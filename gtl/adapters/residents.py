@@ -2,8 +2,8 @@
 
 On the device they are in slots, of which every row of a batch takes its own: see `gtl.adapters.slots`. What cannot be
 in a slot is a set of whole weights, put in place of the base's for batches of its own, and of words, which the encoders
-know as long. All are kept in host memory
-within a bound, the longest unused going first, so that what is in demand is read from its files once.
+know as long. All are kept in host memory within a bound, the longest unused going first, so that what is in demand is
+read from its files once.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gtl.adapters.formats import write_safetensors
 from gtl.adapters.read import read_safetensors
+from gtl.config.pairs import TEXT_ENCODER
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 EMBEDS = "learned_embeds.safetensors"
 WORD = "learned_word.json"
-TEXT_ENCODER = "text_encoder"
 CLIP_KEYS = ("clip_l", "clip_g")
 """Keys of the first and the second encoder where there are several; what follows is named as the part."""
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import random
-import socket
 import statistics
 import tempfile
 import threading
@@ -19,7 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from gtl import __version__
+from gtl.bench.setting import check_counts, check_file
+from gtl.session import free_port
 from gtl.types import Progress, UserError
 
 if TYPE_CHECKING:
@@ -97,14 +100,11 @@ def check(load: Load, file: Path | None) -> None:
     Raises:
         UserError: naming the option.
     """
-    for option in ("steps", "users"):
-        if (count := getattr(load, option)) < 1:
-            raise UserError(f"--{option}: {count}: must be 1 or more")
+    check_counts({"--steps": load.steps, "--users": load.users})
     for option, value in (("seconds", load.seconds), *(("load", one) for one in load.loads)):
         if not 0 < value < math.inf:
             raise UserError(f"--{option}: {value:g}: must be above 0")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json: {file}: its folder does not exist")
+    check_file(file)
 
 
 @contextmanager
@@ -149,13 +149,6 @@ def endpoint(load: Load, progress: Progress) -> Iterator[str]:
         finally:
             stop.set()
             thread.join()
-
-
-def free_port() -> int:
-    """One that nobody listens at."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 async def measure(load: Load, url: str, progress: Progress) -> dict[str, Any]:
@@ -286,7 +279,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 def percentile(values: Sequence[float], share: int) -> float | None:
     """The smallest value that so many of 100 do not exceed (nearest rank); None of none."""
-    return sorted(values)[math.ceil(len(values) * share / 100) - 1] if values else None
+    return float(np.percentile(values, share, method="inverted_cdf")) if values else None
 
 
 def table(result: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from gtl import __version__
 from gtl.bench.configs import BUILTIN, MODELS
+from gtl.bench.setting import check_counts, check_file
 from gtl.bench.train import device_name, device_of, dtype_on
 from gtl.config.tuners import LoraTargets
 from gtl.types import Progress, UserError
@@ -94,14 +95,11 @@ def check(serving: Serving, file: Path | None) -> None:
     ):
         if value not in known:
             raise UserError(f"{option}: {value!r}: choose from {', '.join(known)}")
-    for option in ("adapters", "rank", "steps", "rounds"):
-        if (count := getattr(serving, option)) < 1:
-            raise UserError(f"--{option}: {count}: must be 1 or more")
+    check_counts({f"--{option}": getattr(serving, option) for option in ("adapters", "rank", "steps", "rounds")})
     for option in ("requests", "batch"):
         if (count := getattr(serving, option)) < 2:
             raise UserError(f"--{option}: {count}: must be 2 or more, so that one can join another")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json: {file}: its folder does not exist")
+    check_file(file)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,34 @@ def settle(setting: Setting, file: Path | None) -> Setting:
         "--batch-size": batch_size, "--steps": setting.steps, "--rounds": setting.rounds, "--micro-batch": micro_batch,
         "--bare-batch-size": bare,
     }  # fmt: skip
-    for option, count in counts.items():
-        if count < 1:
-            raise UserError(f"{option}: {count}: must be 1 or more")
+    check_counts(counts)
     if micro_batch > batch_size:
         raise UserError(f"--micro-batch: {micro_batch}: must be at most --batch-size, which is {batch_size}")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json: {file}: its folder does not exist")
+    check_file(file)
     if setting.compile:  # before the model is written
         from gtl.train.blocks import find_compiler
 
         if find_compiler() is None:
             raise UserError("--compile: no C++ compiler on this machine; install one, such as the package g++")
     return replace(setting, micro_batch=micro_batch, bare_batch_size=bare)
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Refuse what is to be 1 or more, by option.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for option, count in counts.items():
+        if count < 1:
+            raise UserError(f"{option}: {count}: must be 1 or more")
+
+
+def check_file(file: Path | None) -> None:
+    """Refuse a file that could not be written when all is measured.
+
+    Raises:
+        UserError: its folder does not exist.
+    """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise UserError(f"--json: {file}: its folder does not exist")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gtl import __version__
+from gtl.bench.setting import check_counts, check_file
 from gtl.config import load_study
 from gtl.report.chart import short
 from gtl.report.study import Study, read_study
@@ -42,11 +43,8 @@ def bench_stopping(
     """
     from gtl.search.schedule import STEP, make_scheduler
 
-    for option, number in (("--orders", orders), ("--concurrency", concurrency)):
-        if number < 1:
-            raise UserError(f"{option}: {number}: must be 1 or more")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json: {file}: its folder does not exist")
+    check_counts({"--orders": orders, "--concurrency": concurrency})
+    check_file(file)
     record = read_study(Store(folder))
     asked = load_study(f"{record.url}/study.yaml", ["scheduler={type: asha}", *overrides])
     ((metric, mode),) = asked.directions.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.tiny import make_sd, write_pictures
 
 pytestmark = pytest.mark.soak
@@ -34,10 +34,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the raylets, and so of their workers
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    head = {**NODE, "num_cpus": 1, "include_dashboard": True, "dashboard_port": port}
+    head = {**NODE, "num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
     running = Cluster(initialize_head=True, head_node_args=head)
     yield running
     running.shutdown()

@@ -5,7 +5,6 @@ import io
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from gtl.families import open_family
 from gtl.generate.engine import Request
 from gtl.generate.images import generate
 from tests.endpoint import BASE
+from tests.waiting import eventually
 
 PROMPT = "a large red circle on a blue background"
 STEPS = 6
@@ -164,15 +164,6 @@ def generators() -> list[Any]:
 
     named = ray.util.list_named_actors(all_namespaces=True)
     return [ray.get_actor(**one) for one in named if "Generator" in one["name"]]
-
-
-def eventually(is_so: Any, seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if is_so():
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_an_alias_that_moves_is_followed(client: OpenAI, endpoint: str, shelf: Path) -> None:

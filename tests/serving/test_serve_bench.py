@@ -8,7 +8,8 @@ import httpx
 
 from gtl.bench.endpoint import PATH, ROOM, Load, bench_endpoint, endpoint
 from gtl.types import quiet
-from tests.serving.test_serve import eventually, numbers_of
+from tests.serving.test_serve import numbers_of
+from tests.waiting import eventually
 
 
 def test_what_is_too_much_for_an_endpoint_is_refused_and_all_else_is_drawn(ray_cluster: None, tmp_path: Path) -> None:

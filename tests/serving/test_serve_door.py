@@ -16,7 +16,7 @@ from gtl.adapters import Registry
 from serve.keys import new_key
 from tests.endpoint import serving
 from tests.ports import free_port
-from tests.serving.test_serve import eventually
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

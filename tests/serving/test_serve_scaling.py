@@ -15,7 +15,8 @@ from serve.routing import LOAD_S, STATS_S, seconds
 from serve.scaling import ByWork
 from tests.endpoint import BASE, deploy, serving
 from tests.ports import free_port
-from tests.serving.test_serve import eventually, generators, load_of, picture_of
+from tests.serving.test_serve import generators, load_of, picture_of
+from tests.waiting import eventually
 
 
 def test_replicas_follow_the_work(ray_cluster: None, shelf: Path) -> None:

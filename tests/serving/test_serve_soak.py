@@ -23,8 +23,9 @@ from gtl.generate.engine import Request
 from gtl.generate.images import generate
 from tests.endpoint import BASE, serving
 from tests.ports import free_port
-from tests.serving.test_serve import eventually, numbers_of, same
+from tests.serving.test_serve import numbers_of, same
 from tests.traffic import Shown, Traffic
+from tests.waiting import eventually
 
 USERS = 6
 SAMPLE_S = 2.0

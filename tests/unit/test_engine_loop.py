@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from gtl.generate.loop import Closed, Course, EngineLoop, Late
 from gtl.types import UserError
 from tests.tiny import make_sd
 from tests.unit.test_residents import folders, make_engine  # noqa: F401  (a fixture)
+from tests.waiting import eventually
 
 DOG = Request("a photo of a dog", 64, 64, seed=3, steps=4, guidance=5.0)
 
@@ -140,21 +141,14 @@ def test_a_pass_of_its_own_is_not_put_off_by_those_that_came_later(loop: EngineL
     long = replace(DOG, steps=60)
     tolds = [Noting(name=name) for name in ("first", "other", "later", "last")]
     loop.submit(long, tolds[0], dora)
-    assert eventually(lambda: len(loop._running) == 1)
+    assert eventually(lambda: len(loop._running) == 1, 30, 0.001)
     loop.submit(long, tolds[1], delta)
-    assert eventually(lambda: len(loop._waiting) == 1)
+    assert eventually(lambda: len(loop._waiting) == 1, 30, 0.001)
     for told in tolds[2:]:
         loop.submit(long, told, dora)
     for told in tolds:
         told.wait()
     assert order.index("other") < min(order.index("later"), order.index("last")), order
-
-
-def eventually(is_so: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not is_so():
-        time.sleep(0.001)
-    return is_so()
 
 
 def test_mistakes_are_told(loop: EngineLoop, tmp_path: Path) -> None:
