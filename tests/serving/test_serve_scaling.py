@@ -15,7 +15,7 @@ from serve.routing import LOAD_S, STATS_S, seconds
 from serve.scaling import ByWork
 from tests.endpoint import BASE, deploy, serving
 from tests.ports import free_port
-from tests.serving.test_serve import generators, load_of, picture_of
+from tests.serving.test_serve import generators, load_of, numbers_of, picture_of
 from tests.waiting import eventually
 
 
@@ -114,3 +114,16 @@ def test_the_number_is_that_of_the_work(busy: dict[str, float], requests: int, n
         capacity_adjusted_min_replicas, capacity_adjusted_max_replicas = 0, 4
 
     assert ByWork(10.0)(Context())[0] == number  # type: ignore[arg-type]
+
+
+def test_a_generator_that_is_busy_is_ready(ray_cluster: None, shelf: Path) -> None:
+    """It is asked whether it is there behind all that it draws, for longer than anybody waits for that."""
+    base = {"name": "tiny", "source": BASE, "max_batch": 1}
+    body = {"prompt": "a red circle", "num_inference_steps": 120}
+    with serving(shelf, free_port(), bases=[base], timeout_s=600) as url, ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/images/generations", json=body, timeout=600) for _ in range(16)]
+        assert eventually(lambda: numbers_of(url)["gtl_pictures_running"] == 16)
+        answer = httpx.get(f"{url}/readyz", timeout=60)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ready", "missing": []})
+        assert not all(one.done() for one in asked), "or it was not busy"
+        assert [one.result().status_code for one in asked] == [200] * 16
