@@ -14,7 +14,7 @@ from gtl.adapters.sharing import fits
 from gtl.config.base import is_url
 from gtl.config.names import NAME, parse_reference
 from gtl.families import open_family
-from gtl.types import UserError
+from gtl.types import Sampler, UserError, sampler_of
 from serve.errors import invalid, model_not_found
 from serve.schema import Adapter, Model, Origin
 from serve.settings import Base, Settings
@@ -50,6 +50,8 @@ class Chosen(NamedTuple):
     """NAME@VERSION and scale."""
     merged: bool = False
     """Whether they have to be merged into the weights."""
+    sampler: Sampler = "model"
+    """That they were taught for."""
 
     @property
     def title(self) -> str:
@@ -139,6 +141,7 @@ class Catalog:
             raise model_not_found(model or "", [one.id for one in self.models()])
         wanted += [(one.name, one.scale, "adapters") for one in adapters]
         chosen: dict[str, float] = {}
+        samplers: list[Sampler] = []
         for reference, scale, field in wanted:
             entry = self._find(base, reference)
             if entry is None:
@@ -148,9 +151,10 @@ class Catalog:
             if entry.name in chosen:
                 raise invalid(field, f"{entry.name} is given twice; give it once, with the scale you want")
             chosen[entry.name] = scale
+            samplers.append(entry.card.sampler)
         hot = {entry.name for entry in (self._find(base, name) for name in base.merged) if entry is not None}
         merged = len(chosen) == 1 and hot >= chosen.keys() and set(chosen.values()) == {1.0}
-        return Chosen(base, tuple(chosen.items()), merged)
+        return Chosen(base, tuple(chosen.items()), merged, sampler_of(samplers))
 
     def _find(self, base: Base | None, reference: str) -> Entry | None:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""

@@ -68,15 +68,16 @@ class Generator:
             ApiError: its time is up.
             Stopped: this replica is being stopped; another can draw it.
         """
-        from gtl.generate.engine import Request
         from gtl.generate.loop import Closed
+        from gtl.generate.request import Request
 
         loop = asyncio.get_running_loop()
         held = ExitStack()  # of files that close with it, also where what follows fails
         adapters = await loop.run_in_executor(self._files, self._fetch, order, held)
         edit, (height, width) = self._place(order)
         request = Request(
-            order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance
+            order.prompt, height, width, order.negative_prompt, order.seed, order.steps, order.guidance,
+            order.sampler,
         )  # fmt: skip
         mail = Mail(loop, order, request, self._guard)
         try:

@@ -281,14 +281,16 @@ class Ingress:
         """One for each picture; nothing of them is left to chance afterwards."""
         base, size = chosen.base, asked.pixels
         seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
-        steps = asked.num_inference_steps or base.steps
-        guidance = base.guidance if asked.guidance_scale is None else asked.guidance_scale
+        steps, guidance = base.sampling(chosen.sampler)
+        steps = asked.num_inference_steps or steps
+        guidance = guidance if asked.guidance_scale is None else asked.guidance_scale
         told = {"model": base.source, "adapters": chosen.names, "request": errors.request_id(request)}
         return [
             Order(
                 prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
                 guidance=guidance, size=None if size is None else (size[1], size[0]), adapters=chosen.adapters,
-                merged=chosen.merged, edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
+                sampler=chosen.sampler, merged=chosen.merged, edit=start, previews=asked.partial_images,
+                timeout_s=self._settings.timeout_s,
                 output_format=asked.output_format, quality=asked.compression, told=told,
                 keep_prompt=self._settings.keep_prompt,
             )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from gtl.generate.edit import Edit
+from gtl.types import Sampler
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Order:
     """(height, width) in pixels; None: what the model was made for."""
     adapters: tuple[tuple[str, float], ...] = ()
     """NAME@VERSION and scale."""
+    sampler: Sampler = "model"
     merged: bool = False
     """Whether they are merged into the weights, though they could share a batch."""
     edit: Edit | None = None

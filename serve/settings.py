@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.names import NAME
+from gtl.types import GUIDANCE, STEPS, Sampler
 from serve.schema import Limits
 
 
@@ -64,10 +65,14 @@ class Base(Section):
     host_gib: Annotated[float, Field(gt=0)] = 4.0
     """Memory for adapters that are not in a slot just now."""
     steps: Annotated[int, Field(ge=1)] = 25
-    """Where a request does not say."""
+    """Where neither a request nor an adapter for few steps says."""
     guidance: Annotated[float, Field(ge=0)] = 7.5
-    """Where a request does not say."""
+    """Where neither a request nor an adapter for few steps says."""
     replicas: Replicas = Replicas()
+
+    def sampling(self, sampler: Sampler) -> tuple[int, float]:
+        """Steps and guidance where a request does not say."""
+        return (self.steps, self.guidance) if sampler == "model" else (STEPS[sampler], GUIDANCE[sampler])
 
 
 class Safety(Section):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -129,6 +130,25 @@ def _activate(module: nn.Module, adapter: str, scale: float) -> None:
         if isinstance(layer, LoraLayer):
             layer.set_adapter(list(layer.scaling), inference_mode=True)
             layer.set_scale(adapter, scale)
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Within it a module computes what it would without the low-rank adapters on it, which are not touched.
+
+    Where an adapter was started from the base weight's own principal part (PiSSA, OLoRA), that part is missing.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:  # `enable_adapters` would also change what is trained
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
 
 
 class Reader(NamedTuple):

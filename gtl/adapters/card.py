@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gtl import __version__
-from gtl.types import UserError
+from gtl.types import Sampler, UserError
 
 if TYPE_CHECKING:
     from gtl.families.base import Family
@@ -115,6 +115,8 @@ class Card(Part):
     """The recipe's tuner section, resolved."""
     objective: dict[str, Any] = Field(default_factory=dict)
     """The recipe's objective section, resolved; empty for an imported adapter."""
+    sampler: Sampler = "model"
+    """That it was taught for; lcm draws in few steps."""
     dataset: DatasetInfo | None = None
     lineage: Lineage = Lineage()
     training: Training | None = None

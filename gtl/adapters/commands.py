@@ -15,7 +15,7 @@ from gtl.adapters.registry import Registry
 from gtl.config.base import absolute_if_local
 from gtl.config.load import read_sections
 from gtl.config.names import check_name, new_version, parse_reference
-from gtl.types import Progress, UserError, quiet
+from gtl.types import Progress, Sampler, UserError, quiet
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -63,8 +63,9 @@ def remove_adapter(registry: str, reference: str, force: bool = False) -> str:
 
 
 def import_adapter(
-    registry: str, file: Path, model: str, name: str, revision: str | None = None, variant: str | None = None
-) -> Card:
+    registry: str, file: Path, model: str, name: str, revision: str | None = None, variant: str | None = None,
+    sampler: Sampler = "model",
+) -> Card:  # fmt: skip
     """Publish somebody's LoRA (diffusers, PEFT or kohya layout) for a model; returns its card.
 
     Raises:
@@ -85,6 +86,7 @@ def import_adapter(
     config = weights.config
     card = Card(
         name=name, version=new_version(name), base=base_of(family, model, revision), lineage=Lineage(file=file.name),
+        sampler=sampler,
         tuner={"type": "lora", **{key: getattr(config, key) for key in ("rank", "alpha", "dora", "rslora")}},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from gtl.adapters.formats import A, LoraExport, layers_of, write_lora
 from gtl.adapters.registry import Registry
 from gtl.adapters.sharing import DORA, fits
 from gtl.config.names import Reference, check_name, new_version
-from gtl.types import Progress, UserError, quiet
+from gtl.types import Progress, UserError, quiet, sampler_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,8 +77,9 @@ def fuse(
             blocks={prefix: list(factors) for prefix, factors in weights.blocks.items()}, rank=rank, lost=lost,
             density=way.share, seed=seed if way.is_random else None,
         )  # fmt: skip
+        sampler = sampler_of(card.sampler for card in cards)
         card = Card(name=name, version=version or new_version(name), kind=cards[0].kind, base=cards[0].base,
-                    tuner=tuner, lineage=Lineage(fusion=fusion))  # fmt: skip
+                    tuner=tuner, sampler=sampler, lineage=Lineage(fusion=fusion))  # fmt: skip
         registry.publish(name, card.version, Path(place), card)
     return Reference(name, card.version, 1.0)
 

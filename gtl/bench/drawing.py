@@ -16,8 +16,9 @@ from gtl.adapters.residents import Loaded, Residents, shadow
 from gtl.bench.models import CAPTION, encoded, random_part, write_adapter, write_model
 from gtl.bench.swapping import Swapping
 from gtl.bench.train import dtype_on, synchronize
-from gtl.generate.engine import Engine, Output, Request, check
+from gtl.generate.engine import Engine, Output
 from gtl.generate.loop import Course, EngineLoop, Ticket
+from gtl.generate.request import Request, check
 from gtl.types import DTYPES
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.families.base import Conditions, DiffusionFamily
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
 
 ARGUMENTS = {
     "encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds",

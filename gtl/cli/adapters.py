@@ -10,7 +10,7 @@ import typer
 
 from gtl.cli.bar import Bar
 from gtl.cli.options import AdapterName, AsJson, RegistryUrl, Revision, Variant
-from gtl.types import UserError
+from gtl.types import Sampler, UserError
 
 app = typer.Typer(
     no_args_is_help=True, help="The registry of adapters: list, show, promote, import, fuse, export, remove."
@@ -69,13 +69,14 @@ def import_(
     name: Annotated[str, typer.Option(help="Its name in the registry.")],
     revision: Revision = None,
     variant: Variant = None,
+    sampler: Annotated[Sampler, typer.Option(help="lcm: it is for drawing in few steps, as an LCM-LoRA.")] = "model",
     registry: RegistryUrl = "./registry",
     json_: AsJson = False,
 ) -> None:
     """Publish a LoRA made by others; one whose keys do not all match the model is refused."""
     from gtl.adapters.commands import import_adapter
 
-    card = import_adapter(registry, file, model, name, revision, variant)
+    card = import_adapter(registry, file, model, name, revision, variant, sampler)
     tell(f"adapter {card.name}@{card.version}", {"adapter": f"{card.name}@{card.version}"}, json_)
 
 

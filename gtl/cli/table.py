@@ -14,7 +14,7 @@ import typer
 from gtl import __version__
 from gtl.cli import adapters, bench, jobs
 from gtl.cli.bar import Bar
-from gtl.cli.options import AsJson, RecipeFile, RegistryUrl, Revision, Set, Variant
+from gtl.cli.options import AsJson, Guidance, RecipeFile, RegistryUrl, Revision, Set, Steps, Variant
 from gtl.types import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -138,8 +138,8 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or .jsonl.")] = None,
     negative_prompt: Annotated[str, typer.Option()] = "",
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
-    steps: Annotated[int, typer.Option()] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 7.5,
+    steps: Steps = None,
+    guidance: Guidance = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
     count: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
@@ -178,8 +178,10 @@ def edit(
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]")] = None,
     negative_prompt: Annotated[str, typer.Option()] = "",
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
-    steps: Annotated[int, typer.Option(help="From noise; strength says how many of them are taken.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 7.5,
+    steps: Annotated[int | None, typer.Option(
+        help="From noise; strength says how many are taken. Left out: 25, or 4 with an adapter for few steps.",
+    )] = None,
+    guidance: Guidance = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the image's own, if they fit the model.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the image's own, if they fit the model.")] = None,
     count: Annotated[int, typer.Option(help="Images.")] = 1,

@@ -69,7 +69,27 @@ class AutoencodeObjective(Section):
         return self
 
 
+class ConsistencyObjective(Section):
+    """Draw in a few steps what the model draws in many: latent consistency distillation (Luo et al. 2023, arXiv
+    2310.04378; Song et al. 2023, arXiv 2303.01469).
+
+    The teacher is the model itself, without what is trained. What is learned is drawn by the sampler of consistency
+    models, in 2 to 8 steps and without guidance: that is learned too.
+    """
+
+    type: Literal["consistency"] = "consistency"
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    """Scale of the teacher's classifier-free guidance, 1 and below is off; of a distilled model the scale that it is
+    told, and has to be told again when it draws."""
+    solver_steps: Annotated[int, Field(ge=2, le=999)] = 50
+    """Steps that the teacher would take from noise to a picture; the student learns to skip them."""
+    huber: Annotated[float, Field(gt=0)] = 1e-3
+    """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c (arXiv 2310.14189, section 3.3)."""
+
+
 Objective = Annotated[
-    Annotated[DenoiseObjective, Tag("denoise")] | Annotated[AutoencodeObjective, Tag("autoencode")],
+    Annotated[DenoiseObjective, Tag("denoise")]
+    | Annotated[AutoencodeObjective, Tag("autoencode")]
+    | Annotated[ConsistencyObjective, Tag("consistency")],
     Discriminator(type_of("denoise")),
 ]

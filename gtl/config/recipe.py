@@ -11,6 +11,7 @@ from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
 from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import LoraTuner, PromptTuner, Tuner
+from gtl.types import Sampler
 
 
 class Model(Section):
@@ -265,6 +266,11 @@ class Recipe(Section):
         return replace(needs, word=self.tuner.token) if isinstance(self.tuner, PromptTuner) else needs
 
     @property
+    def sampler(self) -> Sampler:
+        """That what is trained is drawn by."""
+        return "lcm" if self.objective.type == "consistency" else "model"
+
+    @property
     def judged_by(self) -> str | None:
         """The metric that says which weights of a run are published; None: the last ones are."""
         stopping = self.train.early_stopping
@@ -309,6 +315,17 @@ class Recipe(Section):
                 f"model.quantization: {self.model.quantization!r}: {self.tuner.type} moves the model's own weights, "
                 "which have to be whole for that; take tuner.type: lora, or null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> "Recipe":
+        if self.objective.type == "consistency" and isinstance(self.tuner, LoraTuner):
+            start = self.tuner.initialization
+            if start.startswith(("pissa", "olora")):
+                raise ValueError(
+                    f"tuner.initialization: {start}: takes a part of the model's weights, which objective.type: "
+                    "consistency has for its teacher; take default"
+                )
         return self
 
     @model_validator(mode="after")

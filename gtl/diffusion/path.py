@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from gtl.imports import light
-from gtl.types import UserError
+from gtl.types import Sampler, UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+SIGMA_DATA = 0.5
+"""Standard deviation of data, as consistency models take it."""
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 """What the network predicts: the noise, the velocity of Salimans & Ho 2022 (arXiv 2202.00512), clean data, the flow."""
 
@@ -48,6 +50,19 @@ class NoisePath(Protocol):
 
     def denoised(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean data that a prediction stands for."""
+        ...
+
+    def noise_in(self, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+        """The noise with which clean data is where it is at time t; not finite at the clean end."""
+        ...
+
+    def consistent(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """`denoised`, and at the clean end what is there already, whatever is predicted (Song et al. 2023, arXiv
+        2303.01469, section 3)."""
+        ...
+
+    def solver_times(self, steps: int) -> Tensor:
+        """Times between which a solver of so many steps goes, [steps + 1], from clean to noise."""
         ...
 
 
@@ -96,6 +111,24 @@ class VariancePreserving:
             return (noisy - sigma * prediction) / signal
         return signal * noisy - sigma * prediction
 
+    def noise_in(self, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+        """(x_t - sqrt(a_t) x_0) / sqrt(1 - a_t)."""
+        signal, sigma = self._coefficients(t, noisy)
+        return (noisy - signal * clean) / sigma
+
+    def consistent(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """Both, weighted as diffusers' LCMScheduler does; but for the first few times all is `denoised`."""
+        scaled = (10.0 * t).to(noisy.dtype).view(-1, *[1] * (noisy.ndim - 1))
+        norm = scaled**2 + SIGMA_DATA**2
+        return SIGMA_DATA**2 / norm * noisy + scaled / norm.sqrt() * self.denoised(noisy, prediction, t)
+
+    def solver_times(self, steps: int) -> Tensor:
+        """Those of LCMScheduler: the last of each of so many equal shares of the steps, and the first of all."""
+        import torch
+
+        ends = torch.arange(1, steps + 1) * (self.num_train_timesteps // steps) - 1
+        return torch.cat([torch.zeros(1, dtype=torch.long), ends])
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the copies on devices."""
         return {**self.__dict__, "_on_device": {}}
@@ -143,6 +176,22 @@ class RectifiedFlow:
     def denoised(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """Back along the flow."""
         return noisy - self._share(t, noisy) * prediction
+
+    def noise_in(self, noisy: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+        """(x_t - (1 - s) x_0) / s."""
+        share = self._share(t, noisy)
+        return (noisy - (1 - share) * clean) / share
+
+    def consistent(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """`denoised`, which is just that at s = 0."""
+        return self.denoised(noisy, prediction, t)
+
+    def solver_times(self, steps: int) -> Tensor:
+        """In equal shares, shifted towards noise as the model is."""
+        import torch
+
+        u = torch.linspace(0, 1, steps + 1)
+        return self.time(self.shift * u / (1 + (self.shift - 1) * u))
 
     def _share(self, t: Tensor, like: Tensor) -> Tensor:
         return (t / self.num_train_timesteps).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
@@ -193,6 +242,25 @@ def make_scheduler(config: Mapping[str, Any]) -> Any:
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"scheduler_config.json: not one that a {name} can be made of: {reason}") from error
+
+
+def sampler_config(config: Mapping[str, Any], kind: Sampler) -> dict[str, Any]:
+    """The config of a scheduler for a model whose own has this config.
+
+    That for consistency models goes the same noise path: it predicts clean data, and adds new noise as far as the next
+    time (arXiv 2303.01469, algorithm 1).
+    """
+    if kind == "model":
+        return dict(config)
+    resolved = make_scheduler(config).config
+    path = path_of(config)
+    if isinstance(path, RectifiedFlow):
+        shift = {} if resolved.get("use_dynamic_shifting") else {"shift": path.shift}
+        return {**config, "_class_name": "FlowMatchLCMScheduler", **shift}
+    # What is clipped, and which steps are taken, is a matter of the sampler that this one takes the place of.
+    shared = ("beta", "num_", "prediction", "trained", "rescale")
+    own = {key: value for key, value in config.items() if key.startswith(shared)}
+    return {**own, "_class_name": "LCMScheduler"}
 
 
 def _flow_shift(config: Mapping[str, Any]) -> float:

@@ -164,7 +164,7 @@ def find(shelf: Registry, adapter: str, base: str) -> Published:
         )
     name = f"{card.name}@{version}"
     shelf.fetch(name)  # a damaged one is known now
-    return Published(shelf.store.root, name, parse_reference(adapter).scale)
+    return Published(shelf.store.root, name, parse_reference(adapter).scale, card.sampler)
 
 
 def title(adapter: Published) -> str:
@@ -210,12 +210,13 @@ def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progres
     Raises:
         UserError: the family cannot draw it, a worker met a mistake of the user's, or the cache cannot be written.
     """
-    from gtl.generate.engine import check as check_request
+    from gtl.generate.request import check as check_request
 
     missing: list[tuple[Store, str, Order]] = []
     for drawing in drawings:
         there = {key for key, _, _ in drawing.folder.list(recursive=False)}
-        for key, request in zip(drawing.keys, requests(drawing.sampling, drawing.number), strict=True):
+        asked = requests(drawing.sampling, drawing.number, family, drawing.model.sampler)
+        for key, request in zip(drawing.keys, asked, strict=True):
             if key not in there:
                 check_request(request, family)
                 missing.append((drawing.folder, key, Order(drawing.model, request)))

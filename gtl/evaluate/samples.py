@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from gtl.generate.engine import Engine, Request
+from gtl.generate.engine import Engine
 from gtl.generate.images import to_image
+from gtl.generate.request import Request
 
 if TYPE_CHECKING:
     from PIL import Image

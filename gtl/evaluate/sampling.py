@@ -11,7 +11,9 @@ from gtl.evaluate.result import Sampling
 from gtl.types import UserError
 
 if TYPE_CHECKING:
-    from gtl.generate.engine import Request
+    from gtl.families.base import DiffusionFamily
+    from gtl.generate.request import Request
+    from gtl.types import Sampler
 
 
 def plan(asked: Evaluate, images: Reference, dtype: str) -> Sampling:
@@ -32,14 +34,15 @@ def plan(asked: Evaluate, images: Reference, dtype: str) -> Sampling:
     )  # fmt: skip
 
 
-def requests(how: Sampling, number: int) -> list[Request]:
-    """Of so many samples, in their order."""
-    from gtl.generate.engine import Request
+def requests(how: Sampling, number: int, family: DiffusionFamily, sampler: Sampler) -> list[Request]:
+    """Of so many samples, in their order, for a model that was taught for a sampler."""
+    from gtl.generate.request import Request, sampled_by
 
-    return [
+    asked = (
         Request(
             prompt, how.height, how.width, negative_prompt=how.negative_prompt, seed=how.seed + i, steps=how.steps,
             guidance=how.guidance,
         )
         for i, prompt in enumerate(how.prompts_of(number))
-    ]  # fmt: skip
+    )  # fmt: skip
+    return [sampled_by(request, sampler, family) for request in asked]

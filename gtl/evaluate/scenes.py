@@ -13,7 +13,7 @@ from gtl.data.scenes.reader import judge
 from gtl.data.scenes.sets import SceneSet
 from gtl.evaluate.intervals import wilson
 from gtl.families import open_family
-from gtl.generate.engine import Request
+from gtl.generate.request import Request
 from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.images import decode, read_recipe, write_png
 from gtl.storage import explained

@@ -19,6 +19,7 @@ from gtl.evaluate.result import Copy, Sampling, Score
 from gtl.evaluate.samples import draw_share, gather, share
 from gtl.evaluate.sampling import requests
 from gtl.storage import Store
+from gtl.types import Sampler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +37,8 @@ class Turn:
     family: DiffusionFamily
     images: Reference
     sampling: Sampling
+    sampler: Sampler
+    """That the model is taught for."""
     cache: Store
     """Its root, which has the features of real images."""
     device: torch.device
@@ -55,9 +58,8 @@ class Turn:
             UserError: a backbone or a prompt is not what it has to be, an image is gone, or features are not finite.
         """
         number = self.asked.samples
-        drawn = draw_share(
-            self.family, parts, requests(self.sampling, number), encoded=encoded, device=self.device, dtype=self.dtype
-        )
+        asked = requests(self.sampling, number, self.family, self.sampler)
+        drawn = draw_share(self.family, parts, asked, encoded=encoded, device=self.device, dtype=self.dtype)
         found = {need.extractor: self._find(need, drawn) for need in needs_of(self.asked)}
         pictures = gather(drawn, number) if "memorization" in self.asked.metrics else []
         if dist.get_rank() != 0:

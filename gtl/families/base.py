@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.diffusion.path import NoisePath
-    from gtl.types import Geometry
+    from gtl.types import Geometry, Sampler
 
 Conditions = dict[str, "Tensor"]
 """Everything `predict` needs beside latents and time, by name. For one sample without a batch dimension."""
@@ -220,6 +220,6 @@ class DiffusionFamily(Family, Protocol):
         """Latents as `sample_latents` returns them to pixels [B, 3, H, W] in [-1, 1]."""
         ...
 
-    def sampler(self, steps: int, height: int, width: int) -> Any:
+    def sampler(self, steps: int, height: int, width: int, kind: Sampler = "model") -> Any:
         """A fresh diffusers scheduler with its timesteps set for images of this size."""
         ...

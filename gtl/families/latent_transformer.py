@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from gtl.families.base import Conditions
 from gtl.families.latent import LatentDiffusion, unstack
 from gtl.families.targets import CROSS, JOINT, Endings, find_targets
-from gtl.types import UserError
+from gtl.types import Sampler, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,15 +78,15 @@ class LatentTransformer(LatentDiffusion, ABC):
         embeds = self.config(self.main).get("guidance_embeds", False)
         return {"guidance": torch.tensor(scale, dtype=torch.float32)} if embeds else {}
 
-    def sampler(self, steps: int, height: int, width: int) -> Any:
+    def sampler(self, steps: int, height: int, width: int, kind: Sampler = "model") -> Any:
         """A fresh diffusers scheduler with its timesteps set, shifted for images of this size if its config asks.
 
         Raises:
             UserError: the scheduler cannot be told what the model needs.
         """
-        from gtl.diffusion.path import make_scheduler
+        from gtl.diffusion.path import make_scheduler, sampler_config
 
-        scheduler = make_scheduler(self.scheduler_config)
+        scheduler = make_scheduler(sampler_config(self.scheduler_config, kind))
         options = self.sampler_options(steps)
         is_dynamic = scheduler.config.get("use_dynamic_shifting", False)
         needed = {*options, *(["mu"] if is_dynamic else [])}

@@ -14,6 +14,8 @@ from gtl.families.unet import unet_blocks, unet_cross_attentions, unet_embedders
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from gtl.types import Sampler
+
 
 class LatentUNet(LatentDiffusion, ABC):
     """A UNet over the latents of a VAE, with CLIP text encoders; predicts noise or velocity."""
@@ -55,12 +57,13 @@ class LatentUNet(LatentDiffusion, ABC):
         prediction: Tensor = main(noisy, t, **conditions, return_dict=False)[0]
         return prediction
 
-    def sampler(self, steps: int, height: int, width: int) -> Any:
+    def sampler(self, steps: int, height: int, width: int, kind: Sampler = "model") -> Any:
         """A fresh diffusers scheduler with its timesteps set."""
-        from gtl.diffusion.path import make_scheduler
+        from gtl.diffusion.path import make_scheduler, sampler_config
 
-        resolved = make_scheduler(self.scheduler_config).config
+        config = sampler_config(self.scheduler_config, kind)
+        resolved = make_scheduler(config).config
         corrected = {key: value for key, value in self.corrections.items() if key in resolved}
-        scheduler = make_scheduler({**self.scheduler_config, **corrected})
+        scheduler = make_scheduler({**config, **corrected})
         scheduler.set_timesteps(steps)
         return scheduler

@@ -14,7 +14,7 @@ from gtl.types import DTYPES, Progress
 
 if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
     from gtl.generate.spread import Origin
 
 FOLDER = "class_images"
@@ -62,7 +62,7 @@ def class_images(
 
 def plan(family: DiffusionFamily, prior: PriorPreservation, dtype: str) -> tuple[Request, dict[str, str]]:
     """The first picture, and what decides beside the request what pictures of this prior show."""
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
 
     height, width = family.default_size
     first = Request(prior.prompt, height, width, steps=prior.steps, guidance=prior.guidance)

@@ -17,13 +17,13 @@ from gtl.config.names import parse_reference
 from gtl.generate.prompts import Prompt, read_prompts
 from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.session import session
-from gtl.types import DTYPES, Progress, UserError
+from gtl.types import DTYPES, GUIDANCE, STEPS, Progress, Sampler, UserError, sampler_of
 
 if TYPE_CHECKING:
     from gtl.adapters.card import Base
     from gtl.families.base import DiffusionFamily
     from gtl.generate.edit import Edit
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
 
 GRID = 64
 """Pictures on the grid at most: the first ones."""
@@ -37,6 +37,8 @@ class Adapter(NamedTuple):
     folder: Path
     scale: float
     base: Base
+    sampler: Sampler = "model"
+    """That it was taught for."""
 
     def __str__(self) -> str:
         return f"{self.name}:{self.scale:g}"
@@ -53,8 +55,8 @@ def run(
     adapters: Sequence[str] = (),
     negative_prompt: str = "",
     seed: int = 0,
-    steps: int = 25,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     width: int | None = None,
     height: int | None = None,
     count: int = 1,
@@ -65,7 +67,8 @@ def run(
     """Draw `count` pictures of every prompt into `out`; returns the files, the grid last.
 
     Picture i of a prompt has seed `seed` + i. Every PNG carries what it was made with. Of several pictures there is a
-    grid too, one row a prompt. With `workers`, a number or "auto", they are drawn on a Ray cluster; see `spread`.
+    grid too, one row a prompt. With `workers`, a number or "auto", they are drawn on a Ray cluster;
+    see `spread`. Steps and guidance that are left out are what suits the adapters.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
@@ -82,7 +85,7 @@ def run(
     family, fingerprint = open_model(origin, chosen)
     high, wide = family.default_size
     requests = make_requests(
-        lines, count, seed, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
+        lines, count, seed, negative_prompt=negative_prompt, **sampling_of(chosen, steps, guidance),
         height=high if height is None else height, width=wide if width is None else width,
     )  # fmt: skip
     for request in requests:
@@ -91,7 +94,7 @@ def run(
     columns = count if len(lines) > 1 else None
     if number is None:
         return draw_here(family, requests, chosen, out, recipe, columns, progress)
-    published = tuple(Published(shelf.store.root, adapter.name, adapter.scale) for adapter in chosen)
+    published = tuple(Published(shelf.store.root, adapter.name, adapter.scale, adapter.sampler) for adapter in chosen)
     return draw_on_cluster(Model(origin, fingerprint, published), requests, number, out, recipe, columns, progress)
 
 
@@ -133,7 +136,7 @@ def find_adapters(registry: Registry, references: Sequence[str]) -> list[Adapter
         name = f"{card.name}@{version}"
         if any(name == other.name for other in found):
             raise UserError(f"--adapter {reference}: {name} is given twice; give it once, with the scale you want")
-        found.append(Adapter(name, registry.fetch(name), parse_reference(reference).scale, card.base))
+        found.append(Adapter(name, registry.fetch(name), parse_reference(reference).scale, card.base, card.sampler))
     return found
 
 
@@ -173,9 +176,19 @@ def open_model(origin: Origin, adapters: Sequence[Adapter]) -> tuple[DiffusionFa
     return family, fingerprint
 
 
+def sampling_of(adapters: Sequence[Adapter], steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """How requests are sampled: by what the adapters were taught for, with its own numbers where none are given."""
+    sampler = sampler_of(adapter.sampler for adapter in adapters)
+    return {
+        "sampler": sampler,
+        "steps": STEPS[sampler] if steps is None else steps,
+        "guidance": GUIDANCE[sampler] if guidance is None else guidance,
+    }
+
+
 def make_requests(lines: Sequence[Prompt], count: int, seed: int, **shared: Any) -> list[Request]:
     """`count` requests a prompt, prompt by prompt, with rising seeds; a line's own fields win."""
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
 
     requests = []
     for line in lines:
@@ -187,7 +200,7 @@ def make_requests(lines: Sequence[Prompt], count: int, seed: int, **shared: Any)
 
 def check_options(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
     """`engine.check`, with the field named as an option."""
-    from gtl.generate.engine import check
+    from gtl.generate.request import check
 
     try:
         check(request, family, edit)

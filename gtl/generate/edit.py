@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from gtl.diffusion.path import NoisePath
     from gtl.families.base import DiffusionFamily
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
 
 HALF = 128
 """Mask values from here on are drawn anew."""

@@ -17,6 +17,7 @@ from gtl.generate.command import (
     make_requests,
     open_model,
     recipe_of,
+    sampling_of,
 )
 from gtl.generate.edit import Edit, choose_size, fit, size_text
 from gtl.generate.prompts import read_prompts
@@ -39,8 +40,8 @@ def run(
     adapters: Sequence[str] = (),
     negative_prompt: str = "",
     seed: int = 0,
-    steps: int = 25,
-    guidance: float = 7.5,
+    steps: int | None = None,
+    guidance: float | None = None,
     width: int | None = None,
     height: int | None = None,
     count: int = 1,
@@ -72,7 +73,7 @@ def run(
     family, fingerprint = open_model(origin, chosen)
     high, wide = choose_size(picture, family)
     requests = make_requests(
-        lines, count, seed, negative_prompt=negative_prompt, steps=steps, guidance=guidance,
+        lines, count, seed, negative_prompt=negative_prompt, **sampling_of(chosen, steps, guidance),
         height=high if height is None else height, width=wide if width is None else width,
     )  # fmt: skip
     for request in requests:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
-from gtl.generate.edit import Edit, Kept, begin, check_edit, encode, paste
-from gtl.types import Geometry, UserError
+from gtl.generate.edit import Edit, Kept, begin, encode, paste
+from gtl.generate.request import Request, check
+from gtl.types import Geometry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,56 +28,6 @@ if TYPE_CHECKING:
 DECODE_BATCH = 4
 """Decoding is the peak of memory, so its batches have a bound of their own."""
 CACHED_PROMPTS = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw."""
-
-    prompt: str
-    height: int
-    """In pixels, as is the width."""
-    width: int
-    negative_prompt: str = ""
-    """What classifier-free guidance leads away from; "" is none, see `DiffusionFamily.unconditional`. Distilled models
-    take none."""
-    seed: int = 0
-    """Decides the picture, together with the other fields; the batch it is drawn in does not."""
-    steps: int = 25
-    guidance: float = 7.5
-    """Scale of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598); 1 and below is off. A distilled model
-    reads any scale, or none."""
-
-
-def check(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
-    """Refuse what the family cannot draw, or not from there.
-
-    Raises:
-        UserError: names the field, its value and what is allowed.
-    """
-    most = family.path.num_train_timesteps - 1  # some schedulers start one time later
-    if not 1 <= request.steps <= most:
-        raise UserError(f"steps: {request.steps}: expected 1 to {most}")
-    if not (math.isfinite(request.guidance) and request.guidance >= 0):
-        raise UserError(f"guidance: {request.guidance:g}: expected a number >= 0; 1 and below is no guidance")
-    if not 0 <= request.seed < 2**63:
-        raise UserError(f"seed: {request.seed}: expected 0 to 2**63 - 1")
-    if request.negative_prompt and not family.classifier_free:
-        raise UserError(
-            f"negative_prompt: {request.negative_prompt!r}: a model of family {family.name} is guided without one; "
-            "leave it out"
-        )
-    for name, pixels in (("height", request.height), ("width", request.width)):
-        if family.max_size is not None and pixels > family.max_size:
-            raise UserError(f"{name}: {pixels}: expected at most {family.max_size}")
-        if pixels < family.multiple or pixels % family.multiple:
-            below = max(0, pixels // family.multiple * family.multiple)
-            close = [size for size in (below, below + family.multiple) if size > 0]
-            raise UserError(
-                f"{name}: {pixels}: expected a multiple of {family.multiple}, such as {' or '.join(map(str, close))}"
-            )
-    if edit is not None:
-        check_edit(edit, request, family)
 
 
 @dataclass
@@ -251,7 +201,7 @@ class Engine:
 
     def _begin(self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None) -> State:
         check(request, self.family, edit)
-        scheduler = self.family.sampler(request.steps, request.height, request.width)
+        scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
         generator = torch.Generator().manual_seed(request.seed)
         guided = self.family.classifier_free and request.guidance > 1
         edit = None if edit is None else self.encode(edit, request)

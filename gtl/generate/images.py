@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from gtl.adapters import apply
-from gtl.generate.engine import Engine, Request, check
+from gtl.generate.engine import Engine
+from gtl.generate.request import Request, check
 from gtl.types import UserError, quiet
 
 if TYPE_CHECKING:

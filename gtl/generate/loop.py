@@ -19,8 +19,9 @@ import torch
 
 from gtl.adapters.residents import BASE, Adapters, Loaded
 from gtl.generate.edit import Edit, first_step
-from gtl.generate.engine import Engine, Output, Request, check
+from gtl.generate.engine import Engine, Output
 from gtl.generate.images import to_image
+from gtl.generate.request import Request, check
 from gtl.types import UserError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from gtl.generate.crew import (
     naming_machine,
     work_through,
 )
-from gtl.types import DTYPES, Progress, UserError, quiet
+from gtl.types import DTYPES, Progress, Sampler, UserError, quiet, sampler_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from gtl.families.base import DiffusionFamily
-    from gtl.generate.engine import Engine, Request
+    from gtl.generate.engine import Engine
+    from gtl.generate.request import Request
 
 
 class Origin(NamedTuple):
@@ -45,6 +46,8 @@ class Published(NamedTuple):
     name: str
     """NAME@VERSION."""
     scale: float = 1.0
+    sampler: Sampler = "model"
+    """That it was taught for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Model:
     """All active at once."""
     dtype: str = "fp32"
     """Of the weights and the arithmetic: fp32 or bf16."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """That it is drawn by: an adapter for few steps decides it for all."""
+        return sampler_of(adapter.sampler for adapter in self.adapters)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {
     "autoencode": "gtl.objectives.autoencode:Autoencode",
+    "consistency": "gtl.objectives.consistency:Consistency",
     "denoise": "gtl.objectives.denoise:Denoise",
 }
 """`objective.type` -> module:class."""

@@ -81,12 +81,7 @@ class Denoise:
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Stack draws to a batch; the family pads conditions and tokens."""
-        names = [name for name in samples[0] if not name.startswith((CONDITION, TOKEN))]
-        batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
-        for prefix in (CONDITION, TOKEN):
-            texts = self.family.collate([under(prefix, sample) for sample in samples])
-            batch |= {prefix + name: value for name, value in texts.items()}
-        return batch
+        return stack(samples, self.family, (CONDITION, TOKEN))
 
     def players(self, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
         """One player, `denoiser`, over the family's main part and those text encoders that are given.
@@ -131,6 +126,18 @@ class Denoiser(nn.Module):
         tokens = under(TOKEN, tensors)
         encoded = self.family.encode_tokens(dict(self.encoders.items()), tokens) if tokens else {}
         return {**conditions_of(tensors), **encoded}
+
+
+def stack(
+    samples: Sequence[dict[str, Tensor]], family: DiffusionFamily, texts: tuple[str, ...]
+) -> dict[str, Tensor]:  # fmt: skip
+    """Draws as a batch, [B, ...]; the family pads what is under the prefixes `texts`, each by itself."""
+    names = [name for name in samples[0] if not name.startswith(texts)]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    for prefix in texts:
+        padded = family.collate([under(prefix, sample) for sample in samples])
+        batch |= {prefix + name: value for name, value in padded.items()}
+    return batch
 
 
 def conditions_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

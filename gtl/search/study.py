@@ -212,7 +212,9 @@ def confirm(
     for trial in trials:
         start = start_of(place, trial, cluster)
         publish(start, shelf)
-        chosen.append(Published(shelf.store.root, f"{start.job.name}@{start.job.version}"))
+        chosen.append(Published(
+            shelf.store.root, f"{start.job.name}@{start.job.version}", sampler=start.recipe.sampler
+        ))  # fmt: skip
     base = study.base
     asked = base.evaluate.model_copy(update={
         "metrics": [name for name in study.measured if METRICS[name].needs], "seed": base.evaluate.seed + FRESH,

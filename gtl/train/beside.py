@@ -136,7 +136,7 @@ class Beside:
         run, name = self._job.run, f"{self._job.name}@{step:08d}"
         shelf = Registry(run.url(CANDIDATES))
         try:
-            adapter = Published(shelf.store.root, name)
+            adapter = Published(shelf.store.root, name, sampler=self._asked.sampler)
             (found,) = evaluate_all(
                 self._asked, shelf, [adapter], self._family, self._images, self._job.dtype, progress
             )

@@ -164,7 +164,9 @@ def make_watch(
     measured = ("val_loss", *recipe.at_looks.metrics)
     seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
     if recipe.needs.text != "none":
-        pictures = Pictures(recipe.at_looks, trainee, trained, device, getattr(torch, DTYPES[job.dtype]))
+        pictures = Pictures(
+            recipe.at_looks, recipe.sampler, trainee, trained, device, getattr(torch, DTYPES[job.dtype])
+        )  # fmt: skip
         prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
         size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
         grid = Grid(pictures, prompts, size) if prompts else None
@@ -193,7 +195,9 @@ def make_scoring(job: Job, recipe: Recipe, pictures: Pictures) -> InTurn:
     family, cache, asked = pictures.trainee.family, recipe.storage.cache, recipe.at_looks
     images = of_first(lambda: reference(recipe.data, family, cache), pictures.device)
     sampling = plan(asked, images, job.dtype)
-    turn = Turn(asked, family, images, sampling, Store(cache), pictures.device, pictures.dtype)
+    turn = Turn(
+        asked, family, images, sampling, recipe.sampler, Store(cache), pictures.device, pictures.dtype
+    )  # fmt: skip
     base = {"source": recipe.model.source, "fingerprint": job.base}
     return InTurn(pictures, turn, f"{job.name}@{job.version}", base)
 

@@ -368,7 +368,7 @@ def publish(
         return registry.show(f"{name}@{version}")
     card = Card(
         name=name, version=version, base=start.base, tuner=recipe.tuner.model_dump(mode="json"),
-        objective=recipe.objective.model_dump(mode="json"),
+        objective=recipe.objective.model_dump(mode="json"), sampler=recipe.sampler,
         lineage=Lineage.model_validate({"run": job.run.url(), "init": recipe.tuner.init, **lineage}),
         dataset=DatasetInfo(fingerprint=job.dataset, images=start.images),
         training=Training(**json.loads(job.run.read(RESULT))),

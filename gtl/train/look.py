@@ -18,11 +18,12 @@ from gtl.data.cache import prompt_key
 from gtl.evaluate.measure import pairs
 from gtl.evaluate.result import Evaluation
 from gtl.evaluate.samples import draw_share, gather
-from gtl.generate.engine import Request
+from gtl.generate.request import Request, sampled_by
 from gtl.images import grid, save_png
 from gtl.storage import Store
 from gtl.train.best import Best
 from gtl.train.scores import write_scores
+from gtl.types import Sampler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +47,8 @@ class Pictures:
 
     asked: Evaluate
     """How, and what is measured of what."""
+    sampler: Sampler
+    """That the model is taught for."""
     trainee: Trainee
     dataset: Dataset
     """Holds the conditions of the prompts, unless the text encoders are trained."""
@@ -80,13 +83,14 @@ class Grid:
     def draw(self, parts: Mapping[str, nn.Module], run: Store, done: int) -> None:
         """Draw and keep them under `samples/`. Collective; rank 0 writes."""
         shown, how = self.pictures.asked, self.pictures
-        requests = [
+        asked = (
             Request(
                 prompt, self.size, self.size, negative_prompt=shown.negative_prompt, seed=shown.seed + i,
                 steps=shown.steps, guidance=shown.guidance,
             )
             for i, prompt in enumerate(self.prompts)
-        ]  # fmt: skip
+        )  # fmt: skip
+        requests = [sampled_by(request, how.sampler, how.trainee.family) for request in asked]
         encoded = how.encoded(self.prompts)
         mine = draw_share(how.trainee.family, parts, requests, encoded=encoded, device=how.device, dtype=how.dtype)
         if images := gather(mine, len(requests)):

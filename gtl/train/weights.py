@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gtl.adapters import Registry
 from gtl.adapters.card import Card, base_of
+from gtl.config import parse_recipe
 from gtl.storage import Store, explained
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ def keep(engines: Mapping[str, Learner], job: Job, trainee: Trainee, step: int, 
     folder, version = BEST if is_best else CANDIDATES, f"{step:08d}"
     model = job.recipe["model"]
     base = base_of(trainee.family, model["source"], model["revision"], job.base)
-    card = Card(name=job.name, version=version, base=base, tuner=job.recipe["tuner"], objective=job.recipe["objective"])
+    card = Card(
+        name=job.name, version=version, base=base, tuner=job.recipe["tuner"], objective=job.recipe["objective"],
+        sampler=parse_recipe(job.recipe).sampler,
+    )  # fmt: skip
 
     def commit() -> None:
         shelf = Registry(job.run.url(folder))

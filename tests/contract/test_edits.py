@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gtl.generate.edit import Edit, begin, pixels_of
-from gtl.generate.engine import Engine, Request
+from gtl.generate.engine import Engine
 from gtl.generate.images import to_image
+from gtl.generate.request import Request
 from tests.contract.test_families import guidance_of
 from tests.contract.test_flow import MODELS as FLOWS
 from tests.contract.test_flow import SAME, Model, distance, request_of

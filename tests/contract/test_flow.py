@@ -24,8 +24,9 @@ from gtl.families import open_family
 from gtl.families.flux import image_ids
 from gtl.families.latent_transformer import pack, unpack
 from gtl.generate.command import run
-from gtl.generate.engine import Engine, Request, check
+from gtl.generate.engine import Engine
 from gtl.generate.images import load_parts
+from gtl.generate.request import Request, check
 from gtl.objectives import make_objective
 from gtl.objectives.denoise import conditions_of
 from gtl.tuners import make_tuner

@@ -29,7 +29,7 @@ TUNER_CONFIGS = {
     "freeze": {"freeze_depth": 0.5},
     "prompt": {"token": "<dog>", "vectors": 4, "initializer": "dog"},
 }
-OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}}
+OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}, "consistency": {"solver_steps": 4}}
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
 CASES = [
@@ -48,7 +48,7 @@ TOKEN_LIMITS = {
     "flux2_klein": {"text_encoder": 144},
 }  # fmt: skip
 """Of models that read the padding too: enough for the captions, and for instructions before them."""
-STEPS = {"denoise": 16, "autoencode": 30}
+STEPS = {"denoise": 16, "autoencode": 30, "consistency": 30}
 """Of overfitting, by objective."""
 FALLS_TO = 0.6
 """Share of the first loss that overfitting one batch has to reach."""

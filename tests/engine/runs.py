@@ -35,7 +35,9 @@ class Kill:
     """The how many-th of them."""
 
 
-def make_job(folder: Path, tuner: dict[str, Any] | None = None, **train: Any) -> Job:
+def make_job(
+    folder: Path, tuner: dict[str, Any] | None = None, objective: dict[str, Any] | None = None, **train: Any
+) -> Job:  # fmt: skip
     """A run of the built-in model on random images, which are written to the folder's cache."""
     family = open_family("builtin:tiny")
     dataset = write_dataset(Store(folder / "cache"), family, IMAGES)
@@ -43,6 +45,7 @@ def make_job(folder: Path, tuner: dict[str, Any] | None = None, **train: Any) ->
     recipe = parse_recipe({
         "model": {"source": "builtin:tiny"},
         "tuner": tuner or {"type": "lora", "rank": 4},
+        "objective": objective or {},
         "data": {"source": "photos", "resolution": 64},
         "train": {"steps": 9, "batch_size": 3, "ema": 0.9, "checkpoints": {"every": 2}, **train},
         "evaluate": {"prompts": []},

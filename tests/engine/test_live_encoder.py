@@ -15,7 +15,7 @@ from gtl.config import parse_recipe
 from gtl.config.objectives import DenoiseObjective
 from gtl.evaluate.samples import draw_share, gather
 from gtl.families import open_family
-from gtl.generate.engine import Request
+from gtl.generate.request import Request
 from gtl.objectives import make_objective
 from gtl.train.assemble import Trainee, assemble
 from gtl.train.engine import Engine

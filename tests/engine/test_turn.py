@@ -60,7 +60,7 @@ def score(place: str, metrics: list[str], samples: int) -> Found:
     family, images = open_family("builtin:tiny"), make_images(Path(place, "images"))
     parts = {part: family.load(part, torch.float32) for part in (family.main, *family.encoders, family.codec) if part}
     cache, device = Store(f"{place}/cache{dist.get_world_size()}"), torch.device("cpu")
-    turn = Turn(asked, family, images, plan(asked, images, "fp32"), cache, device, torch.float32)
+    turn = Turn(asked, family, images, plan(asked, images, "fp32"), "model", cache, device, torch.float32)
     with torch.no_grad():
         scores, nearest, sample = turn.score(parts, None)
     size = sample(samples - 1).size if nearest else None

@@ -136,8 +136,8 @@ def shown(place: Path, photos: Path) -> tuple[Path, Told]:
 
 def test_a_run_shows_what_it_learns_and_stops_at_its_best(place: Path, shown: tuple[Path, Told]) -> None:
     from gtl.families import open_family
-    from gtl.generate.engine import Request
     from gtl.generate.images import generate
+    from gtl.generate.request import Request
     from gtl.images import grid, read_recipe
 
     run, told = shown

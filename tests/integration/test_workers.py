@@ -18,8 +18,8 @@ from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
 from gtl.generate.class_images import class_folder, class_images, file_name
 from gtl.generate.command import run
-from gtl.generate.engine import Request
 from gtl.generate.images import generate
+from gtl.generate.request import Request
 from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.images import encode_png, read_recipe
 from gtl.storage import Store

@@ -16,8 +16,8 @@ from PIL import Image, ImageChops
 
 from gtl.adapters import Registry
 from gtl.families import open_family
-from gtl.generate.engine import Request
 from gtl.generate.images import generate
+from gtl.generate.request import Request
 from tests.endpoint import BASE
 from tests.waiting import eventually
 

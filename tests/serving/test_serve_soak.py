@@ -19,8 +19,8 @@ from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.families import open_family
 from gtl.generate.edit import Edit
-from gtl.generate.engine import Request
 from gtl.generate.images import generate
+from gtl.generate.request import Request
 from tests.endpoint import BASE, serving
 from tests.ports import free_port
 from tests.serving.test_serve import numbers_of, same

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from gtl.families import open_family
 from gtl.generate.edit import Edit, check_edit, first_step, paste, pixels_of
-from gtl.generate.engine import Engine, Request, check
+from gtl.generate.engine import Engine
 from gtl.generate.images import generate, load_parts, to_image
 from gtl.generate.loop import EngineLoop
+from gtl.generate.request import Request, check
 from gtl.types import UserError
 from tests.tiny import make_sd
 from tests.unit.test_engine_loop import Told

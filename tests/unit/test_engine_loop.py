@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageChops
 
 from gtl.families import open_family
-from gtl.generate.engine import Request
 from gtl.generate.images import generate
 from gtl.generate.loop import Closed, Course, EngineLoop, Late
+from gtl.generate.request import Request
 from gtl.types import UserError
 from tests.tiny import make_sd
 from tests.unit.test_residents import folders, make_engine  # noqa: F401  (a fixture)

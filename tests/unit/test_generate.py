@@ -18,9 +18,10 @@ from gtl.config.objectives import PriorPreservation
 from gtl.families import open_family
 from gtl.generate.class_images import class_folder
 from gtl.generate.command import Adapter, choose_base, run
-from gtl.generate.engine import Engine, Output, Request
+from gtl.generate.engine import Engine, Output
 from gtl.generate.images import generate, load_parts, to_image
 from gtl.generate.prompts import Prompt, read_prompts
+from gtl.generate.request import Request
 from gtl.generate.spread import Model, Order, Origin, cut
 from gtl.images import read_recipe
 from gtl.storage import Store
@@ -344,6 +345,7 @@ def test_run_writes_pictures_with_recipes_and_a_grid(sd, tmp_path):
         "seed": 40,
         "steps": 2,
         "guidance": 7.5,
+        "sampler": "model",
         "height": 64,
         "width": 64,
         "model": {"source": str(sd), "revision": None, "variant": None, "fingerprint": fingerprint},

@@ -23,8 +23,9 @@ from gtl.data.sources import Located, Scan
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.word_table import remove_words, table_of
-from gtl.generate.engine import Engine, Request
+from gtl.generate.engine import Engine
 from gtl.generate.images import generate, load_parts
+from gtl.generate.request import Request
 from gtl.tuners import make_tuner
 from gtl.types import Record, UserError
 from tests.loras import random_lora

@@ -67,8 +67,8 @@ def test_card_on_disk_is_schema_1(url, tmp_path):
     registry = Registry(url)
     registry.publish("animals", V1, make_files(tmp_path / "a"), make_card())
     values = json.loads(registry.store.read(f"animals/{V1}/adapter.json"))
-    assert set(values) == {"schema", "name", "version", "kind", "base", "tuner", "objective", "dataset", "lineage",
-                           "training", "code", "libraries", "files", "created"}  # fmt: skip
+    assert set(values) == {"schema", "name", "version", "kind", "base", "tuner", "objective", "sampler", "dataset",
+                           "lineage", "training", "code", "libraries", "files", "created"}  # fmt: skip
     assert (values["schema"], values["kind"]) == (1, "lora")
     assert values["base"] == {
         "source": "some/model", "revision": "main", "variant": None, "fingerprint": "f" * 64, "family": "sd",

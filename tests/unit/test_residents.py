@@ -15,8 +15,9 @@ from gtl.adapters.delta import write_delta
 from gtl.adapters.formats import LoraExport, write_lora
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.families import open_family
-from gtl.generate.engine import Engine, Request
+from gtl.generate.engine import Engine
 from gtl.generate.images import generate, load_parts
+from gtl.generate.request import Request
 from gtl.types import UserError
 from tests.loras import random_lora
 from tests.tiny import make_sd

@@ -94,7 +94,7 @@ def test_a_picture_that_cannot_be_judged_is_flagged(checkers: Path) -> None:
 
 def draw(loop: EngineLoop, order: Order, safety: Safety | None) -> list[Drawn | Exception]:
     """Everything that the generator would hear of an order."""
-    from gtl.generate.engine import Request
+    from gtl.generate.request import Request
 
     request = Request(order.prompt, 64, 64, order.negative_prompt, order.seed, order.steps, order.guidance)
 
