@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gtl.config.base import Section, type_of
+from gtl.config.base import ModelSource, Section, type_of
 
 
 class Timesteps(Section):
@@ -37,10 +37,9 @@ class PriorPreservation(Section):
     """Classifier-free guidance of the class images."""
 
 
-class DenoiseObjective(Section):
-    """Predict what the model's own noise path asks for: noise, velocity or flow."""
+class Noising(Section):
+    """What noise is added to images, and when, and what the error weighs."""
 
-    type: Literal["denoise"] = "denoise"
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Loss weight min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556); not for flow matching."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -48,7 +47,41 @@ class DenoiseObjective(Section):
     offset_noise: Annotated[float, Field(ge=0)] = 0.0
     """Adds offset_noise * N(0, 1) per sample and channel to the noise."""
     timesteps: Timesteps = Timesteps()
+
+
+class DenoiseObjective(Noising):
+    """Predict what the model's own noise path asks for: noise, velocity or flow."""
+
+    type: Literal["denoise"] = "denoise"
     prior: PriorPreservation | None = None
+
+
+class DistillObjective(Noising):
+    """Denoise as a larger model of the same kind does (BK-SDM, Kim et al. 2023, arXiv 2305.15798).
+
+    Both see the same latents and prompts: codec and text encoders have to be the same. `gtl shrink` makes a student.
+    """
+
+    type: Literal["distill"]
+    teacher: ModelSource
+    """A hub id, a local folder in diffusers layout, or a bucket URL of one. It has room of its own beside the student,
+    and does not move."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Weight-file variant, for example fp16."""
+    task: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the error that objective.type: denoise is about."""
+    output: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the mean squared distance from the teacher's output."""
+    features: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the same of what the sections of a UNet, or the blocks of a transformer, put out, over all added up."""
+
+    @model_validator(mode="after")
+    def _check_teaching(self) -> "DistillObjective":
+        if self.output == self.features == 0:
+            raise ValueError("output and features are both 0; one of them has to be above, or the teacher says nothing")
+        return self
 
 
 class AutoencodeObjective(Section):
@@ -90,6 +123,7 @@ class ConsistencyObjective(Section):
 Objective = Annotated[
     Annotated[DenoiseObjective, Tag("denoise")]
     | Annotated[AutoencodeObjective, Tag("autoencode")]
-    | Annotated[ConsistencyObjective, Tag("consistency")],
+    | Annotated[ConsistencyObjective, Tag("consistency")]
+    | Annotated[DistillObjective, Tag("distill")],
     Discriminator(type_of("denoise")),
 ]

@@ -34,6 +34,7 @@ class Pair:
 PAIRS: dict[tuple[str, str], Pair] = {
     ("lora", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
     ("lora", "consistency"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
+    ("full", "distill"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3),
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),

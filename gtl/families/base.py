@@ -29,6 +29,8 @@ class Family(Protocol):
     folder: Path
     variant: str | None
     """Of the weight files that are read, for example fp16."""
+    configs_only: bool
+    """Whether it was opened to ask for shapes, and its weight files need not be there."""
 
     @property
     def main(self) -> str:
@@ -61,6 +63,10 @@ class Family(Protocol):
         A block is the smallest unit that runs once in order: each ResNet and each transformer block. A down- or
         upsampler belongs to the block before it, and so do an attention module's input and output projections.
         """
+        ...
+
+    def counterparts(self, main: nn.Module, larger: nn.Module) -> list[tuple[str, str]]:
+        """Modules of the main part, and those of a larger one of its kind that do the same, in execution order."""
         ...
 
     def embedders(self, main: nn.Module) -> tuple[str, ...]:

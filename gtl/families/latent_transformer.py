@@ -36,6 +36,14 @@ class LatentTransformer(LatentDiffusion, ABC):
         """Every transformer block in execution order."""
         return [(f"{stack}.{i}",) for stack in self.stacks for i in range(len(getattr(main, stack)))]
 
+    def counterparts(self, main: nn.Module, larger: nn.Module) -> list[tuple[str, str]]:
+        """The blocks of each stack, and those that are as far through the larger one's."""
+        found = []
+        for stack in self.stacks:
+            mine, theirs = len(getattr(main, stack)), len(getattr(larger, stack))
+            found += [(f"{stack}.{i}", f"{stack}.{(i + 1) * theirs // mine - 1}") for i in range(mine)]
+        return found
+
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The projections of patches and of text, and the embedding of time and pooled text."""
         return tuple(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gtl.families.base import Conditions
 from gtl.families.latent import LatentDiffusion
 from gtl.families.targets import CROSS, find_targets
-from gtl.families.unet import unet_blocks, unet_cross_attentions, unet_embedders
+from gtl.families.unet import unet_blocks, unet_cross_attentions, unet_embedders, unet_sections
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +27,11 @@ class LatentUNet(LatentDiffusion, ABC):
     def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
         """Every ResNet and every transformer block of the UNet in execution order."""
         return unet_blocks(main)
+
+    def counterparts(self, main: nn.Module, larger: nn.Module) -> list[tuple[str, str]]:
+        """The sections, down, middle and up: each works at the same resolution in both (arXiv 2305.15798)."""
+        theirs = set(unet_sections(larger))
+        return [(name, name) for name in unet_sections(main) if name in theirs]
 
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The input convolution and the time embedding."""

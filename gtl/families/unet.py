@@ -16,7 +16,7 @@ HEAD = ("conv_norm_out", "conv_out")
 def unet_blocks(unet: nn.Module) -> list[tuple[str, ...]]:
     """Every ResNet and every transformer block in execution order, see `Family.blocks`."""
     blocks: list[list[str]] = []
-    for name in _sections(unet):
+    for name in unet_sections(unet):
         section = unet.get_submodule(name)
         resnets = _children(section, name, "resnets")
         attentions = _children(section, name, "attentions")
@@ -36,7 +36,7 @@ def unet_blocks(unet: nn.Module) -> list[tuple[str, ...]]:
 
 def unet_embedders(unet: nn.Module) -> tuple[str, ...]:
     """What runs before the first block."""
-    sections = {name.partition(".")[0] for name in _sections(unet)}
+    sections = {name.partition(".")[0] for name in unet_sections(unet)}
     return tuple(
         name for name, child in unet.named_children()
         if name not in sections and name not in HEAD and next(child.parameters(), None) is not None
@@ -48,7 +48,8 @@ def unet_cross_attentions(unet: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in unet.named_modules() if getattr(module, "is_cross_attention", False))
 
 
-def _sections(unet: nn.Module) -> Iterator[str]:
+def unet_sections(unet: nn.Module) -> Iterator[str]:
+    """Down, middle and up, in execution order."""
     yield from _children(unet, "", "down_blocks")
     if getattr(unet, "mid_block", None) is not None:
         yield "mid_block"

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "autoencode": "gtl.objectives.autoencode:Autoencode",
     "consistency": "gtl.objectives.consistency:Consistency",
     "denoise": "gtl.objectives.denoise:Denoise",
+    "distill": "gtl.objectives.distill:Distill",
 }
 """`objective.type` -> module:class."""
 

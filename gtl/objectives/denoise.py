@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gtl.config.objectives import DenoiseObjective
+from gtl.config.objectives import Noising
 from gtl.diffusion.timesteps import draw_times
 from gtl.diffusion.weighting import check_min_snr, min_snr
 from gtl.types import Batch, Item, Losses
@@ -26,7 +26,7 @@ STRATA = 4
 class Denoise:
     """Denoising diffusion (Ho et al. 2020, arXiv 2006.11239), or flow matching (Lipman et al. 2022, 2210.02747)."""
 
-    def __init__(self, config: DenoiseObjective, family: DiffusionFamily) -> None:
+    def __init__(self, config: Noising, family: DiffusionFamily) -> None:
         """The family's noise path says which of the two.
 
         Raises:
@@ -112,20 +112,30 @@ class Denoiser(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """The batch's share of the mean loss; part `mse` is the same without min-SNR weights."""
+        loss, mse, _ = self.errors(batch)
+        return Losses(batch.share(loss), {"mse": batch.share(mse).detach()})
+
+    def errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of samples the loss [B], the same without min-SNR weights [B], and the prediction [B, C, h, w] in fp32."""
         clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
         noisy, target = self.path.add_noise(clean, noise, t), self.path.target(clean, noise, t)
         with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             prediction = self.family.predict(self.main, noisy, t, self._conditions(batch.tensors))
         # A model that also predicts its variance (arXiv 2102.09672) does so in further channels.
-        error = prediction[:, : target.shape[1]].float() - target
-        mse = error.square().flatten(1).mean(1)
+        prediction = prediction[:, : target.shape[1]].float()
+        mse = mean_square(prediction - target)
         loss = mse if self.min_snr_gamma is None else mse * min_snr(self.path, t, self.min_snr_gamma)
-        return Losses(batch.share(loss), {"mse": batch.share(mse).detach()})
+        return loss, mse, prediction
 
     def _conditions(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = under(TOKEN, tensors)
         encoded = self.family.encode_tokens(dict(self.encoders.items()), tokens) if tokens else {}
         return {**conditions_of(tensors), **encoded}
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """Of each sample, over all else, [B]."""
+    return error.square().flatten(1).mean(1)
 
 
 def stack(

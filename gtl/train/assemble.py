@@ -82,8 +82,8 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
     # Where adapters start from changes none of their sizes.
     start = {"init": None} | ({"initialization": "default"} if recipe.tuner.type == "lora" else {})
     trainee = join(recipe, dtype, family, make_tuner(recipe.tuner.model_copy(update=start), family), "meta")
-    for part in trainee.parts.values():
-        place(part, trainee.dtype, "meta")
+    for player in trainee.players.values():
+        place(player, trainee.dtype, "meta")
     return trainee
 
 

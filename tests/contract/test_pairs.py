@@ -29,7 +29,11 @@ TUNER_CONFIGS = {
     "freeze": {"freeze_depth": 0.5},
     "prompt": {"token": "<dog>", "vectors": 4, "initializer": "dog"},
 }
-OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}, "consistency": {"solver_steps": 4}}
+OBJECTIVE_CONFIGS = {
+    "denoise": {"min_snr_gamma": 5.0}, "autoencode": {}, "consistency": {"solver_steps": 4},
+    "distill": {"output": 1e-3, "features": 1e-3},
+}  # fmt: skip
+"""The teacher of the last one is the model itself, so that all that is to be learned is the task."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
 CASES = [
@@ -48,7 +52,7 @@ TOKEN_LIMITS = {
     "flux2_klein": {"text_encoder": 144},
 }  # fmt: skip
 """Of models that read the padding too: enough for the captions, and for instructions before them."""
-STEPS = {"denoise": 16, "autoencode": 30, "consistency": 30}
+STEPS = {"denoise": 16, "autoencode": 30, "consistency": 30, "distill": 30}
 """Of overfitting, by objective."""
 FALLS_TO = 0.6
 """Share of the first loss that overfitting one batch has to reach."""
@@ -73,7 +77,10 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
         "model": {"source": str(family.folder)},
         "data": {"source": str(tmp_path)},
         "tuner": {"type": tuner_type, **TUNER_CONFIGS[tuner_type], **train},
-        "objective": {"type": objective_type, **objectives[objective_type]},
+        "objective": {
+            "type": objective_type, **objectives[objective_type],
+            **({"teacher": str(family.folder)} if objective_type == "distill" else {}),
+        },
     })
     objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
     live = live_parts(recipe, family, objective)

@@ -14,13 +14,20 @@ def losses(job: Job) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize(("workers", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3)])
-def test_few_steps_are_learned_the_same_on_any_workers(tmp_path: Path, workers: int, stage: int) -> None:
-    objective = {"type": "consistency", "guidance": 3.0}
-    alone = make_job(tmp_path / "alone", objective=objective, learning_rate=1e-2, steps=5)
+KINDS = {
+    "few steps": ({"type": "lora", "rank": 4}, {"type": "consistency", "guidance": 3.0}, 1e-2),
+    "a student": ({"type": "full"}, {"type": "distill", "teacher": "builtin:tiny"}, 1e-3),
+}
+"""Tuner, objective and learning rate. The student begins as its teacher, and the task leads it away."""
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("few steps", 0), ("few steps", 2), ("few steps", 3), ("a student", 3)])
+def test_what_is_learned_is_the_same_on_any_workers(tmp_path: Path, kind: str, stage: int) -> None:
+    tuner, objective, rate = KINDS[kind]
+    alone = make_job(tmp_path / "alone", tuner, objective, learning_rate=rate, steps=5)
     spread = make_job(
-        tmp_path / "spread", objective=objective, learning_rate=1e-2, steps=5, workers=workers, zero={"stage": stage}
+        tmp_path / "spread", tuner, objective, learning_rate=rate, steps=5, workers=2, zero={"stage": stage}
     )
-    assert go(alone, 1) == [0] and go(spread, workers) == [0] * workers
+    assert go(alone, 1) == [0] and go(spread, 2) == [0, 0]
     assert losses(spread) == pytest.approx(losses(alone), rel=2e-4)
     assert len(set(losses(alone))) == 5
