@@ -19,6 +19,7 @@ from gtl.config.load import read_yaml
 from gtl.data.scenes.sets import SceneSet
 from gtl.evaluate.scenes import Drawing, Score, draw, new_prompts, score
 from gtl.families import open_family
+from gtl.families.blank import forget
 from gtl.families.files import write_once
 from gtl.generate.spread import Published
 from gtl.images import decode, grid
@@ -113,16 +114,6 @@ def open_recipe(name: str, out: Path, overrides: Sequence[str]) -> Recipe:
     """One of the demo's recipes, with its stores inside the demo's folder."""
     places = [f"storage.{place}={json.dumps(str(out / place))}" for place in ("runs", "cache", "registry")]
     return load_recipe(RECIPES / f"{name}.yaml", [*places, *overrides])
-
-
-def forget(source: str, folder: Path) -> None:
-    """Write the model with random weights in what draws and what reads; its codec is no part of the comparison."""
-    import torch
-
-    family = open_family(source)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        family.export({part: family.build(part) for part in (family.main, *family.encoders)}, folder)
 
 
 def choose_prompts(number: int) -> tuple[Kind, ...]:

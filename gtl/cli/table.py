@@ -7,14 +7,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gtl import __version__
-from gtl.cli import adapters, bench, jobs
+from gtl.cli import adapters, bench, drawing, jobs
 from gtl.cli.bar import Bar
-from gtl.cli.options import AsJson, Guidance, RecipeFile, RegistryUrl, Revision, Set, Steps, Variant
+from gtl.cli.options import AsJson, RecipeFile, Revision, Set, Variant
 from gtl.types import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -95,12 +95,25 @@ def plan(
 
 @app.command()
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN|STUDY", help="NAME, NAME@VERSION or its folder.")],
+    run: Annotated[str | None, typer.Argument(metavar="RUN|STUDY", help="NAME, NAME@VERSION or its folder.")] = None,
     compare: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Another run, shown beside it.")] = None,
+    table: Annotated[Literal["transfer"] | None, typer.Option(
+        help="Instead: every kind of transfer beside its baseline, trained and measured here, in the folder --out.",
+    )] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="KIND", help="Of --table; all when left out.")] = None,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="The page; else in the run's folder.")] = None,
     runs: Annotated[str, typer.Option(envvar="GTL_RUNS", help="Folder or bucket URL of runs.")] = "./runs",
-) -> None:
+) -> None:  # fmt: skip
     """Write a page about a run (curves, samples, lineage) or a study (who won, and why): one HTML file."""
+    if table is not None:
+        from gtl.bench import transfer
+
+        with Bar() as bar:
+            rows = transfer.bench_transfer(Path(out or table), only or (), bar)
+        print(transfer.table(rows))
+        return
+    if run is None:
+        raise UserError("RUN: missing; expected the name of a run or a study, or --table transfer")
     from gtl.evaluate.result import differences_of_files
     from gtl.report.command import report as write
 
@@ -143,78 +156,6 @@ def shrink(
     now, before = make(model, out, layers=layers, drop_middle=drop_middle, fresh=fresh, revision=revision,
                        variant=variant)  # fmt: skip
     print(f"{out}: {now / 1e6:.3g} of {before / 1e6:.3g} million weights")
-
-
-@app.command()
-def generate(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
-    model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]")] = None,
-    prompt: Annotated[str | None, typer.Option()] = None,
-    prompts: Annotated[Path | None, typer.Option(help="One prompt a line, or .jsonl.")] = None,
-    negative_prompt: Annotated[str, typer.Option()] = "",
-    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own when left out.")] = None,
-    count: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
-    workers: Annotated[
-        str | None, typer.Option(metavar="N|auto", help="Draw on a Ray cluster, a GPU each; here when left out.")
-    ] = None,
-    registry: RegistryUrl = "./registry",
-) -> None:
-    """Draw pictures with a base model and any adapters of the registry."""
-    from gtl.generate.command import run
-
-    with Bar() as bar:
-        paths = run(out=out, model=model, revision=revision, variant=variant, adapters=adapter or [], prompt=prompt,
-                    prompts=prompts, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance,
-                    width=width, height=height, count=count, registry=registry, workers=workers,
-                    progress=bar)  # fmt: skip
-    for path in paths:
-        print(path)
-
-
-@app.command()
-def edit(
-    image: Annotated[Path, typer.Argument(
-        metavar="IMAGE", help="What to begin at. If its sides are no multiples of what the model needs, or it is "
-        "larger than the model draws by itself, it is resized and cut at the centre, as in training.",
-    )],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
-    prompt: Annotated[str, typer.Option()],
-    mask: Annotated[Path | None, typer.Option(
-        help="Of the image's size; what is transparent in it, or else white, is drawn anew, and the rest stays.",
-    )] = None,
-    strength: Annotated[float, typer.Option(help="How far to go from the image: the share of the steps taken.")] = 0.8,
-    model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
-    revision: Revision = None,
-    variant: Variant = None,
-    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]")] = None,
-    negative_prompt: Annotated[str, typer.Option()] = "",
-    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
-    steps: Annotated[int | None, typer.Option(
-        help="From noise; strength says how many are taken. Left out: 25, or 4 with an adapter for few steps.",
-    )] = None,
-    guidance: Guidance = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the image's own, if they fit the model.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the image's own, if they fit the model.")] = None,
-    count: Annotated[int, typer.Option(help="Images.")] = 1,
-    registry: RegistryUrl = "./registry",
-) -> None:  # fmt: skip
-    """Draw pictures that begin at an image, or in it anew what a mask marks."""
-    from gtl.generate.edit_command import run
-
-    with Bar() as bar:
-        paths = run(image, out=out, prompt=prompt, mask=mask, strength=strength, model=model, revision=revision,
-                    variant=variant, adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
-                    guidance=guidance, width=width, height=height, count=count, registry=registry,
-                    progress=bar)  # fmt: skip
-    for path in paths:
-        print(path)
 
 
 @app.command()
@@ -376,6 +317,8 @@ def root(
     """Fine-tune, search and serve image generators on a Ray cluster."""
 
 
+app.command()(drawing.generate)
+app.command()(drawing.edit)
 app.command()(jobs.submit)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")

@@ -73,6 +73,22 @@ def write_blank(folder: Path, words: Iterable[str], seed: int = 0) -> None:
     _write_json(folder / "model_index.json", INDEX)
 
 
+def forget(source: str, folder: Path) -> None:
+    """Write a model with random weights in what draws and what reads; its codec stays.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    import torch
+
+    from gtl.families import open_family
+
+    family = open_family(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        family.export({part: family.build(part) for part in (family.main, *family.encoders)}, folder)
+
+
 def make_parts(vocabulary: dict[str, int], seed: int) -> dict[str, nn.Module]:
     """VAE, UNet and text encoder with weights that depend on the seed alone."""
     import torch

@@ -33,6 +33,7 @@ def shrink(
         UserError: the model has no UNet or not so many layers, nothing is left out, or the folder is not new.
     """
     import torch
+    from torch import nn
 
     family = open_family(source, revision=revision, variant=variant)
     if family.main != "unet":
@@ -43,7 +44,7 @@ def shrink(
     config = smaller(dict(large.config), layers, drop_middle, fresh is not None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fresh or 0)
-        small: Any = type(large).from_config(config).to(large.dtype)
+        small: Any = nn.Module.to(type(large).from_config(config), large.dtype)  # its own `to` warns of half precision
     if fresh is None:
         tensors = large.state_dict()
         last = {key: tuple(len(section.resnets) - 1 for section in model.up_blocks)

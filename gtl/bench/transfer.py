@@ -1,0 +1,176 @@
+"""What each kind of transfer is worth: the method beside its proper baseline, on the same images and steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gtl.adapters import Registry
+from gtl.config import Recipe, load_recipe
+from gtl.evaluate.result import Evaluation, compare
+from gtl.evaluate.run import evaluate
+from gtl.families.blank import forget
+from gtl.families.files import write_once
+from gtl.families.shrink import shrink
+from gtl.report.chart import short
+from gtl.report.evaluations import interval
+from gtl.report.text import columns
+from gtl.session import session
+from gtl.train.launch import train_once
+from gtl.types import Progress, UserError, quiet
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
+RESULT = "transfer.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison."""
+
+    title: str
+    overrides: tuple[str, ...] = ()
+    """`key=value` for the recipe."""
+    model: Callable[[Path], None] | None = None
+    """Makes what is trained, in a folder; None: what the recipe says."""
+    is_trained: bool = True
+    """False: the recipe's model as it is."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A kind of transfer, and what it has to be better than."""
+
+    name: str
+    recipe: str
+    """In gtl/recipes/demo."""
+    metric: str
+    method: Arm
+    baseline: Arm
+
+
+def cut(folder: Path, fresh: int | None = None) -> None:
+    """The built-in model without the middle of its UNet; with `fresh` its UNet knows nothing."""
+    shrink("builtin:tiny", folder, drop_middle=True, fresh=fresh)
+
+
+COMPARISONS = (
+    Comparison(
+        "lora", "study", "prompt_accuracy",
+        Arm("LoRA of a new concept"), Arm("from random weights", model=lambda folder: forget("builtin:tiny", folder)),
+    ),
+    Comparison(
+        "few-steps", "few_steps", "prompt_accuracy",
+        Arm("drawn in 2 steps, consistency LoRA"), Arm("the model alone in 2 steps", is_trained=False),
+    ),
+    Comparison(
+        "student", "student", "prompt_accuracy",
+        Arm("distilled into three quarters of the weights", model=cut),
+        Arm("the same student from random weights", ("objective={type: denoise}",), lambda folder: cut(folder, fresh=0)),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a comparison."""
+
+    comparison: str
+    metric: str
+    titles: tuple[str, str]
+    """Of the method and of its baseline."""
+    values: tuple[float, float]
+    intervals: tuple[tuple[float | None, float | None], tuple[float | None, float | None]]
+    """95 %."""
+    difference: tuple[float, float | None, float | None]
+    """The method less its baseline, with its interval; of the same prompts and seeds."""
+    better: str
+    """Which of the two, if it is no chance."""
+    seconds: tuple[float, float]
+    """Of training, times devices; 0 where there was none."""
+    weights: tuple[int, int]
+    """Bytes that were published; 0 where nothing was."""
+
+
+def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = quiet) -> list[Row]:
+    """Train and measure both sides of every comparison. What an earlier call in this folder did is not done again.
+
+    Args:
+        out: Folder of all that is made.
+        only: Names of comparisons; none: all.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: there is no such comparison, or the folder cannot be written.
+    """
+    known = [one.name for one in COMPARISONS]
+    if unknown := [name for name in only if name not in known]:
+        raise UserError(f"--only: {unknown[0]}: expected some of {', '.join(known)}")
+    out = out.absolute()
+    rows = []
+    with session():
+        for one in COMPARISONS:
+            if not only or one.name in only:
+                rows.append(measure(one, out, progress))
+                (out / RESULT).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+def measure(one: Comparison, out: Path, progress: Progress) -> Row:
+    """Both sides of one."""
+    found, costs, sizes = [], [], []
+    for side, arm in (("method", one.method), ("baseline", one.baseline)):
+        recipe = open_recipe(one, arm, out / one.name / side, out)
+        adapter, seconds, size = None, 0.0, 0
+        if arm.is_trained:
+            name = f"{one.name}-{side}"
+            adapter = str(train_once(recipe, name, progress=progress))
+            card = Registry(recipe.storage.registry).show(adapter)
+            seconds = card.training.device_hours * 3600 if card.training else 0.0
+            size = sum(file.bytes for file in card.files.values())
+        found += evaluate(recipe, [adapter], progress=progress)
+        costs.append(seconds)
+        sizes.append(size)
+    return make_row(one, found[0], found[1], costs, sizes)
+
+
+def make_row(
+    one: Comparison, method: Evaluation, baseline: Evaluation, costs: Sequence[float], sizes: Sequence[int]
+) -> Row:  # fmt: skip
+    """The row of two evaluations."""
+    scores = [evaluation.scores[one.metric] for evaluation in (method, baseline)]
+    (difference,) = (each for each in compare(baseline, method) if each.metric == one.metric)
+    better = {None: "cannot be told", 0: "the method", 1: "the baseline"}[difference.better]
+    return Row(
+        one.name, one.metric, (one.method.title, one.baseline.title), (scores[0].value, scores[1].value),
+        ((scores[0].low, scores[0].high), (scores[1].low, scores[1].high)),
+        (difference.value, difference.low, difference.high), better, (costs[0], costs[1]), (sizes[0], sizes[1]),
+    )  # fmt: skip
+
+
+def open_recipe(one: Comparison, arm: Arm, model: Path, out: Path) -> Recipe:
+    """An arm's recipe, with its stores in the folder, measured by the comparison's metric alone."""
+    places = [f"storage.{place}={json.dumps(str(out / place))}" for place in ("runs", "cache", "registry")]
+    made = []
+    if arm.model is not None:
+        write_once(model, arm.model)
+        made = [f"model.source={json.dumps(str(model))}"]
+    own = [f"evaluate.metrics=[{one.metric}]"]
+    return load_recipe(RECIPES / f"{one.recipe}.yaml", [*places, *own, *made, *arm.overrides])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for a terminal."""
+    cells = [["kind", "metric", "", "value", "95 % interval", "training", "published"]]
+    for row in rows:
+        for i, label in enumerate(("method", "baseline")):
+            low, high = row.intervals[i]
+            cells.append([
+                row.comparison if i == 0 else "", row.metric if i == 0 else "", f"{label}: {row.titles[i]}",
+                short(row.values[i]), interval(low, high), f"{row.seconds[i]:.0f} s" if row.seconds[i] else "none",
+                f"{row.weights[i] / 1e6:.2g} MB" if row.weights[i] else "nothing",
+            ])  # fmt: skip
+        value, low, high = row.difference
+        cells.append(["", "", f"difference; better: {row.better}", f"{value:+.3g}", interval(low, high), "", ""])
+    return columns(cells)
