@@ -67,7 +67,7 @@ COMPARISONS = (
     Comparison(
         "student", "student", "prompt_accuracy",
         Arm("distilled into three quarters of the weights", model=cut),
-        Arm("the same student from random weights", ("objective={type: denoise}",), lambda folder: cut(folder, fresh=0)),
+        Arm("the same one from random weights", ("objective={type: denoise}",), lambda folder: cut(folder, fresh=0)),
     ),
 )  # fmt: skip
 
