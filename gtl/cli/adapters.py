@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -94,13 +95,20 @@ def fuse(
         metavar="PREFIX=FACTOR[,FACTOR...]|FILE",
         help="Of the weights in the layers that begin so: one factor, or one for each adapter; or a YAML file of them.",
     )] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of what DARE drops.")] = 0,
+    search: Annotated[str | None, typer.Option(
+        metavar="RECIPE", help="Find the weights: those that draw best by this recipe's `evaluate`.",
+    )] = None,
+    metric: Annotated[str | None, typer.Option(help="Of --search; the recipe's first when left out.")] = None,
+    tries: Annotated[int, typer.Option(help="Of --search.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of what DARE drops, and of weights that are tried.")] = 0,
     registry: RegistryUrl = "./registry",
     json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Publish one adapter made of several of the same base."""
     from gtl.adapters.commands import fuse_adapters
 
+    if search is not None:
+        adapters = best_weights(adapters, method, search, metric, tries, seed, registry)
     with Bar() as bar:
         card = fuse_adapters(registry, adapters, name, method, rank=rank, density=density, blocks=blocks or (),
                              seed=seed, progress=bar)  # fmt: skip
@@ -110,6 +118,29 @@ def fuse(
         print(json.dumps({"adapter": called, "lost": lost}))
     else:
         print(f"adapter {called}{loss}")
+
+
+def best_weights(
+    adapters: list[str], method: str, recipe: str, metric: str | None, tries: int, seed: int, registry: str
+) -> list[str]:  # fmt: skip
+    """The adapters with the weights at which their sum draws best; what was tried goes to stderr.
+
+    Raises:
+        UserError: the method is for no sum, one adapter alone draws best, or as for `search_weights`.
+    """
+    from gtl.config import load_recipe
+    from gtl.search.fusion import at, search_weights, table
+
+    if method not in ("linear", "cat", "svd"):
+        raise UserError(f"--search: draws with sums of adapters, which --method {method} makes none of; take linear")
+    loaded = load_recipe(recipe, [f"storage.registry={json.dumps(registry)}"])
+    with Bar() as bar:
+        found = search_weights(loaded, adapters, metric, tries=tries, seed=seed, progress=bar)
+    print(table(found), file=sys.stderr)
+    chosen = at(adapters, found.best)
+    if len(chosen) == 1:
+        raise UserError(f"nothing was fused: of {tries} weights none drew better than {chosen[0]} alone")
+    return chosen
 
 
 @app.command("export")

@@ -164,6 +164,7 @@ def evaluate(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]", help="Each is scored alone; repeat it.")
     ] = None,
+    together: Annotated[bool, typer.Option("--together", help="Also all of the adapters at once.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Also the model alone; it is, without an adapter.")] = False,
     set_: Set = None,
     json_: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores here.")] = None,
@@ -174,9 +175,12 @@ def evaluate(
     from gtl.evaluate.run import evaluate as score
     from gtl.storage import Store
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded, each = load_recipe(recipe, set_ or ()), adapter or []
+    if together and len(each) < 2:
+        raise UserError("--together: is of several adapters; repeat --adapter")
     with Bar() as bar:
-        found = score(loaded, [*([None] if base or not adapter else []), *(adapter or [])], progress=bar)
+        found = score(loaded, [*([None] if base or not each else []), *each, *([each] if together else [])],
+                      progress=bar)  # fmt: skip
     if json_ is not None:
         text = json.dumps([json.loads(evaluation.to_json()) for evaluation in found], indent=1) + "\n"
         Store(json_.parent).write(json_.name, text.encode())

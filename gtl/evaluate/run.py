@@ -47,7 +47,7 @@ SAMPLES = "samples"
 
 
 def evaluate(
-    recipe: Recipe, adapters: Sequence[str | None] = (None,), *, progress: Progress = quiet
+    recipe: Recipe, adapters: Sequence[str | Sequence[str] | None] = (None,), *, progress: Progress = quiet
 ) -> list[Evaluation]:
     """Score the recipe's model with each of some adapters, one at a time, on the same prompts, seeds and real images.
 
@@ -56,7 +56,7 @@ def evaluate(
 
     Args:
         recipe: See `gtl.load_recipe`; its `evaluate` says what is measured, its `data` what is compared with.
-        adapters: NAME[@VERSION|@ALIAS][:SCALE]; None is the model alone.
+        adapters: NAME[@VERSION|@ALIAS][:SCALE], or several that are active at once; None is the model alone.
         progress: Is called as it goes on.
 
     Raises:
@@ -69,7 +69,8 @@ def evaluate(
     progress("model", 0, 0, origin.source)
     family = open_family(origin.source, origin.family, revision=origin.revision, variant=origin.variant)
     base = family.fingerprint()
-    chosen = [None if adapter is None else find(shelf, adapter, base) for adapter in adapters]
+    together = [(each,) if isinstance(each, str) else each or () for each in adapters]
+    chosen = [tuple(find(shelf, adapter, base) for adapter in each) for each in together]
     with session() as cluster:
         images = reference(recipe.data, family, recipe.storage.cache, progress)
         check_images(recipe.evaluate, images)
@@ -78,8 +79,8 @@ def evaluate(
 
 
 def evaluate_all(
-    recipe: Recipe, shelf: Registry, chosen: Sequence[Published | None], family: DiffusionFamily, images: Reference,
-    dtype: str, progress: Progress,
+    recipe: Recipe, shelf: Registry, chosen: Sequence[tuple[Published, ...]], family: DiffusionFamily,
+    images: Reference, dtype: str, progress: Progress,
 ) -> list[Evaluation]:  # fmt: skip
     """`evaluate` on the connected cluster, of adapters and images that were found and checked."""
     origin, base = recipe.model, family.fingerprint()
@@ -88,31 +89,28 @@ def evaluate_all(
     check_extractors(asked, sampling.prompts)
     place = Origin(origin.source, origin.revision, origin.variant)
     drawings = [
-        Drawing(
-            recipe.storage.cache, sampling, Model(place, base, () if adapter is None else (adapter,), dtype),
-            asked.samples,
-        )
-        for adapter in chosen
-    ]  # fmt: skip
+        Drawing(recipe.storage.cache, sampling, Model(place, base, adapters, dtype), asked.samples)
+        for adapters in chosen
+    ]
     losses = losses_of(recipe, drawings, family, dtype, progress)
     if asked.metrics:
         draw(drawings, family, progress)
     found = []
-    for adapter, drawing, loss in zip(chosen, drawings, losses, strict=True):
+    for adapters, drawing, loss in zip(chosen, drawings, losses, strict=True):
         scores, nearest = measure(asked, drawing, images, progress)
         scores |= loss
         scores = {name: scores[name] for name in in_order(recipe.evaluate.metrics, scores)}
         evaluation = Evaluation(
-            adapter=None if adapter is None else title(adapter), base={"source": origin.source, "fingerprint": base},
+            adapter=" + ".join(map(title, adapters)) or None, base={"source": origin.source, "fingerprint": base},
             dataset=images.fingerprint, images=images.number,
             held_out=len(images.held_out), sampling=sampling, scores=scores, nearest=nearest,
             samples=drawing.folder.url() if asked.metrics else None,
         )  # fmt: skip
-        if adapter is not None:
-            shelf.add_evaluation(adapter.name, f"{evaluation.key}.json", evaluation.to_json())
+        if len(adapters) == 1:  # of several it would be none's own
+            shelf.add_evaluation(adapters[0].name, f"{evaluation.key}.json", evaluation.to_json())
             if nearest:
                 picture = pairs(nearest, drawing.sample, images)
-                shelf.add_evaluation(adapter.name, f"{evaluation.key}.png", picture)
+                shelf.add_evaluation(adapters[0].name, f"{evaluation.key}.png", picture)
         found.append(evaluation)
     return found
 

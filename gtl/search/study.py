@@ -212,9 +212,8 @@ def confirm(
     for trial in trials:
         start = start_of(place, trial, cluster)
         publish(start, shelf)
-        chosen.append(Published(
-            shelf.store.root, f"{start.job.name}@{start.job.version}", sampler=start.recipe.sampler
-        ))  # fmt: skip
+        name = f"{start.job.name}@{start.job.version}"
+        chosen.append((Published(shelf.store.root, name, sampler=start.recipe.sampler),))
     base = study.base
     asked = base.evaluate.model_copy(update={
         "metrics": [name for name in study.measured if METRICS[name].needs], "seed": base.evaluate.seed + FRESH,

@@ -138,7 +138,7 @@ class Beside:
         try:
             adapter = Published(shelf.store.root, name, sampler=self._asked.sampler)
             (found,) = evaluate_all(
-                self._asked, shelf, [adapter], self._family, self._images, self._job.dtype, progress
+                self._asked, shelf, [(adapter,)], self._family, self._images, self._job.dtype, progress
             )
             pairs = f"{self._job.name}/{step:08d}/{EVALUATIONS}/{found.key}.png"
             nearest = shelf.store.read(pairs) if found.nearest else None
