@@ -188,6 +188,29 @@ def evaluate(
 
 
 @app.command()
+def prompts(
+    recipe: RecipeFile,
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]")] = None,
+    templates: Annotated[str | None, typer.Option(
+        metavar="FILE", help="YAML of `templates` and of `additions` to them; some for photographs when left out.",
+    )] = None,
+    metric: Annotated[str | None, typer.Option(help="Of pictures; the first of the recipe's when left out.")] = None,
+    tries: Annotated[int, typer.Option(help="Templates to draw with.")] = 12,
+    set_: Set = None,
+) -> None:  # fmt: skip
+    """Find words around a recipe's prompts that draw them better: templates are drawn with, scored and made longer."""
+    from gtl.config import load_recipe
+    from gtl.config.templates import read_templates
+    from gtl.search.prompts import search_prompts, table
+
+    loaded, given = load_recipe(recipe, set_ or ()), read_templates(templates)
+    with Bar() as bar:
+        found = search_prompts(loaded, adapter or (), given, metric, tries=tries, progress=bar)
+    print(table(found))
+    print(f"template {found.best}")
+
+
+@app.command()
 def serve(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Of Ray Serve; else for here.")] = None,
     set_: Set = None,

@@ -18,6 +18,7 @@ from gtl.types import UserError
 SECTIONS = {
     "recipe": "`model:` and `data:`", "study": "`recipe:` and `space:`",
     "serve config": "`http_options:` and `applications:`", "blocks": "`unet.mid_block: 0.5`",
+    "templates": "`templates:` and `additions:`",
 }  # fmt: skip
 """What a file of each kind has in it."""
 
@@ -36,7 +37,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values)
 
 
-def read_sections(path: str | Path, kind: Literal["recipe", "study", "serve config", "blocks"]) -> dict[str, Any]:
+def read_sections(
+    path: str | Path, kind: Literal["recipe", "study", "serve config", "blocks", "templates"]
+) -> dict[str, Any]:
     """What is in a YAML file, or a bucket URL of one, whose outermost level is one of keys.
 
     Raises:

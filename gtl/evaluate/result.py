@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from gtl import __version__
 from gtl.adapters.card import Part
+from gtl.config.templates import PLAIN
 from gtl.report.evaluations import interval, rows_of
 from gtl.report.text import columns
 from gtl.types import UserError
@@ -59,6 +60,8 @@ class Sampling(Part):
     height: int
     width: int
     dtype: str
+    template: str = PLAIN
+    """What a prompt is drawn as, in place of the braces; it is judged by itself."""
 
     def prompts_of(self, number: int) -> list[str]:
         """Of so many samples, in their order."""
@@ -137,8 +140,8 @@ def estimate_of(name: str, score: Score) -> Estimate:
     return Estimate(name, score.value, score.low, score.high, fake, real, score.num_real, score.note)
 
 
-def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
-    """Of every metric that both have: the second less the first.
+def compare(first: Evaluation, second: Evaluation, besides: Collection[str] = ()) -> list[Difference]:
+    """Of every metric that both have: the second less the first; `besides` names in what their sampling may differ.
 
     Raises:
         UserError: they were drawn in other ways, or compared with other images.
@@ -146,7 +149,7 @@ def compare(first: Evaluation, second: Evaluation) -> list[Difference]:
     from gtl.evaluate.estimate import difference
 
     mine, theirs = ({**e.sampling.model_dump(), "dataset": e.dataset} for e in (first, second))
-    if other := [key for key in mine if mine[key] != theirs[key]]:
+    if other := [key for key in mine if mine[key] != theirs[key] and key not in besides]:
         raise UserError(f"{first.title}, {second.title}: differ in {', '.join(other)}; evaluate both with one recipe")
     found = []
     for name, score in first.scores.items():

@@ -14,6 +14,7 @@ from gtl.config import Recipe
 from gtl.config.metrics import check_metrics, of_pictures
 from gtl.config.names import parse_reference
 from gtl.config.recipe import Evaluate
+from gtl.config.templates import PLAIN
 from gtl.data.reference import Reference, reference
 from gtl.evaluate.extract import Drawn, Item, examine, load_drawn
 from gtl.evaluate.measure import (
@@ -47,8 +48,9 @@ SAMPLES = "samples"
 
 
 def evaluate(
-    recipe: Recipe, adapters: Sequence[str | Sequence[str] | None] = (None,), *, progress: Progress = quiet
-) -> list[Evaluation]:
+    recipe: Recipe, adapters: Sequence[str | Sequence[str] | None] = (None,), *, templates: Sequence[str] = (PLAIN,),
+    progress: Progress = quiet,
+) -> list[Evaluation]:  # fmt: skip
     """Score the recipe's model with each of some adapters, one at a time, on the same prompts, seeds and real images.
 
     Samples and features of real images are in the recipe's cache afterwards, and taken from there. The evaluation of an
@@ -57,14 +59,19 @@ def evaluate(
     Args:
         recipe: See `gtl.load_recipe`; its `evaluate` says what is measured, its `data` what is compared with.
         adapters: NAME[@VERSION|@ALIAS][:SCALE], or several that are active at once; None is the model alone.
+        templates: What a prompt is drawn as, in place of the braces; it is judged by itself. Of several each adapter is
+            scored with each, adapter by adapter.
         progress: Is called as it goes on.
 
     Raises:
-        UserError: the recipe, an adapter, a backbone or the data is not what it has to be.
+        UserError: the recipe, an adapter, a backbone, the template or the data is not what it has to be.
     """
     from gtl.families import open_family
 
     check(recipe)
+    for template in templates:
+        if PLAIN not in template:
+            raise UserError(f"template {template!r}: has no {PLAIN}, where the prompt goes; such as a photo of {PLAIN}")
     shelf, origin = Registry(recipe.storage.registry), recipe.model
     progress("model", 0, 0, origin.source)
     family = open_family(origin.source, origin.family, revision=origin.revision, variant=origin.variant)
@@ -75,28 +82,29 @@ def evaluate(
         images = reference(recipe.data, family, recipe.storage.cache, progress)
         check_images(recipe.evaluate, images)
         dtype = ("bf16" if cluster.gpus else "fp32") if origin.dtype == "auto" else origin.dtype
-        return evaluate_all(recipe, shelf, chosen, family, images, dtype, progress)
+        return evaluate_all(recipe, shelf, chosen, family, images, dtype, progress, templates)
 
 
 def evaluate_all(
     recipe: Recipe, shelf: Registry, chosen: Sequence[tuple[Published, ...]], family: DiffusionFamily,
-    images: Reference, dtype: str, progress: Progress,
+    images: Reference, dtype: str, progress: Progress, templates: Sequence[str] = (PLAIN,),
 ) -> list[Evaluation]:  # fmt: skip
     """`evaluate` on the connected cluster, of adapters and images that were found and checked."""
     origin, base = recipe.model, family.fingerprint()
     asked = recipe.evaluate.model_copy(update={"metrics": of_pictures(recipe.evaluate.metrics)})
-    sampling = plan(asked, images, dtype)
-    check_extractors(asked, sampling.prompts)
+    samplings = [plan(asked, images, dtype, template) for template in templates]
+    check_extractors(asked, samplings[0].prompts)
     place = Origin(origin.source, origin.revision, origin.variant)
+    pairings = [(adapters, sampling) for adapters in chosen for sampling in samplings]
     drawings = [
         Drawing(recipe.storage.cache, sampling, Model(place, base, adapters, dtype), asked.samples)
-        for adapters in chosen
+        for adapters, sampling in pairings
     ]
     losses = losses_of(recipe, drawings, family, dtype, progress)
     if asked.metrics:
         draw(drawings, family, progress)
     found = []
-    for adapters, drawing, loss in zip(chosen, drawings, losses, strict=True):
+    for (adapters, sampling), drawing, loss in zip(pairings, drawings, losses, strict=True):
         scores, nearest = measure(asked, drawing, images, progress)
         scores |= loss
         scores = {name: scores[name] for name in in_order(recipe.evaluate.metrics, scores)}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gtl.config.metrics import of_pictures
 from gtl.config.recipe import Evaluate
+from gtl.config.templates import PLAIN
 from gtl.data.reference import Reference
 from gtl.evaluate.result import Sampling
 from gtl.types import UserError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from gtl.types import Sampler
 
 
-def plan(asked: Evaluate, images: Reference, dtype: str) -> Sampling:
+def plan(asked: Evaluate, images: Reference, dtype: str, template: str = PLAIN) -> Sampling:
     """The prompts and how they are drawn.
 
     Raises:
@@ -30,7 +31,7 @@ def plan(asked: Evaluate, images: Reference, dtype: str) -> Sampling:
     height, width = images.size
     return Sampling(
         prompts=prompts[: asked.samples], negative_prompt=asked.negative_prompt, seed=asked.seed, steps=asked.steps,
-        guidance=asked.guidance, height=height, width=width, dtype=dtype,
+        guidance=asked.guidance, height=height, width=width, dtype=dtype, template=template,
     )  # fmt: skip
 
 
@@ -40,8 +41,8 @@ def requests(how: Sampling, number: int, family: DiffusionFamily, sampler: Sampl
 
     asked = (
         Request(
-            prompt, how.height, how.width, negative_prompt=how.negative_prompt, seed=how.seed + i, steps=how.steps,
-            guidance=how.guidance,
+            how.template.replace(PLAIN, prompt), how.height, how.width, negative_prompt=how.negative_prompt,
+            seed=how.seed + i, steps=how.steps, guidance=how.guidance,
         )
         for i, prompt in enumerate(how.prompts_of(number))
     )  # fmt: skip

@@ -1,0 +1,39 @@
+"""Wordings of prompts: what a search of them begins with, and what it changes."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from gtl.config.base import Section
+from gtl.config.explain import parse
+from gtl.config.load import read_sections
+
+PLAIN = "{}"
+"""The template of a prompt that is drawn as it is."""
+
+
+def check_template(text: str) -> str:
+    """Refuse a template that leaves the prompt out."""
+    if PLAIN not in text:
+        raise ValueError(f"should have {PLAIN}, where the prompt goes, such as a photo of {PLAIN}")
+    return text
+
+
+class Templates(Section):
+    """What a search begins with, and what it changes."""
+
+    templates: Annotated[list[Annotated[str, AfterValidator(check_template)]], Field(min_length=1)] = [
+        PLAIN, f"a photo of {PLAIN}", f"a high quality picture of {PLAIN}", f"{PLAIN}, plain background",
+    ]  # fmt: skip
+    """What a prompt is drawn as, in place of the braces."""
+    additions: list[str] = [", in detail", ", sharp focus", ", centred", ", bright colours"]
+    """Put behind the best of them, one at a time, as long as that helps."""
+
+
+def read_templates(path: str | None) -> Templates:
+    """A YAML file of `templates` and `additions`; None: some for photographs.
+
+    Raises:
+        UserError: it is none.
+    """
+    return Templates() if path is None else parse(Templates, read_sections(path, "templates"))
