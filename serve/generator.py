@@ -17,7 +17,8 @@ from serve.errors import ApiError, model_not_found, timed_out
 from serve.order import Drawn, Order, Stopped
 from serve.pictures import encode
 from serve.safety import Guard, Passed
-from serve.settings import Base, Safety
+from serve.schema import Limits, check_pixels
+from serve.settings import Base, Safety, most_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,12 @@ class Generator:
     """Draws the orders of one base. Made by `serve.app.build`."""
 
     def __init__(
-        self, base: dict[str, Any], registry: str, disk_gib: float, safety: dict[str, Any] | None = None
+        self,
+        base: dict[str, Any],
+        registry: str,
+        disk_gib: float,
+        safety: dict[str, Any] | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         """Load the model, and the safety checker if there is to be one.
 
@@ -44,6 +50,7 @@ class Generator:
             registry: See `serve.settings.Settings`, as for `disk_gib`.
             disk_gib: Of this machine.
             safety: See `serve.settings.Safety`.
+            max_pixels: Of a picture, where a config says so; see `serve.settings.most_pixels`.
 
         Raises:
             UserError: one of them is not what it should be.
@@ -55,6 +62,7 @@ class Generator:
         device = str(self._engine.device)
         self._guard = None if safety is None else Guard(Safety.model_validate(safety), device)
         self._print = self._engine.family.fingerprint()
+        self._most = max_pixels or most_pixels(self._base, Limits(), self._engine.family.default_size)
         self._loop = EngineLoop(self._engine)
         self._folders: dict[str, Path] = {}
         """On this machine, of each NAME@VERSION that was asked for."""
@@ -65,7 +73,7 @@ class Generator:
 
         Raises:
             UserError: the model cannot draw it, or an adapter does not fit.
-            ApiError: its time is up.
+            ApiError: its time is up, or it has too many pixels.
             Stopped: this replica is being stopped; another can draw it.
         """
         from gtl.generate.engine import Request
@@ -108,6 +116,8 @@ class Generator:
         from gtl.generate.edit import choose_size, fit
 
         family = self._engine.family
+        if order.size is not None:  # the ingress lets pass what it does not know the model of
+            check_pixels(order.size[1], order.size[0], self._most)
         if order.edit is None:
             return None, order.size or family.default_size
         size = order.size or choose_size(order.edit.image, family)

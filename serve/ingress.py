@@ -255,7 +255,7 @@ class Ingress:
         who = self._who(request)
         text = await read_text(in_time(request, self._settings.timeout_s))
         asked = parse_generation(text, self._settings.limits, urls=self._output is not None)
-        chosen = self._catalog.choose(asked.model, asked.adapters)
+        chosen = self._catalog.settle(asked)
         orders = self._orders(asked, chosen, request)
         if asked.stream:
             return await self._stream(asked, chosen, orders[0], "image_generation", who, request)
@@ -268,7 +268,7 @@ class Ingress:
         limits = self._settings.limits
         sent = in_time(request, self._settings.timeout_s)
         asked, uploads = await read_edit(sent, limits, urls=self._output is not None)
-        chosen = self._catalog.choose(asked.model, asked.adapters)
+        chosen = self._catalog.settle(asked)
         async with self._decoding:
             canvas = await asyncio.to_thread(decode_uploads, uploads, limits)
         start = Start(canvas.image, canvas.mask, asked.strength)

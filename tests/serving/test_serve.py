@@ -183,7 +183,7 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     assert sorted(models) == [
         "tiny", "tiny:dog@prod", "tiny:dog@v1", "tiny:dog@v2", "tiny:frozen@v1", "tiny:star@v1", "tiny:words@v1",
     ]  # fmt: skip
-    assert models["tiny"]["default_size"] == "64x64"
+    assert (models["tiny"]["default_size"], models["tiny"]["max_pixels"]) == ("64x64", 128 * 128)
     assert {name: one["shares_batch"] for name, one in models.items() if not one["shares_batch"]} == {
         "tiny:frozen@v1": False
     }
@@ -291,6 +291,7 @@ def test_no_process_that_answers_http_has_torch(endpoint: str) -> None:
 WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "steps": ({"num_inference_steps": 0}, 400, "num_inference_steps"),
     "size": ({"size": "63x64"}, 400, "size"),
+    "pixels": ({"size": "144x128"}, 400, "size"),
     "prompt": ({"prompt": ""}, 400, "prompt"),
     "model": ({"model": "tiny:cat"}, 404, "model"),
     "adapter": ({"adapters": ["cat"]}, 404, "adapters"),
