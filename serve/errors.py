@@ -135,9 +135,10 @@ def moderation_blocked() -> ApiError:
     return ApiError(400, message, type="image_generation_user_error", code="moderation_blocked")
 
 
-def rate_limited(retry_after: float, per_minute: float) -> ApiError:
-    """429: this key has asked too often."""
-    message = f"more than {per_minute:g} requests a minute with this key; try again in {_seconds(retry_after)} s"
+def rate_limited(retry_after: float, per_minute: float, ingresses: int = 1) -> ApiError:
+    """429: this key has asked too often, of one of so many ingresses."""
+    share = "" if ingresses == 1 else f" at this one of {ingresses} ingresses"
+    message = f"more than {per_minute:g} requests a minute with this key{share}; try again in {_seconds(retry_after)} s"
     return _later(message, "rate_limit_exceeded", retry_after)
 
 

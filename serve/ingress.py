@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -28,8 +28,9 @@ from gtl.storage import Store
 from serve import errors, metrics
 from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
-from serve.keys import KeyFile, RateLimiter
+from serve.keys import KeyFile, share_out
 from serve.order import Drawn, Order, Stopped, until
+from serve.peers import ask_all
 from serve.schema import (
     MAX_SEED,
     Completed,
@@ -50,8 +51,6 @@ from serve.uploads import decode_uploads, read_edit
 
 log = logging.getLogger(__name__)
 
-BURSTS = 6
-"""A key may send at once what it may send in a sixth of a minute."""
 TRIES = 3
 """Replicas that a picture is asked of, one after the other, as they are lost."""
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
@@ -153,8 +152,7 @@ class Ingress:
         self._catalog = Catalog(self._settings)
         self._generators = generators
         self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
-        rate = self._settings.requests_per_minute
-        self._limiter = None if rate is None else RateLimiter(rate, max(1, round(rate / BURSTS)))
+        self._limiter = share_out(self._settings.requests_per_minute, self._settings.ingresses)
         self._decoding = asyncio.Semaphore(DECODING)
         self._share = FairShare(self._settings.max_running, self._settings.max_waiting)
         metrics.RUNNING.set_function(lambda: self._share.num_in_work)
@@ -210,7 +208,11 @@ class Ingress:
     async def scrape(self, request: Request) -> Response:
         """For Prometheus."""
         self._who(request)
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.expose(await ask_all("counted")), media_type=CONTENT_TYPE_LATEST)
+
+    def counted(self) -> list[Metric]:
+        """What this ingress counted."""
+        return metrics.counted(serve.get_replica_context().replica_tag)
 
     @app.get("/", include_in_schema=False)
     async def page(self) -> Response:
@@ -246,8 +248,12 @@ class Ingress:
     async def refresh(self, request: Request) -> dict[str, int]:
         """Read the registry now: what was promoted since is served at once."""
         self._who(request)
+        return {"models": min(await ask_all("reread"))}
+
+    async def reread(self) -> int:
+        """Read the registry for this ingress; the number of models."""
         await asyncio.to_thread(self._catalog.refresh)
-        return {"models": len(self._catalog.models())}
+        return len(self._catalog.models())
 
     @app.post("/v1/images/generations", openapi_extra=body_of(Generation))
     async def generations(self, request: Request) -> Response:

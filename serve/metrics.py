@@ -1,8 +1,11 @@
-"""What an ingress counts, in Prometheus' format. Prometheus adds up those of several."""
+"""What the ingresses count, in Prometheus' format: each series says whose it is, and Prometheus adds them up."""
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Iterable
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.catalog import Chosen
@@ -37,6 +40,34 @@ def count_picture(chosen: Chosen, picture: Drawn, seconds: float) -> None:
     BATCH.labels(base).observe(batch)
     if chosen.adapters:
         SLOTS.labels(base, "hit" if was_there else "miss").inc()
+
+
+def counted(ingress: str) -> list[Metric]:
+    """What this process counted, of the ingress of this name."""
+    found = list(REGISTRY.collect())
+    for metric in found:
+        metric.samples = [one._replace(labels={**one.labels, "ingress": ingress}) for one in metric.samples]
+    return found
+
+
+class Together(Collector):
+    """What several ingresses counted."""
+
+    def __init__(self, found: Iterable[Iterable[Metric]]) -> None:
+        """`counted` of each."""
+        self._metrics: dict[str, Metric] = {}
+        for metric in (metric for one in found for metric in one):
+            if (known := self._metrics.setdefault(metric.name, metric)) is not metric:
+                known.samples.extend(metric.samples)
+
+    def collect(self) -> Iterable[Metric]:
+        """Each metric once, with the series of all: the format wants them together."""
+        return self._metrics.values()
+
+
+def expose(found: Iterable[Iterable[Metric]]) -> bytes:
+    """The text that is scraped, of `counted` of each ingress."""
+    return generate_latest(Together(found))
 
 
 class CountRequests:

@@ -98,9 +98,10 @@ class Settings(Section):
     keys: Place | None = None
     """File of API keys, hashed; left out: anybody may ask, which is for loopback only."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    """Of a key; left out: any number."""
+    """Of a key; left out: any number. Each ingress lets pass an equal share, which is all that a client gets whose
+    requests come to one of them alone."""
     ingresses: Annotated[int, Field(ge=1)] = 1
-    """Processes that answer HTTP."""
+    """Processes that answer HTTP; `max_running` and `max_waiting` are of each."""
     max_running: Annotated[int, Field(ge=1)] = 32
     """Pictures that an ingress has in work at once; the rest wait, fairly between keys."""
     max_waiting: Annotated[int, Field(ge=0)] = 64

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from PIL import Image, ImageChops
+from prometheus_client.parser import text_string_to_metric_families
 
 from gtl.adapters import Registry
 from gtl.families import open_family
@@ -278,8 +279,15 @@ def test_an_ingress_tells_how_it_is(endpoint: str, client: OpenAI) -> None:
 
 
 def numbers_of(endpoint: str) -> dict[str, float]:
-    lines = httpx.get(f"{endpoint}/metrics").text.splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+    """Of all ingresses together, by the name of a series without its ingress."""
+    found: dict[str, float] = {}
+    for metric in text_string_to_metric_families(httpx.get(f"{endpoint}/metrics", timeout=30).text):
+        for name, labels, value, *_ in metric.samples:
+            assert labels.pop("ingress")
+            told = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+            series = f"{name}{{{told}}}" if told else name
+            found[series] = found.get(series, 0) + value
+    return found
 
 
 def test_no_process_that_answers_http_has_torch(endpoint: str) -> None:

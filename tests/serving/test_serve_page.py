@@ -264,7 +264,8 @@ def test_cancelling_ends_the_request_and_keeps_nothing(visit: Visit, endpoint: s
     expect(generate).to_be_focused()
     assert ended == ["net::ERR_ABORTED"]
     assert kept(page) == []
-    while "gtl_pictures_running 0.0" not in (told := page.request.get(f"{endpoint}/metrics").text()):
+    idle = re.compile(r"^gtl_pictures_running\{.*\} 0\.0$", re.M)
+    while not idle.search(told := page.request.get(f"{endpoint}/metrics").text()):
         page.wait_for_timeout(50)
     assert drawn(told) == before
     expect(page.locator("#error")).to_be_hidden()
