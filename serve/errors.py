@@ -129,6 +129,12 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(408, f"not done within {seconds:g} seconds", type="timeout_error", code="timeout")
 
 
+def key_reused() -> ApiError:
+    """422: the key of another request, as draft-ietf-httpapi-idempotency-key-header answers it."""
+    message = "Idempotency-Key: was sent with another request; a new request needs a new key"
+    return ApiError(422, message, code="idempotency_key_reused")
+
+
 def moderation_blocked() -> ApiError:
     """400: a picture was drawn and is kept back, as OpenAI answers it."""
     message = "the picture was kept back by this server's safety check; another prompt or seed may pass"

@@ -2,9 +2,7 @@
 
 import asyncio
 import base64
-import hashlib
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -25,14 +23,13 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 
 from gtl.generate.edit import Edit as Start
 from gtl.storage import Store
-from serve import errors, metrics
+from serve import errors, metrics, replay
 from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
 from serve.keys import KeyFile, share_out
 from serve.order import Drawn, Order, Stopped, until
 from serve.peers import ask_all
 from serve.schema import (
-    MAX_SEED,
     Completed,
     Drawing,
     Edit,
@@ -47,7 +44,7 @@ from serve.schema import (
 )
 from serve.settings import Base, Settings
 from serve.share import FairShare
-from serve.uploads import decode_uploads, read_edit
+from serve.uploads import Uploads, decode_uploads, read_edit
 
 log = logging.getLogger(__name__)
 
@@ -112,16 +109,6 @@ async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], ident
         following.cancel()
 
 
-def seed_of(request: Request, n: int) -> int:
-    """A seed for who gave none; the same again for the same Idempotency-Key, whichever replica is asked."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return secrets.randbelow(2**32)
-    secret = request.headers.get("authorization", "")
-    digest = hashlib.sha256(f"{secret}\n{key}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % (MAX_SEED - n)
-
-
 def size_text(size: tuple[int, int]) -> str:
     """WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
@@ -153,6 +140,7 @@ class Ingress:
         self._generators = generators
         self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
         self._limiter = share_out(self._settings.requests_per_minute, self._settings.ingresses)
+        self._answers = replay.Answers()
         self._decoding = asyncio.Semaphore(DECODING)
         self._share = FairShare(self._settings.max_running, self._settings.max_waiting)
         metrics.RUNNING.set_function(lambda: self._share.num_in_work)
@@ -261,32 +249,47 @@ class Ingress:
         who = self._who(request)
         text = await read_text(in_time(request, self._settings.timeout_s))
         asked = parse_generation(text, self._settings.limits, urls=self._output is not None)
-        chosen = self._catalog.settle(asked)
-        orders = self._orders(asked, chosen, request)
-        if asked.stream:
-            return await self._stream(asked, chosen, orders[0], "image_generation", who, request)
-        return await self._answer(asked, chosen, orders, who, request)
+        return await self._respond(asked, None, "image_generation", who, request)
 
     @app.post("/v1/images/edits", openapi_extra=body_of(Edit, "multipart/form-data", FILES))
     async def edits(self, request: Request) -> Response:
         """Draw pictures that begin at one that is sent."""
         who = self._who(request)
-        limits = self._settings.limits
         sent = in_time(request, self._settings.timeout_s)
-        asked, uploads = await read_edit(sent, limits, urls=self._output is not None)
-        chosen = self._catalog.settle(asked)
-        async with self._decoding:
-            canvas = await asyncio.to_thread(decode_uploads, uploads, limits)
-        start = Start(canvas.image, canvas.mask, asked.strength)
-        orders = self._orders(asked, chosen, request, start)
-        if asked.stream:
-            return await self._stream(asked, chosen, orders[0], "image_edit", who, request)
-        return await self._answer(asked, chosen, orders, who, request)
+        asked, uploads = await read_edit(sent, self._settings.limits, urls=self._output is not None)
+        return await self._respond(asked, uploads, "image_edit", who, request)
 
-    def _orders(self, asked: Drawing, chosen: Chosen, request: Request, start: Start | None = None) -> list[Order]:
+    async def _respond(
+        self, asked: Drawing, uploads: Uploads | None, kind: str, who: str, request: Request
+    ) -> Response:
+        """What is asked for, drawn; not again where an Idempotency-Key says that it is the same request."""
+        chosen = self._catalog.settle(asked)
+        if asked.stream:
+            (order,) = self._orders(asked, chosen, request, await self._start(asked, uploads))
+            return await self._stream(asked, chosen, order, kind, who, request)
+
+        async def draw() -> bytes:
+            orders = self._orders(asked, chosen, request, await self._start(asked, uploads))
+            return await self._answer(asked, chosen, orders, who)
+
+        name = replay.name_of(request)
+        sent = b"" if name is None else await asyncio.to_thread(replay.digest_of, asked, uploads)
+        data, is_known = await self._answers.once(name, sent, draw)
+        headers = {"Idempotency-Replayed": "true"} if is_known else {}
+        return json_of(data, {**headers, "x-request-id": errors.request_id(request)})
+
+    async def _start(self, asked: Drawing, uploads: Uploads | None) -> Start | None:
+        """What an edit begins at."""
+        if not isinstance(asked, Edit) or uploads is None:
+            return None
+        async with self._decoding:
+            canvas = await asyncio.to_thread(decode_uploads, uploads, self._settings.limits)
+        return Start(canvas.image, canvas.mask, asked.strength)
+
+    def _orders(self, asked: Drawing, chosen: Chosen, request: Request, start: Start | None) -> list[Order]:
         """One for each picture; nothing of them is left to chance afterwards."""
         base, size = chosen.base, asked.pixels
-        seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
+        seed = asked.seed if asked.seed is not None else replay.seed_of(request, asked.n)
         steps = asked.num_inference_steps or base.steps
         guidance = base.guidance if asked.guidance_scale is None else asked.guidance_scale
         told = {"model": base.source, "adapters": chosen.names, "request": errors.request_id(request)}
@@ -301,16 +304,13 @@ class Ingress:
             for i in range(asked.n)
         ]  # fmt: skip
 
-    async def _answer(
-        self, asked: Drawing, chosen: Chosen, orders: list[Order], who: str, request: Request
-    ) -> Response:
+    async def _answer(self, asked: Drawing, chosen: Chosen, orders: list[Order], who: str) -> bytes:
         tasks = [asyncio.ensure_future(self._picture(chosen, order, who)) for order in orders]
         try:
             drawn = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        identity = errors.request_id(request)
         pictures = []
         for order, one in zip(orders, drawn, strict=True):
             if self._output is not None and asked.response_format == "url":
@@ -320,11 +320,10 @@ class Ingress:
             else:
                 place = {"b64_json": base64.b64encode(one.data).decode()}
             pictures.append(Picture(seed=order.seed, flagged=one.is_flagged or None, **place))
-        answer = ImagesResponse(
+        return to_json(ImagesResponse(
             data=tuple(pictures), output_format=asked.output_format, size=size_text(drawn[0].size),
             seed=orders[0].seed, model=chosen.title,
-        )  # fmt: skip
-        return json_of(to_json(answer), {"x-request-id": identity})
+        ))  # fmt: skip
 
     async def _picture(self, chosen: Chosen, order: Order, who: str) -> Drawn:
         async for drawn in self._draw(chosen, order, who):

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import BadRequestError, NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI, UnprocessableEntityError
 from PIL import Image, ImageChops
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -245,6 +245,57 @@ def test_the_same_idempotency_key_draws_the_same(client: OpenAI) -> None:
         return str(answer.model_extra["seed"])
 
     assert ask("one") == ask("one") != ask("two")
+
+
+def test_what_is_sent_twice_with_an_idempotency_key_is_drawn_once(client: OpenAI, endpoint: str) -> None:
+    def ask(key: str, steps: int = 20) -> tuple[str, str | None]:
+        raw = client.images.with_raw_response.generate(
+            prompt=PROMPT, extra_body={"num_inference_steps": steps}, extra_headers={"Idempotency-Key": key}
+        )
+        (one,) = raw.parse().data or ()
+        return str(one.b64_json), raw.headers.get("idempotency-replayed")
+
+    before = pictures_of(endpoint)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, ["once"] * 4))
+    answers.append(ask("once"))
+    assert len({data for data, _ in answers}) == 1, "to the bit, with the first one's x-request-id in it"
+    assert sorted(str(replayed) for _, replayed in answers) == ["None", *["true"] * 4]
+    assert pictures_of(endpoint) == before + 1
+    with pytest.raises(UnprocessableEntityError) as caught:
+        ask("once", 21)
+    assert caught.value.code == "idempotency_key_reused"
+    assert ask("twice")[0] != answers[0][0]
+
+
+def test_an_edit_is_the_same_though_its_form_has_another_boundary(client: OpenAI, endpoint: str) -> None:
+    def ask(side: int) -> Any:
+        image = png(Image.new("RGB", (side, side), "red"))
+        return client.images.edit(
+            image=image, prompt=PROMPT, extra_body={"num_inference_steps": 2}, extra_headers={"Idempotency-Key": "edit"}
+        )
+
+    before = pictures_of(endpoint)
+    assert ask(64) == ask(64)
+    assert pictures_of(endpoint) == before + 1
+    with pytest.raises(UnprocessableEntityError):
+        ask(48)
+
+
+def test_whoever_leaves_with_an_idempotency_key_finds_the_picture_later(endpoint: str) -> None:
+    fields = {"prompt": PROMPT, "num_inference_steps": 60}
+    place = f"{endpoint}/v1/images/generations"
+    before = pictures_of(endpoint)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(place, json=fields, headers={"Idempotency-Key": "left"}, timeout=0.3)
+    answer = httpx.post(place, json=fields, headers={"Idempotency-Key": "left"}, timeout=120)
+    assert (answer.status_code, answer.headers["idempotency-replayed"]) == (200, "true")
+    assert pictures_of(endpoint) == before + 1
+
+
+def pictures_of(endpoint: str) -> float:
+    """Drawn by the base alone."""
+    return numbers_of(endpoint).get('gtl_pictures_total{adapter="",base="tiny"}', 0)
 
 
 def test_a_replica_that_dies_costs_time_and_no_picture(client: OpenAI, shelf: Path) -> None:
