@@ -110,8 +110,8 @@ async def read_form(request: Request, files: Iterable[str], max_bytes: int) -> F
     return found
 
 
-def read_json(body: bytes) -> Any:
-    """The value of a JSON text.
+def read_json(body: bytes, field: str | None = None) -> Any:
+    """The value of a JSON text: of the body, or of a form's field.
 
     Raises:
         ApiError: 400; it is none, gives a field twice, or holds NaN or infinity.
@@ -119,13 +119,27 @@ def read_json(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+        raise _no_json(field, f"valid JSON: {error.msg} at character {error.pos}") from None
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8 (byte {error.start})") from None
+        raise _no_json(field, f"UTF-8 (byte {error.start})") from None
     except RecursionError:
-        raise ApiError(400, "the body is not valid JSON: nested too deeply") from None
+        raise _no_json(field, "valid JSON: nested too deeply") from None
+    except NoNumber as error:
+        raise _no_json(field, f"valid JSON: {error} is no number") from None
     except ValueError:  # Python reads no number of more than 4300 digits
-        raise ApiError(400, "the body is not valid JSON: a number has too many digits") from None
+        raise _no_json(field, "valid JSON: a number has too many digits") from None
+
+
+class NoNumber(Exception):
+    """What stands for a number and is none."""
+
+
+def _no_json(field: str | None, reason: str) -> ApiError:
+    return (
+        ApiError(400, f"the body is not {reason}")
+        if field is None
+        else invalid(field, f"not {reason}", "invalid_value")
+    )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
-    raise ApiError(400, f"the body is not valid JSON: {text} is no number")
+    raise NoNumber(text)
 
 
 def read_fields(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -179,5 +193,5 @@ def _listed(text: str) -> Any:
     """A form's `adapters`: a JSON list or object, else a name."""
     if not text.lstrip().startswith(("[", "{")):
         return [text]
-    value = read_json(text.encode("utf-8", "surrogatepass"))
+    value = read_json(text.encode("utf-8", "surrogatepass"), "adapters")
     return [value] if isinstance(value, dict) else value

@@ -53,7 +53,7 @@ class Chosen(NamedTuple):
 
     @property
     def title(self) -> str:
-        """As a client could ask for it again."""
+        """As it is told: what a client would name as its `model`, but for more adapters or other scales than 1."""
         return ":".join([self.base.name, "+".join(self.names)]) if self.adapters else self.base.name
 
     @property
@@ -166,9 +166,9 @@ class Catalog:
 
     def _find(self, base: Base | None, reference: str) -> Entry | None:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""
-        name, _, wanted = reference.partition("@")
+        name, at, wanted = reference.partition("@")
         mine = [one for one in self._entries if one.card.name == name and base in (None, one.base)]
-        if not wanted:
+        if not at:
             return mine[-1] if mine else None
         exact = [one for one in mine if one.card.version == wanted]
         return next(iter(exact or [one for one in mine if wanted in one.aliases]), None)

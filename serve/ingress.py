@@ -167,11 +167,13 @@ class Ingress:
             self._limiter.admit(who)
         return who
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
         """Whether this process answers."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz(self) -> Response:
         """Whether every base that is always up answers."""
@@ -202,6 +204,7 @@ class Ingress:
         """What this ingress counted."""
         return metrics.counted(serve.get_replica_context().replica_tag)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page(self) -> Response:
         """The studio."""

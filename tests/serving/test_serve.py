@@ -193,7 +193,7 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.models.retrieve("tiny:cat")
     assert caught.value.code == "model_not_found"
-    for path in ("tiny:", "tiny%3A", "%0A", "%20", "tiny@"):
+    for path in ("tiny:", "tiny%3A", "%0A", "%20", "tiny@", "tiny:dog@", "dog@"):
         answer = httpx.get(f"{endpoint}/v1/models/{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path
 
@@ -316,6 +316,11 @@ def test_a_replica_that_dies_costs_time_and_no_picture(client: OpenAI, shelf: Pa
 
 def test_an_ingress_tells_how_it_is(endpoint: str, client: OpenAI) -> None:
     assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz", "/"):  # as load balancers ask
+        there, whole = httpx.head(f"{endpoint}{path}"), httpx.get(f"{endpoint}{path}")
+        assert (there.status_code, there.content) == (200, b""), path
+        assert there.headers["content-length"] == str(len(whole.content)), path
+    assert httpx.head(f"{endpoint}/v1/models").status_code == 405
     ready = httpx.get(f"{endpoint}/readyz")
     assert (ready.status_code, ready.json()) == (200, {"status": "ready", "missing": []})
     before = numbers_of(endpoint)
@@ -353,6 +358,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "pixels": ({"size": "144x128"}, 400, "size"),
     "prompt": ({"prompt": ""}, 400, "prompt"),
     "model": ({"model": "tiny:cat"}, 404, "model"),
+    "empty alias": ({"model": "tiny:dog@"}, 404, "model"),
     "adapter": ({"adapters": ["cat"]}, 404, "adapters"),
     "twice": ({"model": "tiny:dog@v1", "adapters": ["dog@prod"]}, 400, "adapters"),
     "unknown": ({"lora": "/etc/passwd"}, 400, "lora"),

@@ -290,7 +290,9 @@ def test_a_form_with_one_adapter_as_an_object() -> None:
         ([("strength", "nan")], "strength: 'nan': should be"),
         ([("style", "vivid")], "style: unknown field"),
         ([("n[]", "1")], "n[]: unknown field"),
-        ([("adapters", "[1")], "the body is not valid JSON"),
+        ([("adapters", "[1")], "adapters: not valid JSON: Expecting ',' delimiter at character 2"),
+        ([("adapters", '[{"name": "a", "scale": NaN}]')], "adapters: not valid JSON: NaN is no number"),
+        ([("adapters", "[" * 100_000)], "adapters: not valid JSON: nested too deeply"),
         ([("adapters", "a"), ("adapters[]", "b")], "adapters: given twice"),
         (
             [("adapters[][name]", "a"), ("adapters[][name]", "b"), ("adapters[][scale]", "1")],
