@@ -135,11 +135,9 @@ class NoNumber(Exception):
 
 
 def _no_json(field: str | None, reason: str) -> ApiError:
-    return (
-        ApiError(400, f"the body is not {reason}")
-        if field is None
-        else invalid(field, f"not {reason}", "invalid_value")
-    )
+    if field is None:
+        return ApiError(400, f"the body is not {reason}")
+    return invalid(field, f"not {reason}", "invalid_value")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
