@@ -76,9 +76,10 @@ class Catalog:
         self._lock = threading.Lock()
         found = self._read()
         self.bases = tuple(bases_of(self._cards.values()) if settings.bases == "auto" else settings.bases)
-        families = {base.name: find_here(base) for base in self.bases}
-        self._prints = {name: None if family is None else family.fingerprint() for name, family in families.items()}
-        self._sizes = {base.name: size_of(families[base.name] or find_configs(base)) for base in self.bases}
+        here = {base.name: find_here(base) for base in self.bases}
+        self._prints = {name: None if family is None else family.fingerprint() for name, family in here.items()}
+        self._families = {base.name: here[base.name] or find_configs(base) for base in self.bases}
+        self._sizes = {name: size_of(family) for name, family in self._families.items()}
         self._most = {base.name: most_pixels(base, settings.limits, self._sizes[base.name]) for base in self.bases}
         self._entries = self._match(found)
 
@@ -130,6 +131,10 @@ class Catalog:
         if asked.pixels is not None:
             check_pixels(*asked.pixels, self._most[chosen.base.name])
         return chosen
+
+    def bounds(self, base: Base) -> tuple[DiffusionFamily | None, int | None]:
+        """A base's family, for its configs, and the most pixels of its pictures; None: it is not known here."""
+        return self._families[base.name], self._most[base.name]
 
     def choose(self, model: str | None, adapters: Iterable[Adapter]) -> Chosen:
         """The base and the versions that a request means.

@@ -116,12 +116,10 @@ class Generator:
         from gtl.generate.edit import choose_size, fit
 
         family = self._engine.family
-        if order.size is not None:  # the ingress lets pass what it does not know the model of
-            check_pixels(order.size[1], order.size[0], self._most)
-        if order.edit is None:
-            return None, order.size or family.default_size
-        size = order.size or choose_size(order.edit.image, family)
-        return fit(order.edit, *size), size
+        own = family.default_size if order.edit is None else choose_size(order.edit.image, family)
+        size = order.size or own
+        check_pixels(size[1], size[0], self._most)  # an ingress does not know every model
+        return order.edit and fit(order.edit, *size), size
 
     def _fetch(self, order: Order, held: ExitStack) -> tuple[tuple[Path, float], ...]:
         """Folders of the adapters on this machine, with their scales; there until `held` closes."""

@@ -21,14 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from gtl.generate.edit import Edit as Start
 from gtl.storage import Store
 from serve import errors, metrics, replay
 from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
 from serve.keys import KeyFile, share_out
 from serve.order import Drawn, Order, Stopped, until
-from serve.peers import ask_all
+from serve.peers import Together, ask_all
+from serve.ready import missing
 from serve.schema import (
     Completed,
     Drawing,
@@ -44,7 +44,7 @@ from serve.schema import (
 )
 from serve.settings import Base, Settings
 from serve.share import FairShare
-from serve.uploads import Uploads, decode_uploads, read_edit
+from serve.uploads import Uploads, begin, read_edit
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,6 @@ TRIES = 3
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 GRACE_S = 1.0
 """A stream's first event is waited for so long, so that an error can still have its own status."""
-READY_S = 5.0
-"""Within which a generator says that it is there."""
 PAGE = Path(__file__).with_name("page")
 ASSETS = frozenset(file.name for file in PAGE.glob("*"))
 PAGE_HEADERS = {
@@ -141,6 +139,10 @@ class Ingress:
         self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
         self._limiter = share_out(self._settings.requests_per_minute, self._settings.ingresses)
         self._answers = replay.Answers()
+        always = {base.name: generators[base.name] for base in self._catalog.bases if base.replicas.min}
+        self._missing = Together(lambda: missing(always))
+        self._counted = Together[list[list[Metric]]](lambda: ask_all("counted"))
+        self._reread = Together[list[int]](lambda: ask_all("reread"))
         self._decoding = asyncio.Semaphore(DECODING)
         self._share = FairShare(self._settings.max_running, self._settings.max_waiting)
         metrics.RUNNING.set_function(lambda: self._share.num_in_work)
@@ -177,28 +179,14 @@ class Ingress:
     @app.get("/readyz")
     async def readyz(self) -> Response:
         """Whether every base that is always up answers."""
-        always = [base.name for base in self._catalog.bases if base.replicas.min]
-        asked = [self._generators[name].status.remote() for name in always]
-        found = await asyncio.gather(*(asyncio.wait_for(one, READY_S) for one in asked), return_exceptions=True)
-        missing = [
-            name for name, one in zip(always, found, strict=True)
-            if isinstance(one, BaseException) and not (isinstance(one, asyncio.TimeoutError) and await self._runs(name))
-        ]  # fmt: skip
-        told = {"status": "waiting" if missing else "ready", "missing": missing}
-        return JSONResponse(told, 503 if missing else 200)
-
-    async def _runs(self, name: str) -> bool:
-        """Whether a base has a generator, which answers only when it has room for more."""
-        application = serve.get_replica_context().app_name
-        told = await asyncio.to_thread(serve.status)
-        states = told.applications[application].deployments[f"Generator:{name}"].replica_states
-        return any(state == "RUNNING" for state, number in states.items() if number)
+        told = await self._missing()
+        return JSONResponse({"status": "waiting" if told else "ready", "missing": told}, 503 if told else 200)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def scrape(self, request: Request) -> Response:
         """For Prometheus."""
         self._who(request)
-        return Response(metrics.expose(await ask_all("counted")), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.expose(await self._counted()), media_type=CONTENT_TYPE_LATEST)
 
     def counted(self) -> list[Metric]:
         """What this ingress counted."""
@@ -239,7 +227,7 @@ class Ingress:
     async def refresh(self, request: Request) -> dict[str, int]:
         """Read the registry now: what was promoted since is served at once."""
         self._who(request)
-        return {"models": min(await ask_all("reread"))}
+        return {"models": min(await self._reread())}
 
     async def reread(self) -> int:
         """Read the registry for this ingress; the number of models."""
@@ -268,12 +256,11 @@ class Ingress:
         """What is asked for, drawn; not again where an Idempotency-Key says that it is the same request."""
         chosen = self._catalog.settle(asked)
         if asked.stream:
-            (order,) = self._orders(asked, chosen, request, await self._start(asked, uploads))
+            (order,) = await self._orders(asked, uploads, chosen, request)
             return await self._stream(asked, chosen, order, kind, who, request)
 
         async def draw() -> bytes:
-            orders = self._orders(asked, chosen, request, await self._start(asked, uploads))
-            return await self._answer(asked, chosen, orders, who)
+            return await self._answer(asked, chosen, await self._orders(asked, uploads, chosen, request), who)
 
         name = replay.name_of(request)
         sent = b"" if name is None else await asyncio.to_thread(replay.digest_of, asked, uploads)
@@ -281,17 +268,13 @@ class Ingress:
         headers = {"Idempotency-Replayed": "true"} if is_known else {}
         return json_of(data, {**headers, "x-request-id": errors.request_id(request)})
 
-    async def _start(self, asked: Drawing, uploads: Uploads | None) -> Start | None:
-        """What an edit begins at."""
-        if not isinstance(asked, Edit) or uploads is None:
-            return None
-        async with self._decoding:
-            canvas = await asyncio.to_thread(decode_uploads, uploads, self._settings.limits)
-        return Start(canvas.image, canvas.mask, asked.strength)
-
-    def _orders(self, asked: Drawing, chosen: Chosen, request: Request, start: Start | None) -> list[Order]:
+    async def _orders(self, asked: Drawing, uploads: Uploads | None, chosen: Chosen, request: Request) -> list[Order]:
         """One for each picture; nothing of them is left to chance afterwards."""
-        base, size = chosen.base, asked.pixels
+        base, limits = chosen.base, self._settings.limits
+        start, size = None, asked.pixels and (asked.pixels[1], asked.pixels[0])
+        if isinstance(asked, Edit) and uploads is not None:
+            async with self._decoding:
+                start, size = await asyncio.to_thread(begin, asked, uploads, limits, *self._catalog.bounds(base))
         seed = asked.seed if asked.seed is not None else replay.seed_of(request, asked.n)
         steps = asked.num_inference_steps or base.steps
         guidance = base.guidance if asked.guidance_scale is None else asked.guidance_scale
@@ -299,8 +282,8 @@ class Ingress:
         return [
             Order(
                 prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
-                guidance=guidance, size=None if size is None else (size[1], size[0]), adapters=chosen.adapters,
-                merged=chosen.merged, edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
+                guidance=guidance, size=size, adapters=chosen.adapters, merged=chosen.merged,
+                edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
                 output_format=asked.output_format, quality=asked.compression, told=told,
                 keep_prompt=self._settings.keep_prompt,
             )

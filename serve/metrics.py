@@ -50,7 +50,7 @@ def counted(ingress: str) -> list[Metric]:
     return found
 
 
-class Together(Collector):
+class Merged(Collector):
     """What several ingresses counted."""
 
     def __init__(self, found: Iterable[Iterable[Metric]]) -> None:
@@ -67,7 +67,7 @@ class Together(Collector):
 
 def expose(found: Iterable[Iterable[Metric]]) -> bytes:
     """The text that is scraped, of `counted` of each ingress."""
-    return generate_latest(Together(found))
+    return generate_latest(Merged(found))
 
 
 class CountRequests:

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.requests import Request
 
-from gtl.generate.edit import HALF
+from gtl.generate.edit import HALF, choose_size, fit
+from gtl.generate.edit import Edit as Start
 from gtl.images import BrokenImage, decode, decode_mask
 from serve.body import read_form
 from serve.errors import ApiError, invalid, too_large
-from serve.schema import Edit, Limits, parse_edit
+from serve.schema import Edit, Limits, check_pixels, parse_edit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from gtl.families.base import DiffusionFamily
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What OpenAI's API takes; each further format is a decoder more that strangers can reach."""
@@ -101,6 +104,29 @@ def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
     if not any(mask.histogram()[HALF:]):
         raise invalid("mask", "nothing in it is transparent, or white, so that nothing would change", "invalid_value")
     return Canvas(image, mask)
+
+
+def begin(
+    asked: Edit, uploads: Uploads, limits: Limits, family: DiffusionFamily | None, most: int | None = None
+) -> tuple[Start, tuple[int, int] | None]:
+    """What an edit begins at, and its (height, width).
+
+    It is cut to that here, so that not a photograph travels for each picture that is drawn of it; where neither the
+    request nor `family` says how large that is, the size is None and the generator cuts.
+
+    Raises:
+        ApiError: as `decode_uploads`; 400, a long and narrow picture would be drawn at more than `most` pixels.
+    """
+    canvas = decode_uploads(uploads, limits)
+    start = Start(canvas.image, canvas.mask, asked.strength)
+    if asked.pixels is not None:
+        size = asked.pixels[1], asked.pixels[0]
+    elif family is not None:
+        size = choose_size(canvas.image, family)
+    else:
+        return start, None
+    check_pixels(size[1], size[0], most)
+    return fit(start, *size), size
 
 
 def read_image(data: bytes, field: str, limits: Limits) -> Image:
