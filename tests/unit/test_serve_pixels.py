@@ -83,6 +83,26 @@ def test_a_model_in_a_bucket_is_known_by_its_configs(
     assert "its size is not known here" in caplog.text
 
 
+def test_what_a_file_format_cannot_hold_is_refused_and_does_not_end_the_generator(tmp_path: Path) -> None:
+    """WebP holds 16383 pixels a side: what its encoder raises once ended the thread that draws."""
+    base = Base(name="tiny", source=BASE, slots=1, max_rank=1).model_dump(mode="json")
+    generator = Generator(base, str(tmp_path / "registry"), 1, None, 16_400 * 16)
+
+    async def draw(**options: Any) -> int:
+        order = Order("a dog", "", seed=1, steps=1, guidance=1.0, **options)
+        return [len(drawn.data) async for drawn in generator.draw(order)][-1]
+
+    with pytest.raises(ApiError, match="a side of 16400 pixels: should be at most 16383 for webp") as caught:
+        asyncio.run(draw(size=(16, 16_400), output_format="webp"))
+    assert (caught.value.status_code, caught.value.param) == (400, "size")
+    with pytest.MonkeyPatch.context() as patch:  # and whatever else an encoder raises
+        patch.setattr("serve.generator.check_sides", lambda *_: None)
+        with pytest.raises(ValueError, match="16383"):
+            asyncio.run(draw(size=(16, 16_400), output_format="webp"))
+    generator.check_health()
+    assert asyncio.run(draw(size=(64, 64), output_format="webp")) > 0
+
+
 def test_a_generator_refuses_what_an_ingress_could_not_know(tmp_path: Path) -> None:
     def draw(generator: Generator, size: tuple[int, int]) -> int:
         async def first() -> int:
