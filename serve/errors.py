@@ -258,6 +258,15 @@ def request_id(request: Request) -> str:
     return known
 
 
+def id_headers(request: Request) -> dict[str, str]:
+    """The header that tells a request's id; none where the request came with it.
+
+    Ray Serve's proxy gives every request one and puts it onto the answer itself; of two, clients would read "ID, ID".
+    """
+    identity = request_id(request)
+    return {} if request.headers.get("x-request-id") == identity else {"x-request-id": identity}
+
+
 def install(app: FastAPI) -> None:
     """Let an application answer every error in OpenAI's shape, those of its routes and of its framework alike."""
     for kind in (HTTPException, RequestValidationError, UserError, Exception):
@@ -270,7 +279,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     told = api_error(error, identity)
     if told.param is None and not isinstance(error, ApiError):
         told = _of_route(told, request)
-    headers = {**(told.headers or {}), "x-request-id": identity}
+    headers = {**(told.headers or {}), **id_headers(request)}
     return JSONResponse(told.body(), told.status_code, headers)
 
 

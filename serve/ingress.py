@@ -266,7 +266,7 @@ class Ingress:
         sent = b"" if name is None else await asyncio.to_thread(replay.digest_of, asked, uploads)
         data, is_known = await self._answers.once(name, sent, draw)
         headers = {"Idempotency-Replayed": "true"} if is_known else {}
-        return json_of(data, {**headers, "x-request-id": errors.request_id(request)})
+        return json_of(data, {**headers, **errors.id_headers(request)})
 
     async def _orders(self, asked: Drawing, uploads: Uploads | None, chosen: Chosen, request: Request) -> list[Order]:
         """One for each picture; nothing of them is left to chance afterwards."""
@@ -325,7 +325,7 @@ class Ingress:
         await asyncio.wait([first], timeout=GRACE_S)
         if first.done():
             first.result()
-        headers = {"x-request-id": errors.request_id(request), "Cache-Control": "no-store"}
+        headers = {**errors.id_headers(request), "Cache-Control": "no-store"}
         lines = told(first, events, errors.request_id(request))
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
 

@@ -83,10 +83,21 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
 
+        is_told = False
+
+        def count(status: int) -> None:
+            nonlocal is_told
+            is_told = True
+            REQUESTS.labels(getattr(scope.get("route"), "path", "other"), str(status)).inc()
+
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                REQUESTS.labels(getattr(route, "path", "other"), str(message["status"])).inc()
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, watch)
+        try:
+            await self._app(scope, receive, watch)
+        except Exception:
+            if not is_told:  # the framework answers a fault outside of here
+                count(500)
+            raise

@@ -346,6 +346,16 @@ def numbers_of(endpoint: str) -> dict[str, float]:
     return found
 
 
+def test_an_answer_has_one_request_id(endpoint: str) -> None:
+    """Ray Serve's proxy gives each request one and puts it onto the answer."""
+    place, fields = f"{endpoint}/v1/images/generations", {"prompt": PROMPT, "num_inference_steps": 1}
+    for more, status in (({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)):
+        for own in ({}, {"x-request-id": "mine-1"}):
+            answer = httpx.post(place, json={**fields, **more}, headers=own, timeout=60)
+            (told,) = answer.headers.get_list("x-request-id")
+            assert answer.status_code == status and told == own.get("x-request-id", told)
+
+
 def test_no_process_that_answers_http_has_torch(endpoint: str) -> None:
     code = "import sys, serve.ingress; print([name for name in ('torch', 'diffusers', 'peft') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -181,6 +181,16 @@ def test_a_request_keeps_its_id(client: TestClient) -> None:
         assert len(first) == 32
 
 
+def test_an_answer_tells_the_id_that_the_request_did_not_bring(client: TestClient) -> None:
+    """What it brought is from Ray Serve's proxy, which puts it onto the answer itself."""
+    for name in ("invalid", "bug"):
+        told = [
+            client.get("/raise", params={"name": name}, headers={"x-request-id": given}).headers.get("x-request-id", "")
+            for given in ("a-1", "a b")
+        ]
+        assert [len(one) for one in told] == [0, 32]
+
+
 def test_an_error_travels_between_processes() -> None:
     told = ApiError(429, "later", "t", "c", "p", {"Retry-After": "3"})
     copy = pickle.loads(pickle.dumps(told))

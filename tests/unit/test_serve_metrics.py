@@ -2,9 +2,32 @@
 
 import pickle
 
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve import metrics
+from serve import errors, metrics
+
+
+def test_every_answer_is_counted_by_its_status_also_a_fault_of_ours() -> None:
+    app = FastAPI()
+    app.add_middleware(metrics.CountRequests)
+    errors.install(app)
+
+    @app.get("/counted/{name}")
+    async def counted(name: str) -> str:
+        raise {"bug": RuntimeError("a bug"), "mistake": errors.invalid("n", "wrong")}[name]
+
+    client = TestClient(app, raise_server_exceptions=False)
+    for path in ("/counted/bug", "/counted/mistake", "/counted/mistake", "/nowhere"):
+        client.get(path)
+    found = {
+        (one.labels["path"], one.labels["status"]): one.value
+        for metric in metrics.REQUESTS.collect() for one in metric.samples if one.name == "gtl_requests_total"
+    }  # fmt: skip
+    assert found["/counted/{name}", "500"] == 1
+    assert found["/counted/{name}", "400"] == 2
+    assert found["other", "404"] >= 1
 
 
 def test_the_series_of_all_ingresses_stand_together_in_each_metric() -> None:
