@@ -9,6 +9,7 @@ import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 MAX_MESSAGE = 500
 """Characters of a message; what a client sent is quoted in it."""
+COMPARED = 1000
+"""Names that a wrong one is compared with."""
 CODES = {
     401: "invalid_api_key", 404: "not_found", 405: "method_not_supported", 408: "timeout", 413: "request_too_large",
     429: "rate_limit_exceeded",
@@ -113,7 +116,7 @@ def unauthorized(message: str) -> ApiError:
 
 def model_not_found(name: str, known: Iterable[str] = (), field: str = "model") -> ApiError:
     """404: a base, adapter, version or alias that is not served; `field` is `model` or `adapters`."""
-    near = difflib.get_close_matches(name, list(known), n=3)
+    near = difflib.get_close_matches(name, list(islice(known, COMPARED)), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "GET /v1/models lists what there is"
     return ApiError(404, f"{field}: {quote(name)}: not served here; {hint}", code="model_not_found", param=field)
 

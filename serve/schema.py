@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from gtl.config.base import Section
 from gtl.config.names import Reference, parse_reference
@@ -119,7 +119,7 @@ class Drawing(Section):
     """Steps of denoising; left out: what suits the model."""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     """Of classifier-free guidance, or what a distilled model reads; left out: what suits the model."""
-    adapters: Annotated[tuple[Adapter, ...], Field(strict=False, max_length=100)] = ()
+    adapters: Annotated[tuple[Adapter, ...], Field(strict=False, max_length=100), FailFast()] = ()
     """Adapters that draw together, beside one that the model names."""
 
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 from collections.abc import Callable
@@ -61,7 +62,7 @@ async def read_edit(request: Request, limits: Limits, *, urls: bool) -> tuple[Ed
         elif name in files:
             raise invalid(name, "given twice; one file is taken", "invalid_value")
         else:
-            files[name] = from_base64(text, name, limits.max_upload_bytes)
+            files[name] = await asyncio.to_thread(from_base64, text, name, limits.max_upload_bytes)
     edit = parse_edit(fields, limits, urls=urls)
     if "image" not in files:
         raise ApiError(400, "image: missing", code="missing_required_parameter", param="image")

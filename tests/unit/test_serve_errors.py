@@ -216,6 +216,9 @@ def test_near_names_are_proposed() -> None:
     assert model_not_found("x" * 999).message == (
         f"model: '{'x' * 79}...: not served here; GET /v1/models lists what there is"
     )
+    many = [f"tiny:adapter-{i}" for i in range(2000)]
+    assert "did you mean tiny:adapter-7 or" in model_not_found("tiny:adaptr-7", many).message
+    assert "lists what there is" in model_not_found("cat", [*many, "cat"]).message, "a bounded number is looked through"
     assert model_not_found("dog@prd", ["dog@prod"], "adapters").body()["error"]["param"] == "adapters"
 
 
