@@ -11,7 +11,7 @@ from serve.catalog import Catalog
 from serve.generator import Generator
 from serve.ingress import Ingress
 from serve.routing import STATS_S
-from serve.settings import Base, Settings, resolved
+from serve.settings import Base, Settings, most_pixels, resolved
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -57,7 +57,8 @@ def generator(base: Base, settings: Settings) -> Application:
         **scaling,
     )(Generator)
     safety = None if settings.safety is None else settings.safety.model_dump(mode="json")
-    return deployed.bind(base.model_dump(mode="json"), settings.registry, settings.disk_gib, safety)
+    most = most_pixels(base, settings.limits, None)
+    return deployed.bind(base.model_dump(mode="json"), settings.registry, settings.disk_gib, safety, most)
 
 
 def gpus_of(base: Base) -> float:

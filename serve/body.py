@@ -15,6 +15,7 @@ from starlette.types import Message
 from serve.errors import ApiError, invalid, timed_out, too_large, wrong_content_type
 
 MAX_FIELDS = 100
+"""Of a form, and of any object in JSON: what is said of an unknown one takes time for each."""
 TEXT_BYTES = 2**20
 """Of a body without files: of JSON, or all text fields of a form together."""
 
@@ -110,26 +111,40 @@ async def read_form(request: Request, files: Iterable[str], max_bytes: int) -> F
     return found
 
 
-def read_json(body: bytes) -> Any:
-    """The value of a JSON text.
+def read_json(body: bytes, field: str | None = None) -> Any:
+    """The value of a JSON text: of the body, or of a form's field.
 
     Raises:
-        ApiError: 400; it is none, gives a field twice, or holds NaN or infinity.
+        ApiError: 400; it is none, gives a field twice or too many, or holds NaN or infinity.
     """
     try:
         return json.loads(body.decode("utf-8-sig"), object_pairs_hook=_once, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+        raise _no_json(field, f"valid JSON: {error.msg} at character {error.pos}") from None
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8 (byte {error.start})") from None
+        raise _no_json(field, f"UTF-8 (byte {error.start})") from None
     except RecursionError:
-        raise ApiError(400, "the body is not valid JSON: nested too deeply") from None
+        raise _no_json(field, "valid JSON: nested too deeply") from None
+    except NoNumber as error:
+        raise _no_json(field, f"valid JSON: {error} is no number") from None
     except ValueError:  # Python reads no number of more than 4300 digits
-        raise ApiError(400, "the body is not valid JSON: a number has too many digits") from None
+        raise _no_json(field, "valid JSON: a number has too many digits") from None
+
+
+class NoNumber(Exception):
+    """What stands for a number and is none."""
+
+
+def _no_json(field: str | None, reason: str) -> ApiError:
+    if field is None:
+        return ApiError(400, f"the body is not {reason}")
+    return invalid(field, f"not {reason}", "invalid_value")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    if len(pairs) > MAX_FIELDS:
+        raise ApiError(400, f"{len(pairs)} fields in one object: should be at most {MAX_FIELDS}")
     for name, value in pairs:
         if name in values:
             raise invalid(name[:80], "given twice", "invalid_value")
@@ -138,7 +153,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
-    raise ApiError(400, f"the body is not valid JSON: {text} is no number")
+    raise NoNumber(text)
 
 
 def read_fields(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -148,7 +163,7 @@ def read_fields(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
     many `adapters[][name]` as `adapters[][scale]`, in the same order.
 
     Raises:
-        ApiError: 400; a field is given twice, or a list is not as above.
+        ApiError: 400; a field is given twice, or a list is not as above. 413; it is too long.
     """
     values: dict[str, Any] = {}
     lists: dict[str | None, list[str]] = {None: [], "name": [], "scale": []}
@@ -179,5 +194,7 @@ def _listed(text: str) -> Any:
     """A form's `adapters`: a JSON list or object, else a name."""
     if not text.lstrip().startswith(("[", "{")):
         return [text]
-    value = read_json(text.encode("utf-8", "surrogatepass"))
+    if len(text) > TEXT_BYTES:  # a text field may be a picture, and so longer
+        raise too_large("adapters", TEXT_BYTES)
+    value = read_json(text.encode("utf-8", "surrogatepass"), "adapters")
     return [value] if isinstance(value, dict) else value

@@ -16,8 +16,8 @@ from gtl.config.names import NAME, parse_reference
 from gtl.families import open_family
 from gtl.types import Sampler, UserError, sampler_of
 from serve.errors import invalid, model_not_found
-from serve.schema import Adapter, Model, Origin
-from serve.settings import Base, Settings
+from serve.schema import Adapter, Drawing, Model, Origin, check_pixels
+from serve.settings import Base, Settings, most_pixels
 
 if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
@@ -55,7 +55,7 @@ class Chosen(NamedTuple):
 
     @property
     def title(self) -> str:
-        """As a client could ask for it again."""
+        """As it is told: what a client would name as its `model`, but for more adapters or other scales than 1."""
         return ":".join([self.base.name, "+".join(self.names)]) if self.adapters else self.base.name
 
     @property
@@ -78,9 +78,11 @@ class Catalog:
         self._lock = threading.Lock()
         found = self._read()
         self.bases = tuple(bases_of(self._cards.values()) if settings.bases == "auto" else settings.bases)
-        families = {base.name: find_here(base) for base in self.bases}
-        self._prints = {name: None if family is None else family.fingerprint() for name, family in families.items()}
-        self._sizes = {name: size_of(family) for name, family in families.items()}
+        here = {base.name: find_here(base) for base in self.bases}
+        self._prints = {name: None if family is None else family.fingerprint() for name, family in here.items()}
+        self._families = {base.name: here[base.name] or find_configs(base) for base in self.bases}
+        self._sizes = {name: size_of(family) for name, family in self._families.items()}
+        self._most = {base.name: most_pixels(base, settings.limits, self._sizes[base.name]) for base in self.bases}
         self._entries = self._match(found)
 
     def refresh(self) -> None:
@@ -121,6 +123,21 @@ class Catalog:
             return card.base.fingerprint == known
         return (card.base.source, card.base.revision) == (base.source, base.revision)
 
+    def settle(self, asked: Drawing) -> Chosen:
+        """What a request means, its size being one that its base may be asked for.
+
+        Raises:
+            ApiError: 404, there is none such; 400, an adapter is given twice, or there are too many pixels.
+        """
+        chosen = self.choose(asked.model, asked.adapters)
+        if asked.pixels is not None:
+            check_pixels(*asked.pixels, self._most[chosen.base.name])
+        return chosen
+
+    def bounds(self, base: Base) -> tuple[DiffusionFamily | None, int | None]:
+        """A base's family, for its configs, and the most pixels of its pictures; None: it is not known here."""
+        return self._families[base.name], self._most[base.name]
+
     def choose(self, model: str | None, adapters: Iterable[Adapter]) -> Chosen:
         """The base and the versions that a request means.
 
@@ -158,9 +175,9 @@ class Catalog:
 
     def _find(self, base: Base | None, reference: str) -> Entry | None:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""
-        name, _, wanted = reference.partition("@")
+        name, at, wanted = reference.partition("@")
         mine = [one for one in self._entries if one.card.name == name and base in (None, one.base)]
-        if not wanted:
+        if not at:
             return mine[-1] if mine else None
         exact = [one for one in mine if one.card.version == wanted]
         return next(iter(exact or [one for one in mine if wanted in one.aliases]), None)
@@ -178,9 +195,11 @@ class Catalog:
     def models(self) -> list[Model]:
         """Bases, and every version and alias."""
         found = [
-            Model(id=name, created=0, gtl=Origin(kind="base", base=name, default_size=size))
+            Model(id=name, created=0, gtl=Origin(
+                kind="base", base=name, default_size=size and f"{size[1]}x{size[0]}", max_pixels=self._most[name],
+            ))
             for name, size in self._sizes.items()
-        ]
+        ]  # fmt: skip
         for entry in self._entries:
             for suffix in (entry.card.version, *entry.aliases):
                 found.append(model_of(entry, f"{entry.base.name}:{entry.card.name}@{suffix}"))
@@ -251,9 +270,15 @@ def find_here(base: Base) -> DiffusionFamily | None:
     return open_family(base.source, revision=base.revision, variant=base.variant)
 
 
-def size_of(family: DiffusionFamily | None) -> str | None:
-    """WIDTHxHEIGHT that a model was made for, if it is known."""
-    if family is None:
+def find_configs(base: Base) -> DiffusionFamily | None:
+    """A model of which no weight is here; None where its configs cannot be had: generators say what is wrong."""
+    try:
+        return open_family(base.source, revision=base.revision, variant=base.variant, weights=False)
+    except UserError as error:
+        log.warning("%s: its size is not known here: %s", base.name, error)
         return None
-    height, width = family.default_size
-    return f"{width}x{height}"
+
+
+def size_of(family: DiffusionFamily | None) -> tuple[int, int] | None:
+    """(height, width) that a model was made for, if it is known."""
+    return None if family is None else family.default_size

@@ -13,10 +13,11 @@ from gtl.config.keys import put
 from gtl.config.load import read_override, read_sections
 from gtl.session import session
 from gtl.types import Progress, UserError, quiet
-from serve.settings import Settings, resolved
+from serve.settings import Base, Settings, most_pixels, resolved
 
 if TYPE_CHECKING:
     from serve.catalog import Catalog
+    from serve.schema import Limits
 
 LOCAL = Path(__file__).with_name("local.yaml")
 BUILDER = "serve.app:build"
@@ -92,7 +93,6 @@ def check(config: Config) -> Catalog:
         UserError: what is wrong.
     """
     import serve.app
-    from gtl.families import open_family
     from serve.catalog import Catalog
     from serve.keys import KeyFile
 
@@ -103,7 +103,7 @@ def check(config: Config) -> Catalog:
     check_safety(config.settings)
     catalog = Catalog(config.settings)
     for base in catalog.bases:
-        open_family(base.source, revision=base.revision, variant=base.variant)
+        check_size(base, config.settings.limits)
     return catalog
 
 
@@ -114,9 +114,25 @@ def describe(catalog: Catalog) -> str:
     lines = []
     for base in catalog.bases:
         family = open_family(base.source, revision=base.revision, variant=base.variant)
-        lines.append(f"{base.name}: {base.source} ({family.name}), {base.replicas.min} to {base.replicas.max} replicas")
+        replicas, most = f"{base.replicas.min} to {base.replicas.max} replicas", catalog.model(base.name).gtl.max_pixels
+        lines.append(f"{base.name}: {base.source} ({family.name}), {replicas}, pictures of up to {most} pixels")
     lines += [model.id for model in catalog.models() if model.gtl.kind == "adapter"]
     return "\n".join(lines)
+
+
+def check_size(base: Base, limits: Limits) -> None:
+    """Find a base's model, and that it may draw pictures of the size that it was made for.
+
+    Raises:
+        UserError: there is no such model, or so small a limit that `size: auto` would be beyond it.
+    """
+    from gtl.families import open_family
+
+    height, width = open_family(base.source, revision=base.revision, variant=base.variant).default_size
+    most = most_pixels(base, limits, (height, width))
+    if most is not None and most < height * width:
+        key = "limits.max_pixels" if most == limits.max_pixels else f"bases: {base.name}: max_picture_pixels"
+        raise UserError(f"{key}: {most}: should be at least {height * width}, of the model's own {width}x{height}")
 
 
 def check_safety(settings: Settings) -> None:

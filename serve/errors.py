@@ -9,6 +9,7 @@ import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 INVALID = "invalid_request_error"
 MAX_MESSAGE = 500
 """Characters of a message; what a client sent is quoted in it."""
+COMPARED = 1000
+"""Names that a wrong one is compared with."""
 CODES = {
     401: "invalid_api_key", 404: "not_found", 405: "method_not_supported", 408: "timeout", 413: "request_too_large",
     429: "rate_limit_exceeded",
@@ -113,7 +116,7 @@ def unauthorized(message: str) -> ApiError:
 
 def model_not_found(name: str, known: Iterable[str] = (), field: str = "model") -> ApiError:
     """404: a base, adapter, version or alias that is not served; `field` is `model` or `adapters`."""
-    near = difflib.get_close_matches(name, list(known), n=3)
+    near = difflib.get_close_matches(name, list(islice(known, COMPARED)), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "GET /v1/models lists what there is"
     return ApiError(404, f"{field}: {quote(name)}: not served here; {hint}", code="model_not_found", param=field)
 
@@ -129,15 +132,22 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(408, f"not done within {seconds:g} seconds", type="timeout_error", code="timeout")
 
 
+def key_reused() -> ApiError:
+    """422: the key of another request, as draft-ietf-httpapi-idempotency-key-header answers it."""
+    message = "Idempotency-Key: was sent with another request; a new request needs a new key"
+    return ApiError(422, message, code="idempotency_key_reused")
+
+
 def moderation_blocked() -> ApiError:
     """400: a picture was drawn and is kept back, as OpenAI answers it."""
     message = "the picture was kept back by this server's safety check; another prompt or seed may pass"
     return ApiError(400, message, type="image_generation_user_error", code="moderation_blocked")
 
 
-def rate_limited(retry_after: float, per_minute: float) -> ApiError:
-    """429: this key has asked too often."""
-    message = f"more than {per_minute:g} requests a minute with this key; try again in {_seconds(retry_after)} s"
+def rate_limited(retry_after: float, per_minute: float, ingresses: int = 1) -> ApiError:
+    """429: this key has asked too often, of one of so many ingresses."""
+    share = "" if ingresses == 1 else f" at this one of {ingresses} ingresses"
+    message = f"more than {per_minute:g} requests a minute with this key{share}; try again in {_seconds(retry_after)} s"
     return _later(message, "rate_limit_exceeded", retry_after)
 
 
@@ -251,6 +261,15 @@ def request_id(request: Request) -> str:
     return known
 
 
+def id_headers(request: Request) -> dict[str, str]:
+    """The header that tells a request's id; none where the request came with it.
+
+    Ray Serve's proxy gives every request one and puts it onto the answer itself; of two, clients would read "ID, ID".
+    """
+    identity = request_id(request)
+    return {} if request.headers.get("x-request-id") == identity else {"x-request-id": identity}
+
+
 def install(app: FastAPI) -> None:
     """Let an application answer every error in OpenAI's shape, those of its routes and of its framework alike."""
     for kind in (HTTPException, RequestValidationError, UserError, Exception):
@@ -263,7 +282,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     told = api_error(error, identity)
     if told.param is None and not isinstance(error, ApiError):
         told = _of_route(told, request)
-    headers = {**(told.headers or {}), "x-request-id": identity}
+    headers = {**(told.headers or {}), **id_headers(request)}
     return JSONResponse(told.body(), told.status_code, headers)
 
 

@@ -15,9 +15,10 @@ from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
 from serve.errors import ApiError, model_not_found, timed_out
 from serve.order import Drawn, Order, Stopped
-from serve.pictures import encode
+from serve.pictures import check_sides, encode
 from serve.safety import Guard, Passed
-from serve.settings import Base, Safety
+from serve.schema import Limits, check_pixels
+from serve.settings import Base, Safety, most_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,12 @@ class Generator:
     """Draws the orders of one base. Made by `serve.app.build`."""
 
     def __init__(
-        self, base: dict[str, Any], registry: str, disk_gib: float, safety: dict[str, Any] | None = None
+        self,
+        base: dict[str, Any],
+        registry: str,
+        disk_gib: float,
+        safety: dict[str, Any] | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         """Load the model, and the safety checker if there is to be one.
 
@@ -44,6 +50,7 @@ class Generator:
             registry: See `serve.settings.Settings`, as for `disk_gib`.
             disk_gib: Of this machine.
             safety: See `serve.settings.Safety`.
+            max_pixels: Of a picture, where a config says so; see `serve.settings.most_pixels`.
 
         Raises:
             UserError: one of them is not what it should be.
@@ -55,6 +62,7 @@ class Generator:
         device = str(self._engine.device)
         self._guard = None if safety is None else Guard(Safety.model_validate(safety), device)
         self._print = self._engine.family.fingerprint()
+        self._most = max_pixels or most_pixels(self._base, Limits(), self._engine.family.default_size)
         self._loop = EngineLoop(self._engine)
         self._folders: dict[str, Path] = {}
         """On this machine, of each NAME@VERSION that was asked for."""
@@ -65,7 +73,7 @@ class Generator:
 
         Raises:
             UserError: the model cannot draw it, or an adapter does not fit.
-            ApiError: its time is up.
+            ApiError: its time is up, or it is too large, also for its file format.
             Stopped: this replica is being stopped; another can draw it.
         """
         from gtl.generate.loop import Closed
@@ -109,10 +117,11 @@ class Generator:
         from gtl.generate.edit import choose_size, fit
 
         family = self._engine.family
-        if order.edit is None:
-            return None, order.size or family.default_size
-        size = order.size or choose_size(order.edit.image, family)
-        return fit(order.edit, *size), size
+        own = family.default_size if order.edit is None else choose_size(order.edit.image, family)
+        size = order.size or own
+        check_pixels(size[1], size[0], self._most)  # an ingress does not know every model
+        check_sides(*size, order.output_format)
+        return order.edit and fit(order.edit, *size), size
 
     def _fetch(self, order: Order, held: ExitStack) -> tuple[tuple[Path, float], ...]:
         """Folders of the adapters on this machine, with their scales; there until `held` closes."""
@@ -202,25 +211,23 @@ class Mail:
         return Passed(image, False) if self._guard is None else self._guard.look(image)
 
     def preview(self, number: int, image: Image) -> None:
-        """An estimate. One that is kept back is left out: the picture may be another matter."""
+        """An estimate. One that is kept back, or no file, is left out: the picture may be another matter."""
         try:
             image, is_flagged = self._look(image)
-        except (ApiError, RuntimeError):
+            data = encode(image, self._order.output_format, self._order.quality)
+        except (ApiError, RuntimeError, OSError, ValueError):
             return
-        data = encode(image, self._order.output_format, self._order.quality)
         self._send(Drawn(data, size_of(image), number, is_flagged=is_flagged))
 
     def finish(self, image: Image, course: Course) -> None:
-        """The picture, or that it is kept back."""
+        """The picture, or why there is none: it is kept back, or cannot be made a file."""
         try:
             passed = self._look(image)
-        except (ApiError, RuntimeError) as error:
+            told = self._told() | ({"flagged": True} if passed.is_flagged else {})
+            data = encode(passed.image, self._order.output_format, self._order.quality, told)
+        except (ApiError, RuntimeError, OSError, ValueError) as error:  # what is raised here would end the thread
             self._send(error)
             return
-        told = self._told()
-        if passed.is_flagged:
-            told["flagged"] = True
-        data = encode(passed.image, self._order.output_format, self._order.quality, told)
         went = (course.waited_s, course.step_s, course.batch, course.was_there)
         self._send(Drawn(data, size_of(image), None, went, passed.is_flagged))
 

@@ -2,9 +2,7 @@
 
 import asyncio
 import base64
-import hashlib
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Metric
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -23,15 +21,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from gtl.generate.edit import Edit as Start
 from gtl.storage import Store
-from serve import errors, metrics
+from serve import errors, metrics, replay
 from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
-from serve.keys import KeyFile, RateLimiter
+from serve.keys import KeyFile, share_out
 from serve.order import Drawn, Order, Stopped, until
+from serve.peers import Together, ask_all
+from serve.ready import missing
 from serve.schema import (
-    MAX_SEED,
     Completed,
     Drawing,
     Edit,
@@ -46,19 +44,15 @@ from serve.schema import (
 )
 from serve.settings import Base, Settings
 from serve.share import FairShare
-from serve.uploads import decode_uploads, read_edit
+from serve.uploads import Uploads, begin, read_edit
 
 log = logging.getLogger(__name__)
 
-BURSTS = 6
-"""A key may send at once what it may send in a sixth of a minute."""
 TRIES = 3
 """Replicas that a picture is asked of, one after the other, as they are lost."""
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 GRACE_S = 1.0
 """A stream's first event is waited for so long, so that an error can still have its own status."""
-READY_S = 5.0
-"""Within which a generator says that it is there."""
 PAGE = Path(__file__).with_name("page")
 ASSETS = frozenset(file.name for file in PAGE.glob("*"))
 PAGE_HEADERS = {
@@ -113,16 +107,6 @@ async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], ident
         following.cancel()
 
 
-def seed_of(request: Request, n: int) -> int:
-    """A seed for who gave none; the same again for the same Idempotency-Key, whichever replica is asked."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return secrets.randbelow(2**32)
-    secret = request.headers.get("authorization", "")
-    digest = hashlib.sha256(f"{secret}\n{key}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") % (MAX_SEED - n)
-
-
 def size_text(size: tuple[int, int]) -> str:
     """WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
@@ -153,8 +137,12 @@ class Ingress:
         self._catalog = Catalog(self._settings)
         self._generators = generators
         self._keys = None if self._settings.keys is None else KeyFile(self._settings.keys)
-        rate = self._settings.requests_per_minute
-        self._limiter = None if rate is None else RateLimiter(rate, max(1, round(rate / BURSTS)))
+        self._limiter = share_out(self._settings.requests_per_minute, self._settings.ingresses)
+        self._answers = replay.Answers()
+        always = {base.name: generators[base.name] for base in self._catalog.bases if base.replicas.min}
+        self._missing = Together(lambda: missing(always))
+        self._counted = Together[list[list[Metric]]](lambda: ask_all("counted"))
+        self._reread = Together[list[int]](lambda: ask_all("reread"))
         self._decoding = asyncio.Semaphore(DECODING)
         self._share = FairShare(self._settings.max_running, self._settings.max_waiting)
         metrics.RUNNING.set_function(lambda: self._share.num_in_work)
@@ -181,37 +169,30 @@ class Ingress:
             self._limiter.admit(who)
         return who
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
         """Whether this process answers."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz(self) -> Response:
         """Whether every base that is always up answers."""
-        always = [base.name for base in self._catalog.bases if base.replicas.min]
-        asked = [self._generators[name].status.remote() for name in always]
-        found = await asyncio.gather(*(asyncio.wait_for(one, READY_S) for one in asked), return_exceptions=True)
-        missing = [
-            name for name, one in zip(always, found, strict=True)
-            if isinstance(one, BaseException) and not (isinstance(one, asyncio.TimeoutError) and await self._runs(name))
-        ]  # fmt: skip
-        told = {"status": "waiting" if missing else "ready", "missing": missing}
-        return JSONResponse(told, 503 if missing else 200)
-
-    async def _runs(self, name: str) -> bool:
-        """Whether a base has a generator, which answers only when it has room for more."""
-        application = serve.get_replica_context().app_name
-        told = await asyncio.to_thread(serve.status)
-        states = told.applications[application].deployments[f"Generator:{name}"].replica_states
-        return any(state == "RUNNING" for state, number in states.items() if number)
+        told = await self._missing()
+        return JSONResponse({"status": "waiting" if told else "ready", "missing": told}, 503 if told else 200)
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def scrape(self, request: Request) -> Response:
         """For Prometheus."""
         self._who(request)
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.expose(await self._counted()), media_type=CONTENT_TYPE_LATEST)
 
+    def counted(self) -> list[Metric]:
+        """What this ingress counted."""
+        return metrics.counted(serve.get_replica_context().replica_tag)
+
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page(self) -> Response:
         """The studio."""
@@ -246,8 +227,12 @@ class Ingress:
     async def refresh(self, request: Request) -> dict[str, int]:
         """Read the registry now: what was promoted since is served at once."""
         self._who(request)
+        return {"models": min(await self._reread())}
+
+    async def reread(self) -> int:
+        """Read the registry for this ingress; the number of models."""
         await asyncio.to_thread(self._catalog.refresh)
-        return {"models": len(self._catalog.models())}
+        return len(self._catalog.models())
 
     @app.post("/v1/images/generations", openapi_extra=body_of(Generation))
     async def generations(self, request: Request) -> Response:
@@ -255,32 +240,42 @@ class Ingress:
         who = self._who(request)
         text = await read_text(in_time(request, self._settings.timeout_s))
         asked = parse_generation(text, self._settings.limits, urls=self._output is not None)
-        chosen = self._catalog.choose(asked.model, asked.adapters)
-        orders = self._orders(asked, chosen, request)
-        if asked.stream:
-            return await self._stream(asked, chosen, orders[0], "image_generation", who, request)
-        return await self._answer(asked, chosen, orders, who, request)
+        return await self._respond(asked, None, "image_generation", who, request)
 
     @app.post("/v1/images/edits", openapi_extra=body_of(Edit, "multipart/form-data", FILES))
     async def edits(self, request: Request) -> Response:
         """Draw pictures that begin at one that is sent."""
         who = self._who(request)
-        limits = self._settings.limits
         sent = in_time(request, self._settings.timeout_s)
-        asked, uploads = await read_edit(sent, limits, urls=self._output is not None)
-        chosen = self._catalog.choose(asked.model, asked.adapters)
-        async with self._decoding:
-            canvas = await asyncio.to_thread(decode_uploads, uploads, limits)
-        start = Start(canvas.image, canvas.mask, asked.strength)
-        orders = self._orders(asked, chosen, request, start)
-        if asked.stream:
-            return await self._stream(asked, chosen, orders[0], "image_edit", who, request)
-        return await self._answer(asked, chosen, orders, who, request)
+        asked, uploads = await read_edit(sent, self._settings.limits, urls=self._output is not None)
+        return await self._respond(asked, uploads, "image_edit", who, request)
 
-    def _orders(self, asked: Drawing, chosen: Chosen, request: Request, start: Start | None = None) -> list[Order]:
+    async def _respond(
+        self, asked: Drawing, uploads: Uploads | None, kind: str, who: str, request: Request
+    ) -> Response:
+        """What is asked for, drawn; not again where an Idempotency-Key says that it is the same request."""
+        chosen = self._catalog.settle(asked)
+        if asked.stream:
+            (order,) = await self._orders(asked, uploads, chosen, request)
+            return await self._stream(asked, chosen, order, kind, who, request)
+
+        async def draw() -> bytes:
+            return await self._answer(asked, chosen, await self._orders(asked, uploads, chosen, request), who)
+
+        name = replay.name_of(request)
+        sent = b"" if name is None else await asyncio.to_thread(replay.digest_of, asked, uploads)
+        data, is_known = await self._answers.once(name, sent, draw)
+        headers = {"Idempotency-Replayed": "true"} if is_known else {}
+        return json_of(data, {**headers, **errors.id_headers(request)})
+
+    async def _orders(self, asked: Drawing, uploads: Uploads | None, chosen: Chosen, request: Request) -> list[Order]:
         """One for each picture; nothing of them is left to chance afterwards."""
-        base, size = chosen.base, asked.pixels
-        seed = asked.seed if asked.seed is not None else seed_of(request, asked.n)
+        base, limits = chosen.base, self._settings.limits
+        start, size = None, asked.pixels and (asked.pixels[1], asked.pixels[0])
+        if isinstance(asked, Edit) and uploads is not None:
+            async with self._decoding:
+                start, size = await asyncio.to_thread(begin, asked, uploads, limits, *self._catalog.bounds(base))
+        seed = asked.seed if asked.seed is not None else replay.seed_of(request, asked.n)
         steps, guidance = base.sampling(chosen.sampler)
         steps = asked.num_inference_steps or steps
         guidance = guidance if asked.guidance_scale is None else asked.guidance_scale
@@ -288,25 +283,21 @@ class Ingress:
         return [
             Order(
                 prompt=asked.prompt, negative_prompt=asked.negative_prompt or "", seed=seed + i, steps=steps,
-                guidance=guidance, size=None if size is None else (size[1], size[0]), adapters=chosen.adapters,
-                sampler=chosen.sampler, merged=chosen.merged, edit=start, previews=asked.partial_images,
-                timeout_s=self._settings.timeout_s,
+                guidance=guidance, size=size, adapters=chosen.adapters, sampler=chosen.sampler, merged=chosen.merged,
+                edit=start, previews=asked.partial_images, timeout_s=self._settings.timeout_s,
                 output_format=asked.output_format, quality=asked.compression, told=told,
                 keep_prompt=self._settings.keep_prompt,
             )
             for i in range(asked.n)
         ]  # fmt: skip
 
-    async def _answer(
-        self, asked: Drawing, chosen: Chosen, orders: list[Order], who: str, request: Request
-    ) -> Response:
+    async def _answer(self, asked: Drawing, chosen: Chosen, orders: list[Order], who: str) -> bytes:
         tasks = [asyncio.ensure_future(self._picture(chosen, order, who)) for order in orders]
         try:
             drawn = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        identity = errors.request_id(request)
         pictures = []
         for order, one in zip(orders, drawn, strict=True):
             if self._output is not None and asked.response_format == "url":
@@ -316,11 +307,10 @@ class Ingress:
             else:
                 place = {"b64_json": base64.b64encode(one.data).decode()}
             pictures.append(Picture(seed=order.seed, flagged=one.is_flagged or None, **place))
-        answer = ImagesResponse(
+        return to_json(ImagesResponse(
             data=tuple(pictures), output_format=asked.output_format, size=size_text(drawn[0].size),
             seed=orders[0].seed, model=chosen.title,
-        )  # fmt: skip
-        return json_of(to_json(answer), {"x-request-id": identity})
+        ))  # fmt: skip
 
     async def _picture(self, chosen: Chosen, order: Order, who: str) -> Drawn:
         async for drawn in self._draw(chosen, order, who):
@@ -336,7 +326,7 @@ class Ingress:
         await asyncio.wait([first], timeout=GRACE_S)
         if first.done():
             first.result()
-        headers = {"x-request-id": errors.request_id(request), "Cache-Control": "no-store"}
+        headers = {**errors.id_headers(request), "Cache-Control": "no-store"}
         lines = told(first, events, errors.request_id(request))
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
 

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 """Seconds that only grow."""
 
+BURSTS = 6
+"""A key may send at once what it may send in a sixth of a minute."""
 FULL_AGAIN = 1000
 """From this many buckets on those that are full again are dropped."""
 
@@ -126,15 +128,16 @@ class KeyFile:
 
 
 class RateLimiter:
-    """A token bucket for each key: `burst` requests at once, `per_minute` over time. Each ingress replica has its own.
+    """A token bucket for each key: `burst` requests at once, `per_minute` over time.
 
-    All of it runs in one thread.
+    Each ingress has its own and lets pass an equal share, so that all of them together stay below what is allowed. A
+    key that comes to one of them alone gets no more than the share. All of it runs in one thread.
     """
 
-    def __init__(self, per_minute: float, burst: int, clock: Clock = time.monotonic) -> None:
-        """`per_minute` > 0, `burst` >= 1."""
-        assert per_minute > 0 and burst >= 1
-        self.per_minute, self.burst = per_minute, burst
+    def __init__(self, per_minute: float, burst: int, clock: Clock = time.monotonic, ingresses: int = 1) -> None:
+        """`per_minute` > 0 and `burst` >= 1, of one of so many ingresses."""
+        assert per_minute > 0 and burst >= 1 and ingresses >= 1
+        self.per_minute, self.burst, self.ingresses = per_minute, burst, ingresses
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
         """Key -> tokens, and when it had them."""
@@ -146,7 +149,7 @@ class RateLimiter:
             ApiError: 429 with Retry-After; there were too many.
         """
         if wait := self.take(key):
-            raise rate_limited(wait, self.per_minute)
+            raise rate_limited(wait, self.per_minute, self.ingresses)
 
     def take(self, key: str) -> float:
         """Count one request and return 0, or count none and return the seconds until there is one to be had."""
@@ -164,3 +167,11 @@ class RateLimiter:
         full = [k for k, (tokens, since) in self._buckets.items() if tokens + (now - since) * rate >= self.burst]
         for key in full:
             del self._buckets[key]
+
+
+def share_out(per_minute: float | None, ingresses: int) -> RateLimiter | None:
+    """For one of so many ingresses; None where a key may ask as often as it likes."""
+    if per_minute is None:
+        return None
+    share = per_minute / ingresses
+    return RateLimiter(share, max(1, round(share / BURSTS)), ingresses=ingresses)

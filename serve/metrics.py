@@ -1,8 +1,11 @@
-"""What an ingress counts, in Prometheus' format. Prometheus adds up those of several."""
+"""What the ingresses count, in Prometheus' format: each series says whose it is, and Prometheus adds them up."""
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from collections.abc import Iterable
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.catalog import Chosen
@@ -39,6 +42,34 @@ def count_picture(chosen: Chosen, picture: Drawn, seconds: float) -> None:
         SLOTS.labels(base, "hit" if was_there else "miss").inc()
 
 
+def counted(ingress: str) -> list[Metric]:
+    """What this process counted, of the ingress of this name."""
+    found = list(REGISTRY.collect())
+    for metric in found:
+        metric.samples = [one._replace(labels={**one.labels, "ingress": ingress}) for one in metric.samples]
+    return found
+
+
+class Merged(Collector):
+    """What several ingresses counted."""
+
+    def __init__(self, found: Iterable[Iterable[Metric]]) -> None:
+        """`counted` of each."""
+        self._metrics: dict[str, Metric] = {}
+        for metric in (metric for one in found for metric in one):
+            if (known := self._metrics.setdefault(metric.name, metric)) is not metric:
+                known.samples.extend(metric.samples)
+
+    def collect(self) -> Iterable[Metric]:
+        """Each metric once, with the series of all: the format wants them together."""
+        return self._metrics.values()
+
+
+def expose(found: Iterable[Iterable[Metric]]) -> bytes:
+    """The text that is scraped, of `counted` of each ingress."""
+    return generate_latest(Merged(found))
+
+
 class CountRequests:
     """Middleware that counts answers by route and status; what has no route is under "other"."""
 
@@ -52,10 +83,21 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
 
+        is_told = False
+
+        def count(status: int) -> None:
+            nonlocal is_told
+            is_told = True
+            REQUESTS.labels(getattr(scope.get("route"), "path", "other"), str(status)).inc()
+
         async def watch(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                REQUESTS.labels(getattr(route, "path", "other"), str(message["status"])).inc()
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, watch)
+        try:
+            await self._app(scope, receive, watch)
+        except Exception:
+            if not is_told:  # the framework answers a fault outside of here
+                count(500)
+            raise

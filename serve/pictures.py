@@ -7,9 +7,26 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from gtl.images import encode_png
+from serve.errors import invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+LONGEST = {"webp": 16_383, "jpeg": 65_500}
+"""Pixels of a side that a format holds, where it is not any number."""
+
+
+def check_sides(height: int, width: int, output_format: str) -> None:
+    """Let a size pass that a format can hold.
+
+    Raises:
+        ApiError: 400; a side is too long.
+    """
+    longest, most = max(height, width), LONGEST.get(output_format)
+    if most is not None and longest > most:
+        reason = f"a side of {longest} pixels: should be at most {most} for {output_format}"
+        raise invalid("size", reason, "invalid_value")
 
 
 def encode(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from gtl.config.base import Section
 from gtl.config.names import Reference, parse_reference
@@ -26,8 +26,8 @@ _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 class Limits(Section):
     """The most that one request may ask for. What a model itself does not take is refused beside these."""
 
-    max_pixels: Annotated[int, Field(ge=1)] = 2048 * 2048
-    """Of a picture that is drawn."""
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Of a picture that is drawn, of any base; left out: of each what its `max_picture_pixels` says."""
     max_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 200
     """Of denoising, for one picture."""
     max_n: Annotated[int, Field(ge=1, le=10)] = 10
@@ -119,7 +119,7 @@ class Drawing(Section):
     """Steps of denoising; left out: what suits the model."""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     """Of classifier-free guidance, or what a distilled model reads; left out: what suits the model."""
-    adapters: Annotated[tuple[Adapter, ...], Field(strict=False, max_length=100)] = ()
+    adapters: Annotated[tuple[Adapter, ...], Field(strict=False, max_length=100), FailFast()] = ()
     """Adapters that draw together, beside one that the model names."""
 
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = "auto"
@@ -227,11 +227,11 @@ def check(asked: Asked, limits: Limits, *, urls: bool) -> Asked:
     for field in ("prompt", "negative_prompt"):
         if (length := len(getattr(asked, field) or "")) > limits.max_prompt:
             raise invalid(field, f"{length} characters: should be at most {limits.max_prompt}", "invalid_value")
-    width, height = asked.pixels or (0, 0)
+    if asked.pixels is not None:
+        check_pixels(*asked.pixels, limits.max_pixels)
     for field, value, found, most in (
         ("n", asked.n, asked.n, limits.max_n),
         ("num_inference_steps", asked.num_inference_steps, asked.num_inference_steps or 0, limits.max_steps),
-        ("size", f"{asked.size!r} has {width * height} pixels", width * height, limits.max_pixels),
         ("adapters", f"{len(asked.adapters)} adapters", len(asked.adapters), limits.max_adapters),
     ):
         if found > most:
@@ -239,6 +239,17 @@ def check(asked: Asked, limits: Limits, *, urls: bool) -> Asked:
     if asked.response_format == "url" and not urls:
         raise invalid("response_format", "'url': should be b64_json; this server keeps no pictures", "invalid_value")
     return asked
+
+
+def check_pixels(width: int, height: int, most: int | None) -> None:
+    """Let a size pass.
+
+    Raises:
+        ApiError: 400; it has more pixels than `most`.
+    """
+    if most is not None and width * height > most:
+        size = f"'{width}x{height}' has {width * height} pixels"
+        raise invalid("size", f"{size}: should be at most {most}", "invalid_value")
 
 
 class Answer(BaseModel):
@@ -334,6 +345,8 @@ class Origin(Answer):
     """Whether it draws in one batch with others; what can't waits for its turn."""
     default_size: str | None = None
     """WIDTHxHEIGHT that a base was made for, where its files are at hand."""
+    max_pixels: int | None = None
+    """Of a picture that a base may be asked for, width times height, where it is known before a generator is there."""
     family: str | None = None
     tuner: str | None = None
     """Kind of adapter, for example lora."""

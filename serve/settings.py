@@ -11,6 +11,9 @@ from gtl.config.names import NAME
 from gtl.types import GUIDANCE, STEPS, Sampler
 from serve.schema import Limits
 
+TIMES = 4
+"""The pixels of the size that a model was made for are the most that is drawn where no config says: twice each side."""
+
 
 class Replicas(Section):
     """Generators of one base model, each a process with the model in it."""
@@ -57,6 +60,9 @@ class Base(Section):
     """Pictures of one step at most."""
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     """Of a step's pictures together; left out: of `max_batch` pictures of the size that the model was made for."""
+    max_picture_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Of a picture that a request may ask for; left out: `limits.max_pixels`, and without that four times those of
+    the size that the model was made for."""
     merged: list[str] = []
     """Adapters (NAME, NAME@VERSION or NAME@ALIAS) that are merged into the weights when they draw alone, at scale 1: a
     little faster for one that nearly all ask for, and in batches of its own."""
@@ -97,9 +103,10 @@ class Settings(Section):
     keys: Place | None = None
     """File of API keys, hashed; left out: anybody may ask, which is for loopback only."""
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
-    """Of a key; left out: any number."""
+    """Of a key; left out: any number. Each ingress lets pass an equal share, which is all that a client gets whose
+    requests come to one of them alone."""
     ingresses: Annotated[int, Field(ge=1)] = 1
-    """Processes that answer HTTP."""
+    """Processes that answer HTTP; `max_running` and `max_waiting` are of each."""
     max_running: Annotated[int, Field(ge=1)] = 32
     """Pictures that an ingress has in work at once; the rest wait, fairly between keys."""
     max_waiting: Annotated[int, Field(ge=0)] = 64
@@ -124,6 +131,23 @@ class Settings(Section):
             if names.count(name) > 1:
                 raise ValueError(f"bases: {name!r}: should be the name of one base, and is of {names.count(name)}")
         return self
+
+
+def most_pixels(base: Base, limits: Limits, made_for: tuple[int, int] | None) -> int | None:
+    """Of a picture that a request may ask a base for.
+
+    Args:
+        base: What its own config says.
+        limits: What holds for all bases; the smaller of the two counts.
+        made_for: Size of the model; None: not known here.
+
+    Returns:
+        None where only the generator knows, which has the model.
+    """
+    told = [most for most in (base.max_picture_pixels, limits.max_pixels) if most is not None]
+    if told:
+        return min(told)
+    return None if made_for is None else TIMES * made_for[0] * made_for[1]
 
 
 def resolved(values: dict[str, Any]) -> Settings:

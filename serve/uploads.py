@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 from collections.abc import Callable
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.requests import Request
 
-from gtl.generate.edit import HALF
+from gtl.generate.edit import HALF, choose_size, fit
+from gtl.generate.edit import Edit as Start
 from gtl.images import BrokenImage, decode, decode_mask
 from serve.body import read_form
 from serve.errors import ApiError, invalid, too_large
-from serve.schema import Edit, Limits, parse_edit
+from serve.schema import Edit, Limits, check_pixels, parse_edit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from gtl.families.base import DiffusionFamily
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What OpenAI's API takes; each further format is a decoder more that strangers can reach."""
@@ -58,7 +62,7 @@ async def read_edit(request: Request, limits: Limits, *, urls: bool) -> tuple[Ed
         elif name in files:
             raise invalid(name, "given twice; one file is taken", "invalid_value")
         else:
-            files[name] = from_base64(text, name, limits.max_upload_bytes)
+            files[name] = await asyncio.to_thread(from_base64, text, name, limits.max_upload_bytes)
     edit = parse_edit(fields, limits, urls=urls)
     if "image" not in files:
         raise ApiError(400, "image: missing", code="missing_required_parameter", param="image")
@@ -101,6 +105,29 @@ def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
     if not any(mask.histogram()[HALF:]):
         raise invalid("mask", "nothing in it is transparent, or white, so that nothing would change", "invalid_value")
     return Canvas(image, mask)
+
+
+def begin(
+    asked: Edit, uploads: Uploads, limits: Limits, family: DiffusionFamily | None, most: int | None = None
+) -> tuple[Start, tuple[int, int] | None]:
+    """What an edit begins at, and its (height, width).
+
+    It is cut to that here, so that not a photograph travels for each picture that is drawn of it; where neither the
+    request nor `family` says how large that is, the size is None and the generator cuts.
+
+    Raises:
+        ApiError: as `decode_uploads`; 400, a long and narrow picture would be drawn at more than `most` pixels.
+    """
+    canvas = decode_uploads(uploads, limits)
+    start = Start(canvas.image, canvas.mask, asked.strength)
+    if asked.pixels is not None:
+        size = asked.pixels[1], asked.pixels[0]
+    elif family is not None:
+        size = choose_size(canvas.image, family)
+    else:
+        return start, None
+    check_pixels(size[1], size[0], most)
+    return fit(start, *size), size
 
 
 def read_image(data: bytes, field: str, limits: Limits) -> Image:

@@ -1,8 +1,9 @@
 /** The form: settings in, settings out. */
 
+import { ApiError } from "./api.js";
 import { element, find, followRange } from "./dom.js";
 import { Rack, adaptersOf } from "./rack.js";
-import { drawSeed, parseSize } from "./settings.js";
+import { drawSeed, parseSize, pixelsOf } from "./settings.js";
 
 const DRAFT = "gtl-draft";
 const SHAPES = [["square", 1, 1], ["tall", 3, 4], ["wide", 4, 3]];
@@ -74,6 +75,15 @@ export class Form {
     };
   }
 
+  /** A mistake that the endpoint would find too, before it is asked. */
+  check() {
+    const size = this.#size();
+    const { max_pixels: most = Infinity } = this.#origin ?? {};
+    if (pixelsOf(size) <= most) return;
+    const text = `size: ${size} has ${pixelsOf(size)} pixels; ${this.base.value} draws at most ${most}`;
+    throw new ApiError(text, { param: "size" });
+  }
+
   /** The adapters of side B. */
   readOther() {
     return this.racks[1].chosen;
@@ -115,11 +125,17 @@ export class Form {
     const choice = adaptersOf(this.#models, this.base.value);
     this.racks.forEach((rack) => rack.offer(choice));
     const chosen = this.#models.length ? this.#size() : "auto";
-    const own = this.#models.find(({ id }) => id === this.base.value)?.gtl.default_size;
-    const sizes = parseSize(own) ? SHAPES.map(([name, wide, high]) => [name, sizeOf(own, wide, high)]) : [];
+    const { default_size: own, max_pixels: most = Infinity } = this.#origin ?? {};
+    const shapes = parseSize(own) ? SHAPES.map(([name, wide, high]) => [name, sizeOf(own, wide, high)]) : [];
+    const sizes = shapes.filter(([, size]) => pixelsOf(size) <= most);
     const options = [["auto", "auto"], ...sizes, ["custom", "custom"]];
     find("#shapes").replaceChildren(...options.map(([name, value]) => shapeOption(name, value)));
     this.#chooseSize(parseSize(chosen) && this.#isCustom(chosen) ? chosen : "auto");
+  }
+
+  /** What the endpoint says of the base that is chosen. */
+  get #origin() {
+    return this.#models.find(({ id }) => id === this.base.value)?.gtl;
   }
 
   #isCustom(size) {
@@ -146,7 +162,8 @@ export class Form {
   #showShape() {
     const shape = this.form.elements.shape.value;
     const isCustom = shape === "custom";
-    find("#size-text").textContent = parseSize(shape) ? shape.replace("x", " × ") : "";
+    const most = isCustom && this.#origin?.max_pixels;
+    find("#size-text").textContent = most ? `up to ${most} pixels` : parseSize(shape) ? shape.replace("x", " × ") : "";
     find("#custom-size").hidden = !isCustom;
     for (const field of [find("#width"), find("#height")]) {
       field.disabled = !isCustom;

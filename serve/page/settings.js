@@ -11,6 +11,12 @@ export function parseSize(size) {
   return match && { width: Number(match[1]), height: Number(match[2]) };
 }
 
+/** Of a size; none of "auto". */
+export function pixelsOf(size) {
+  const sides = parseSize(size);
+  return sides ? sides.width * sides.height : 0;
+}
+
 /** One adapter as a person reads it: "dog@prod 0.80". */
 export const adapterText = ({ reference, scale }) => `${reference} ${scale.toFixed(2)}`;
 

@@ -65,6 +65,7 @@ async function load() {
 
 /** What the pictures of a run are made with, and how their tiles are labelled. */
 function planRun() {
+  form.check();
   const settings = form.read();
   const seed = settings.seed ?? drawSeed();
   if (form.mode !== "compare") {

@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import BadRequestError, NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI, UnprocessableEntityError
 from PIL import Image, ImageChops
+from prometheus_client.parser import text_string_to_metric_families
 
 from gtl.adapters import Registry
 from gtl.families import open_family
@@ -183,7 +184,7 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     assert sorted(models) == [
         "tiny", "tiny:dog@prod", "tiny:dog@v1", "tiny:dog@v2", "tiny:frozen@v1", "tiny:star@v1", "tiny:words@v1",
     ]  # fmt: skip
-    assert models["tiny"]["default_size"] == "64x64"
+    assert (models["tiny"]["default_size"], models["tiny"]["max_pixels"]) == ("64x64", 128 * 128)
     assert {name: one["shares_batch"] for name, one in models.items() if not one["shares_batch"]} == {
         "tiny:frozen@v1": False
     }
@@ -192,7 +193,7 @@ def test_models_say_what_there_is(client: OpenAI, endpoint: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         client.models.retrieve("tiny:cat")
     assert caught.value.code == "model_not_found"
-    for path in ("tiny:", "tiny%3A", "%0A", "%20", "tiny@"):
+    for path in ("tiny:", "tiny%3A", "%0A", "%20", "tiny@", "tiny:dog@", "dog@"):
         answer = httpx.get(f"{endpoint}/v1/models/{path}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path
 
@@ -246,6 +247,57 @@ def test_the_same_idempotency_key_draws_the_same(client: OpenAI) -> None:
     assert ask("one") == ask("one") != ask("two")
 
 
+def test_what_is_sent_twice_with_an_idempotency_key_is_drawn_once(client: OpenAI, endpoint: str) -> None:
+    def ask(key: str, steps: int = 20) -> tuple[str, str | None]:
+        raw = client.images.with_raw_response.generate(
+            prompt=PROMPT, extra_body={"num_inference_steps": steps}, extra_headers={"Idempotency-Key": key}
+        )
+        (one,) = raw.parse().data or ()
+        return str(one.b64_json), raw.headers.get("idempotency-replayed")
+
+    before = pictures_of(endpoint)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, ["once"] * 4))
+    answers.append(ask("once"))
+    assert len({data for data, _ in answers}) == 1, "to the bit, with the first one's x-request-id in it"
+    assert sorted(str(replayed) for _, replayed in answers) == ["None", *["true"] * 4]
+    assert pictures_of(endpoint) == before + 1
+    with pytest.raises(UnprocessableEntityError) as caught:
+        ask("once", 21)
+    assert caught.value.code == "idempotency_key_reused"
+    assert ask("twice")[0] != answers[0][0]
+
+
+def test_an_edit_is_the_same_though_its_form_has_another_boundary(client: OpenAI, endpoint: str) -> None:
+    def ask(side: int) -> Any:
+        image = png(Image.new("RGB", (side, side), "red"))
+        return client.images.edit(
+            image=image, prompt=PROMPT, extra_body={"num_inference_steps": 2}, extra_headers={"Idempotency-Key": "edit"}
+        )
+
+    before = pictures_of(endpoint)
+    assert ask(64) == ask(64)
+    assert pictures_of(endpoint) == before + 1
+    with pytest.raises(UnprocessableEntityError):
+        ask(48)
+
+
+def test_whoever_leaves_with_an_idempotency_key_finds_the_picture_later(endpoint: str) -> None:
+    fields = {"prompt": PROMPT, "num_inference_steps": 60}
+    place = f"{endpoint}/v1/images/generations"
+    before = pictures_of(endpoint)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(place, json=fields, headers={"Idempotency-Key": "left"}, timeout=0.3)
+    answer = httpx.post(place, json=fields, headers={"Idempotency-Key": "left"}, timeout=120)
+    assert (answer.status_code, answer.headers["idempotency-replayed"]) == (200, "true")
+    assert pictures_of(endpoint) == before + 1
+
+
+def pictures_of(endpoint: str) -> float:
+    """Drawn by the base alone."""
+    return numbers_of(endpoint).get('gtl_pictures_total{adapter="",base="tiny"}', 0)
+
+
 def test_a_replica_that_dies_costs_time_and_no_picture(client: OpenAI, shelf: Path) -> None:
     import ray
 
@@ -264,6 +316,11 @@ def test_a_replica_that_dies_costs_time_and_no_picture(client: OpenAI, shelf: Pa
 
 def test_an_ingress_tells_how_it_is(endpoint: str, client: OpenAI) -> None:
     assert httpx.get(f"{endpoint}/healthz").json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz", "/"):  # as load balancers ask
+        there, whole = httpx.head(f"{endpoint}{path}"), httpx.get(f"{endpoint}{path}")
+        assert (there.status_code, there.content) == (200, b""), path
+        assert there.headers["content-length"] == str(len(whole.content)), path
+    assert httpx.head(f"{endpoint}/v1/models").status_code == 405
     ready = httpx.get(f"{endpoint}/readyz")
     assert (ready.status_code, ready.json()) == (200, {"status": "ready", "missing": []})
     before = numbers_of(endpoint)
@@ -278,8 +335,25 @@ def test_an_ingress_tells_how_it_is(endpoint: str, client: OpenAI) -> None:
 
 
 def numbers_of(endpoint: str) -> dict[str, float]:
-    lines = httpx.get(f"{endpoint}/metrics").text.splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+    """Of all ingresses together, by the name of a series without its ingress."""
+    found: dict[str, float] = {}
+    for metric in text_string_to_metric_families(httpx.get(f"{endpoint}/metrics", timeout=30).text):
+        for name, labels, value, *_ in metric.samples:
+            assert labels.pop("ingress")
+            told = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+            series = f"{name}{{{told}}}" if told else name
+            found[series] = found.get(series, 0) + value
+    return found
+
+
+def test_an_answer_has_one_request_id(endpoint: str) -> None:
+    """Ray Serve's proxy gives each request one and puts it onto the answer."""
+    place, fields = f"{endpoint}/v1/images/generations", {"prompt": PROMPT, "num_inference_steps": 1}
+    for more, status in (({}, 200), ({"stream": True}, 200), ({"n": 0}, 400)):
+        for own in ({}, {"x-request-id": "mine-1"}):
+            answer = httpx.post(place, json={**fields, **more}, headers=own, timeout=60)
+            (told,) = answer.headers.get_list("x-request-id")
+            assert answer.status_code == status and told == own.get("x-request-id", told)
 
 
 def test_no_process_that_answers_http_has_torch(endpoint: str) -> None:
@@ -291,8 +365,10 @@ def test_no_process_that_answers_http_has_torch(endpoint: str) -> None:
 WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "steps": ({"num_inference_steps": 0}, 400, "num_inference_steps"),
     "size": ({"size": "63x64"}, 400, "size"),
+    "pixels": ({"size": "144x128"}, 400, "size"),
     "prompt": ({"prompt": ""}, 400, "prompt"),
     "model": ({"model": "tiny:cat"}, 404, "model"),
+    "empty alias": ({"model": "tiny:dog@"}, 404, "model"),
     "adapter": ({"adapters": ["cat"]}, 404, "adapters"),
     "twice": ({"model": "tiny:dog@v1", "adapters": ["dog@prod"]}, 400, "adapters"),
     "unknown": ({"lora": "/etc/passwd"}, 400, "lora"),

@@ -43,7 +43,7 @@ def door(ray_cluster: None, shelf: Path, tmp_path_factory: pytest.TempPathFactor
     (place / "keys").write_text("\n".join(lines))
     args: dict[str, Any] = {
         "keys": str(place / "keys"), "requests_per_minute": 120, "max_running": 2, "max_waiting": 3, "timeout_s": 30,
-        "output": str(place / "out"), "keep_prompt": False, "refresh_s": 1,
+        "output": str(place / "out"), "keep_prompt": False, "refresh_s": 1, "limits": {"max_pixels": 512 * 512},
     }  # fmt: skip
     with serving(shelf, free_port(), **args) as url:
         yield Door(url, keys, place / "out")

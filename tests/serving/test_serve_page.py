@@ -264,7 +264,8 @@ def test_cancelling_ends_the_request_and_keeps_nothing(visit: Visit, endpoint: s
     expect(generate).to_be_focused()
     assert ended == ["net::ERR_ABORTED"]
     assert kept(page) == []
-    while "gtl_pictures_running 0.0" not in (told := page.request.get(f"{endpoint}/metrics").text()):
+    idle = re.compile(r"^gtl_pictures_running\{.*\} 0\.0$", re.M)
+    while not idle.search(told := page.request.get(f"{endpoint}/metrics").text()):
         page.wait_for_timeout(50)
     assert drawn(told) == before
     expect(page.locator("#error")).to_be_hidden()
@@ -287,6 +288,25 @@ def test_what_the_endpoint_refuses_is_one_line_at_its_field(visit: Visit) -> Non
     make(page)
     expect(line).to_have_count(0)
     expect(page.locator("fieldset.sizes")).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_size_that_a_base_does_not_draw_is_not_asked_for(visit: Visit) -> None:
+    page, sent = visit(), []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    page.get_by_label("custom").check()
+    expect(page.locator("#size-text")).to_have_text("up to 16384 pixels")
+    page.get_by_label("Prompt", exact=True).fill("a red circle")
+    line = page.get_by_role("alert").filter(visible=True)
+    for width, height, told, requests in (
+        ("136", "128", "size: 136x128 has 17408 pixels; tiny draws at most 16384", 0),
+        ("24", "128", "expected a multiple of 16", 1),  # what the endpoint alone knows
+    ):
+        page.get_by_label("Width").fill(width)
+        page.get_by_label("Height").fill(height)
+        page.get_by_role("button", name="Generate").click()
+        expect(line).to_contain_text(told)
+        expect(page.locator("fieldset.sizes")).to_have_attribute("aria-invalid", "true")
+        assert len(sent) == requests
 
 
 def test_an_endpoint_that_is_gone_is_said(visit: Visit) -> None:

@@ -152,6 +152,42 @@ def test_a_bomb_is_refused() -> None:
         decode(encoded(Image.new("1", (12000, 12000))))
 
 
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def test_a_file_in_far_too_many_pieces_is_not_read_to_its_end() -> None:
+    """A small picture with as many empty parts as fit into what may be uploaded, each read in Python."""
+    noise = Image.effect_noise((640, 640), 80)
+    png, jpeg = encoded(noise), encoded(noise, "JPEG")
+    header, scan = 33, jpeg.index(b"\xff\xda")
+    for data in (
+        png[:header] + chunk(b"abCd", b"") * 100_000 + png[header:],
+        png[:header] + chunk(b"IDAT", b"") * 400_000 + png[header:],
+        jpeg[:2] + b"\xff" * 300_000 + jpeg[2:],
+        jpeg[:scan] + b"\xff\xfe\0\2" * 100_000 + jpeg[scan:],
+    ):
+        for read in (decode, decode_mask):
+            with pytest.raises(BrokenImage, match="in too many pieces"):
+                read(data)
+    pixels = zlib.compress(zlib.decompress(b"".join(idats(png))))
+    pieces = b"".join(chunk(b"IDAT", pixels[i : i + 64]) for i in range(0, len(pixels), 64))
+    assert pieces.count(b"IDAT") > 1000
+    small = png[:header] + pieces + chunk(b"IEND", b"")  # thousands of them, as some programs write
+    assert decode(small).tobytes() == noise.convert("RGB").tobytes()
+
+
+def idats(png: bytes) -> list[bytes]:
+    """The pieces of a PNG's pixels."""
+    found, at = [], 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] == b"IDAT":
+            found.append(png[at + 8 : at + 8 + length])
+        at += 12 + length
+    return found
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
 def test_a_file_cut_short_is_refused(kind: str) -> None:
     data = encoded(Image.effect_noise((64, 64), 80).convert("RGB"), kind)

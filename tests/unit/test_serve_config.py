@@ -41,11 +41,11 @@ def test_the_config_for_a_cluster_is_one_of_ours() -> None:
 def test_a_check_says_what_would_be_served(shelf: Path, tmp_path: Path) -> None:
     lines = describe(check(read_config(write(tmp_path, args={"registry": str(shelf)})))).splitlines()
     assert lines == [
-        "tiny: builtin:tiny (sd), 1 to 1 replicas", "tiny:dog@v1", "tiny:dog@prod", "tiny:dog@v2", "tiny:frozen@v1",
-        "tiny:star@v1", "tiny:words@v1",
+        "tiny: builtin:tiny (sd), 1 to 1 replicas, pictures of up to 16384 pixels", "tiny:dog@v1", "tiny:dog@prod",
+        "tiny:dog@v2", "tiny:frozen@v1", "tiny:star@v1", "tiny:words@v1",
     ]  # fmt: skip
     (only,) = describe(check(read_config(write(tmp_path)))).splitlines()
-    assert only == "tiny: builtin:tiny (sd), 1 to 1 replicas", "where there is nothing else"
+    assert only.startswith("tiny: builtin:tiny (sd), 1 to 1 replicas"), "where there is nothing else"
 
 
 BASES = [{"name": "tiny", "source": BASE}]
@@ -54,6 +54,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "base": ({"args": {"bases": [{"name": "x", "source": "./nowhere"}]}}, "nowhere"),
     "name": ({"args": {"bases": [{"name": "A B", "source": BASE}]}}, "bases.0.name: 'A B'"),
     "twice": ({"args": {"bases": BASES * 2}}, "bases: 'tiny': should be the name of one base"),
+    "pixels": ({"args": {"limits": {"max_pixels": 4095}}}, "limits.max_pixels: 4095: should be at least 4096"),
+    "base's pixels": (
+        {"args": {"bases": [{**BASES[0], "max_picture_pixels": 1}]}},
+        "bases: tiny: max_picture_pixels: 1: should be at least 4096, of the model's own 64x64",
+    ),
     "replicas": ({"args": {"bases": [{**BASES[0], "replicas": {"min": 2}}]}}, "max: 1: should be at least min, 2"),
     "keys": ({"args": {"keys": "/nowhere/keys"}}, "keys /nowhere/keys: cannot be read"),
     "host": ({"http_options": {"host": "0.0.0.0"}}, "http_options.host: 0.0.0.0: others reach it"),

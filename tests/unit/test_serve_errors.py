@@ -181,6 +181,16 @@ def test_a_request_keeps_its_id(client: TestClient) -> None:
         assert len(first) == 32
 
 
+def test_an_answer_tells_the_id_that_the_request_did_not_bring(client: TestClient) -> None:
+    """What it brought is from Ray Serve's proxy, which puts it onto the answer itself."""
+    for name in ("invalid", "bug"):
+        told = [
+            client.get("/raise", params={"name": name}, headers={"x-request-id": given}).headers.get("x-request-id", "")
+            for given in ("a-1", "a b")
+        ]
+        assert [len(one) for one in told] == [0, 32]
+
+
 def test_an_error_travels_between_processes() -> None:
     told = ApiError(429, "later", "t", "c", "p", {"Retry-After": "3"})
     copy = pickle.loads(pickle.dumps(told))
@@ -206,6 +216,9 @@ def test_near_names_are_proposed() -> None:
     assert model_not_found("x" * 999).message == (
         f"model: '{'x' * 79}...: not served here; GET /v1/models lists what there is"
     )
+    many = [f"tiny:adapter-{i}" for i in range(2000)]
+    assert "did you mean tiny:adapter-7 or" in model_not_found("tiny:adaptr-7", many).message
+    assert "lists what there is" in model_not_found("cat", [*many, "cat"]).message, "a bounded number is looked through"
     assert model_not_found("dog@prd", ["dog@prod"], "adapters").body()["error"]["param"] == "adapters"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gtl.types import UserError
 from serve import keys
 from serve.errors import ApiError
-from serve.keys import KeyFile, RateLimiter, hash_key, new_key, parse_keys
+from serve.keys import KeyFile, RateLimiter, hash_key, new_key, parse_keys, share_out
 
 
 def lines(*names: str) -> tuple[str, list[str]]:
@@ -198,3 +198,17 @@ def test_buckets_that_are_full_again_are_dropped() -> None:
     assert len(limiter._buckets) <= keys.FULL_AGAIN + 1
     assert limiter.take("k9999") == 0
     assert limiter.take("k9999") > 0  # what is not full again is kept
+
+
+def test_a_rate_is_shared_out_between_ingresses() -> None:
+    assert share_out(None, 3) is None
+    alone, one = share_out(120, 1), share_out(120, 4)
+    assert alone and one
+    assert (alone.per_minute, alone.burst) == (120, 20)
+    assert (one.per_minute, one.burst) == (30, 5)
+    assert [one.take("ann") == 0 for _ in range(6)] == [True] * 5 + [False]
+    with pytest.raises(ApiError) as caught:
+        one.admit("ann")
+    assert caught.value.message.startswith("more than 30 requests a minute with this key at this one of 4 ingresses;")
+    slow = share_out(1, 8)
+    assert slow and slow.burst == 1

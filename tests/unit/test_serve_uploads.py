@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gtl.families import open_family
+from gtl.generate.edit import Edit as Start
+from gtl.generate.edit import choose_size, fit
 from gtl.images import BrokenImage, decode_mask
 from serve.errors import ApiError, install
 from serve.schema import Edit, Limits
-from serve.uploads import Canvas, Uploads, decode_uploads, from_base64, read_edit, read_image
+from serve.uploads import Canvas, Uploads, begin, decode_uploads, from_base64, read_edit, read_image
+from tests.endpoint import BASE
 
 LIMITS = Limits()
 
@@ -58,6 +62,34 @@ def refusal(image: bytes, repaint: bytes | None = None, limits: Limits = LIMITS)
     with pytest.raises(ApiError) as caught:
         decode_uploads(Uploads(image, repaint), limits)
     return caught.value.status_code, caught.value.param, caught.value.message
+
+
+def test_an_edit_is_cut_where_it_is_known_how_large_it_is_drawn() -> None:
+    """So that a large picture is not sent to a generator as it is, once for each that is drawn of it."""
+    family, limits = open_family(BASE), Limits()
+    wide = Image.effect_noise((3000, 2000), 80).convert("RGB")
+    sent = Uploads(encoded(wide), encoded(Image.new("RGBA", wide.size, (0, 0, 0, 0))))
+    whole = Start(wide, Image.new("L", wide.size, 255), 0.8)
+    for asked, known, size in (
+        (Edit(prompt="a dog", size="96x32"), None, (32, 96)),
+        (Edit(prompt="a dog", size="96x32"), family, (32, 96)),
+        (Edit(prompt="a dog"), family, choose_size(wide, family)),
+    ):
+        start, found = begin(asked, sent, limits, known)
+        assert found == size and start.mask is not None
+        assert start.image.tobytes() == fit(whole, *size).image.tobytes(), "as the generator would cut it"
+        assert start.image.size == start.mask.size == (size[1], size[0])
+    start, found = begin(Edit(prompt="a dog"), sent, limits, None)
+    assert found is None and start.image.size == wide.size
+
+
+def test_a_picture_that_is_long_and_narrow_is_not_drawn_so() -> None:
+    """No side is shorter than a model takes: it would have far more pixels than any that may be asked for."""
+    line = Uploads(encoded(Image.new("RGB", (100_000, 1))), None)
+    with pytest.raises(ApiError) as caught:
+        begin(Edit(prompt="a dog"), line, Limits(), open_family(BASE), 16384)
+    assert (caught.value.status_code, caught.value.param) == (400, "size")
+    assert begin(Edit(prompt="a dog", size="64x64"), line, Limits(), open_family(BASE), 16384)[1] == (64, 64)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -153,7 +185,7 @@ def test_whatever_is_wrong_with_a_file_is_told_in_our_own_words(
 ) -> None:
     broken = bytearray(data[: len(data) - length % 100])
     for place, found in damage:
-        place %= len(broken)
+        place %= max(1, len(broken))  # a small one may be cut to nothing
         broken[place : place + len(found)] = found
     try:
         assert read_image(bytes(broken), "image", LIMITS).mode == "RGB"
