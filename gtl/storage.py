@@ -372,8 +372,9 @@ def explained(place: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{place}: {explain(error, place)}") from error
     except Exception as error:
-        # Client libraries of remote stores raise errors of kinds of their own; what Python itself raises is ours.
-        if "://" not in place or type(error).__module__ == "builtins":
+        # Client libraries of remote stores raise errors of kinds of their own. What Python itself raises is ours, and a
+        # ValueError, such as pyarrow's, is about what is in an object.
+        if "://" not in place or isinstance(error, ValueError) or type(error).__module__ == "builtins":
             raise
         raise UserError(f"{place}: {explain(error, place)}") from error
 

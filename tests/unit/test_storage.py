@@ -218,7 +218,7 @@ def test_a_hub_that_cannot_be_asked_is_one_line() -> None:
 def test_errors_of_client_libraries_are_explained_and_our_own_are_not() -> None:
     """Both kinds are none of OSError: pyarrow's of Azure, httpx's of the hub."""
     from httpx import ConnectError
-    from pyarrow.lib import ArrowException
+    from pyarrow.lib import ArrowException, ArrowInvalid
 
     for url, error, end in (
         ("abfs://box@a.dfs.core.windows.net/x", ArrowException("Unknown error:\nno token"), storage.ADVICE["abfs"]),
@@ -229,7 +229,7 @@ def test_errors_of_client_libraries_are_explained_and_our_own_are_not() -> None:
             raise error
         reason = " ".join(str(error).split()) or "ConnectError"
         assert str(caught.value) == f"{url}: the store cannot be reached or refuses ({reason}); {end}"
-    for own in (KeyError("x"), TypeError("x")):
+    for own in (KeyError("x"), TypeError("x"), ArrowInvalid("no Parquet")):
         with pytest.raises(type(own)), storage.explained("hf://datasets/a/b"):
             raise own
 
