@@ -26,7 +26,7 @@ MISTAKE = "error: "
 def check_there(client: JobSubmissionClient, parcel: Parcel, key: str | None, say: Callable[[str], None]) -> None:
     """Compare versions of gtl, and write, read and remove an object in each store, on the cluster as it is now.
 
-    The job has the parcel's files and its environment, and leaves nothing behind, in `gtl jobs list` neither.
+    The job has the parcel's files and its environment. Nobody finds it later among the jobs that were sent.
 
     Args:
         client: Of the cluster.
