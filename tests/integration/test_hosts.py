@@ -58,12 +58,11 @@ for file in pathlib.Path(sys.argv[1]).iterdir():
     Store("s3://{BUCKET}/images").upload(file, file.name)
 """
 COUNT_NODES = """
-import json, ray
+import ray
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
 answer(sum(node["Alive"] for node in ray.nodes()))
 """
 LIST = f"""
-import json
 from gtl.storage import Store
 answer([key for key, _, _ in Store("s3://{BUCKET}").list()])
 """
@@ -208,7 +207,6 @@ def test_a_study_outlives_a_machine(cluster: RayHosts) -> None:
     (cluster.head.disk / "study.yaml").write_text(json.dumps(study))
     run = cluster.gtl("tune", "study.yaml", log="study")
     done = f"""
-import json
 from gtl.storage import Store
 store = Store("s3://{BUCKET}/runs/study")
 answer([key for key, _, _ in store.list() if "/checkpoints/" in key and key.endswith("/manifest.json")])
@@ -324,7 +322,7 @@ def test_an_endpoint_on_two_machines_outlives_one_of_them(cluster: RayHosts) -> 
 
 
 WHERE = """
-import json, ray
+import ray
 from ray.util.state import list_actors
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
 alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
