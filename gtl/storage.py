@@ -29,7 +29,12 @@ ATTEMPTS = 3
 GOOGLE = ("gs", "gcs")
 """What URLs of Google's buckets begin with."""
 GOOGLE_S = 60
-"""So long a request to one of these is tried: left to itself its client goes on for a quarter of an hour."""
+"""After so long a request to one of these is not begun again: left to itself its client goes on for a quarter of an
+hour."""
+GOOGLE_EMULATOR = "STORAGE_EMULATOR_HOST"
+"""In the environment: the URL of a server that stands in for Google's, and asks for no credentials."""
+AZURE = ("abfs", "abfss")
+NO_BUCKET = "there is no such bucket; create it or correct the URL"
 
 
 class Store:
@@ -120,8 +125,11 @@ class Store:
     def _put(self, key: str, data: Any) -> None:
         """Write an object of a bucket in one call: a stream that is left by an error before its end completes the
         upload with half the bytes, and pyarrow's own `copy_files` does not say when its last parts were lost."""
-        with self.fs.open_output_stream(self.path(key)) as stream:
-            stream.write(data)
+        try:
+            with self.fs.open_output_stream(self.path(key)) as stream:
+                stream.write(data)
+        except FileNotFoundError as error:  # Google's answer to a write
+            raise UserError(f"{self.url(key)}: {NO_BUCKET}") from error
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object only if there is none; whether this call made it.
@@ -174,6 +182,10 @@ class Store:
         """Names of the folders directly under a folder, sorted; none if there is no folder."""
         from pyarrow.fs import FileType
 
+        if self._is_google:  # pyarrow names only folders that have an object of their own there, which nothing makes
+            skip = len(self.path(prefix).rstrip("/")) + 1
+            inside = [info.path[skip:].partition("/") for info in self._select(prefix, True)]
+            return sorted({name for name, slash, _ in inside if slash})
         return [info.base_name for info in self._select(prefix, False) if info.type == FileType.Directory]
 
     def delete(self, key: str) -> None:
@@ -188,9 +200,18 @@ class Store:
         """Remove everything under a folder; it may be gone already."""
         with self._explained(prefix):
             try:
-                self.fs.delete_dir(self.path(prefix))
+                if (
+                    self._is_google
+                ):  # has no folders to leave, and says of one that is gone what is no FileNotFoundError
+                    self.fs.delete_dir_contents(self.path(prefix), missing_dir_ok=True)
+                else:
+                    self.fs.delete_dir(self.path(prefix))
             except FileNotFoundError:
                 return
+
+    @property
+    def _is_google(self) -> bool:
+        return self.root.partition("://")[0] in GOOGLE
 
     def _open(self) -> tuple[FileSystem, str]:
         if self._opened is None:
@@ -203,13 +224,24 @@ class Store:
 
         with self._explained(prefix):
             try:
-                # allow_not_found would also take a bucket that does not exist for an empty one.
-                infos = self.fs.get_file_info(FileSelector(self.path(prefix), recursive=recursive))
+                # allow_not_found also takes a bucket that does not exist for an empty one; Google's needs it, since
+                # what is said otherwise is no FileNotFoundError.
+                where = FileSelector(self.path(prefix), allow_not_found=self._is_google, recursive=recursive)
+                infos = self.fs.get_file_info(where)
+                if not infos and self._is_google:
+                    self._check_bucket(prefix)
                 return sorted(infos, key=lambda info: info.path)
             except FileNotFoundError:
                 return []
             except UnicodeDecodeError as error:
                 raise UserError(f"{self.url(prefix)}: a file name in it is not UTF-8: {error.object!r}") from error
+
+    def _check_bucket(self, prefix: str) -> None:
+        """Refuse one that is not there, where listing takes it for empty."""
+        from pyarrow.fs import FileType
+
+        if self.fs.get_file_info(self.path().partition("/")[0]).type == FileType.NotFound:
+            raise UserError(f"{self.url(prefix)}: {NO_BUCKET}")
 
     def _explained(self, key: str = "") -> AbstractContextManager[None]:
         return explained(self.url(key))
@@ -229,7 +261,15 @@ def open_filesystem(url: str) -> tuple[FileSystem, str]:
     if scheme in ("s3", *GOOGLE) and "?" in rest:
         raise UserError(f"{url}: a bucket URL has no '?'; endpoint, region and credentials come from the environment")
     if scheme in GOOGLE:
-        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=GOOGLE_S)), rest
+        limit, emulator = timedelta(seconds=GOOGLE_S), os.environ.get(GOOGLE_EMULATOR)
+        if not emulator:
+            return fs.GcsFileSystem(retry_time_limit=limit), rest
+        protocol, separator, host = emulator.rstrip("/").rpartition("://")
+        return fs.GcsFileSystem(
+            anonymous=True, scheme=protocol if separator else "http", endpoint_override=host, retry_time_limit=limit
+        ), rest  # fmt: skip
+    if scheme in AZURE and not any(name.startswith("AZURE_") for name in os.environ) and shutil.which("az") is None:
+        raise UserError(f"{url}: no credentials for Azure; {ADVICE[scheme]}")  # pyarrow's client would end the process
     if scheme == "s3":
         retries = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
         options = {"endpoint_override": endpoint} if (endpoint := s3_endpoint()) else {}
@@ -313,6 +353,15 @@ def is_temporary(name: str) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", name) is not None
 
 
+ADVICE = {
+    "s3": "check the URL, AWS_ENDPOINT_URL and the credentials",
+    **dict.fromkeys(GOOGLE, "check the URL and Google's credentials"),
+    **dict.fromkeys(AZURE, "set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, or install az and log in"),
+    "hf": "check the URL, HF_TOKEN and that the hub can be reached",
+}
+"""What to look at where a store refuses, by what its URLs begin with."""
+
+
 @contextmanager
 def explained(place: str) -> Iterator[None]:
     """Turn what goes wrong with a place itself into one line that names it."""
@@ -321,20 +370,24 @@ def explained(place: str) -> Iterator[None]:
     except (FileNotFoundError, UserError):
         raise
     except OSError as error:
-        raise UserError(f"{place}: {explain(error, local='://' not in place)}") from error
+        raise UserError(f"{place}: {explain(error, place)}") from error
+    except Exception as error:
+        # Client libraries of remote stores raise errors of kinds of their own. What Python itself raises is ours, and a
+        # ValueError, such as pyarrow's, is about what is in an object.
+        if "://" not in place or isinstance(error, ValueError) or type(error).__module__ == "builtins":
+            raise
+        raise UserError(f"{place}: {explain(error, place)}") from error
 
 
-def explain(error: OSError, local: bool) -> str:
+def explain(error: Exception, place: str) -> str:
     """What happened and what would be right, without the noise of a client library."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space and go on with --resume"
-    if local:
-        return error.strerror or " ".join(str(error).split())
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "://" not in place:
+        return (isinstance(error, OSError) and error.strerror) or text
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return "there is no such bucket; create it or correct the URL"
-    reason = re.split(r"; Details:| \(Request ID", text.rpartition("AWS Error ")[2])[0]
-    if reason.startswith("google::cloud::Status"):
-        shown = re.split(r" error_info=|\n", reason)[0][:300]
-        return f"the store cannot be reached or refuses ({shown}); check the URL and Google's credentials"
-    return f"the store cannot be reached or refuses ({reason}); check the URL, AWS_ENDPOINT_URL and the credentials"
+        return NO_BUCKET
+    reason = re.split(r"; Details:| \(Request ID| error_info=", text.rpartition("AWS Error ")[2])[0][:300]
+    advice = ADVICE.get(place.partition("://")[0], "check the URL and the credentials")
+    return f"the store cannot be reached or refuses ({reason}); {advice}"

@@ -138,7 +138,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(S3_PORT)]
     with log.open("wb") as sink, subprocess.Popen(command, stdout=sink, stderr=sink) as server:
         try:
-            wait_for_port(server, log)
+            wait_for_port(server, log, S3_PORT)
             from pyarrow.fs import S3FileSystem
 
             S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"], allow_bucket_creation=True).create_dir(
@@ -147,6 +147,23 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield f"s3://{BUCKET}"
         finally:
             server.terminate()
+
+
+@pytest.fixture(scope="session")
+def gs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a bucket on a server that speaks as Google's does, in a process of its own."""
+    module = "gcp_storage_emulator"
+    pytest.importorskip(module, reason="gcp-storage-emulator is not installed; it comes with the extra `dev`")
+    port, log = free_port(), tmp_path_factory.mktemp("gs") / "server.log"
+    command = [sys.executable, "-m", module, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
+    with log.open("wb") as sink, pytest.MonkeyPatch.context() as patch:
+        with subprocess.Popen([*command, "--default-bucket", "gtl-tests"], stdout=sink, stderr=sink) as server:
+            try:
+                wait_for_port(server, log, port)
+                patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+                yield "gs://gtl-tests"
+            finally:
+                server.terminate()
 
 
 @pytest.fixture
@@ -163,11 +180,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, seconds: float = 60) -> None:
+def wait_for_port(server: "subprocess.Popen[bytes]", log: Path, port: int, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while server.poll() is None and time.monotonic() < deadline:
         with socket.socket() as client:
-            if client.connect_ex(("127.0.0.1", S3_PORT)) == 0:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    pytest.fail(f"the S3 server did not start:\n{log.read_text()}")
+    pytest.fail(f"the server of a bucket did not start:\n{log.read_text()}")

@@ -1,8 +1,9 @@
 """`gtl bench train --workers --predict`: what `gtl plan` works out of a step, beside the clock, on CPUs.
 
 Every number of workers measures its rates in turn with its steps, all of its workers at once: how fast each multiplies
-matrices and adds tensors, and what an all-reduce takes. The first number of workers also says which share of its matrix
-rate training attains; the others are predicted with that, and nothing of their own steps.
+matrices and adds tensors, and what an all-reduce takes. The first number of workers also takes steps of half as many
+images: the difference says which share of its matrix rate training attains, the rest what a pass takes that no image
+adds. The others are predicted with these two, and nothing of their own steps.
 
 All of it is done by two clocks. By that on the wall more workers than cores have the rates of a share of a core, and
 whatever else runs on the machine is in the rates and in the steps, not always in both alike. By the processor time of
@@ -14,7 +15,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl.bench.matrices import matmul_flops
@@ -25,8 +26,10 @@ from gtl.train.traffic import Layout, Links, all_reduce
 if TYPE_CHECKING:
     import torch
 
+    from gtl.bench.setting import Setting
     from gtl.config import Recipe
     from gtl.train.footprint import Footprint
+    from gtl.train.plan import TrainPlan
 
 MESSAGE = 2**22
 """fp32 elements of an all-reduce: 16 MiB."""
@@ -64,6 +67,8 @@ class Seen:
     """Share of the step in such calls before the last worker comes, which no model of what is sent knows of."""
     speeds: Speeds
     """Medians of rounds."""
+    fewer: tuple[int, float] | None = None
+    """Images of a forward pass of one worker that was measured with fewer, and its step in as many passes."""
 
 
 def measure_speeds(device: torch.device, clock: Callable[[], float]) -> Speeds:
@@ -135,21 +140,35 @@ def predict(footprint: Footprint, recipe: Recipe, stage: int, seen: Sequence[See
     first = seen[0]
     unknown = step_at(footprint, recipe, stage, first, 1.0)
     spent = max(first.step - unknown.optimizer - unknown.waited, 0.1 * first.step)
-    attained = unknown.compute / spent
-    return [step_at(footprint, recipe, stage, each, attained) for each in seen]
+    launch = 0.0
+    if first.fewer is not None:
+        images, step = first.fewer
+        of_images = (first.step - step) * unknown.micro_batch / (unknown.micro_batch - images)
+        launch = min(max(spent - of_images, 0.0), 0.9 * spent)
+    attained = unknown.compute / (spent - launch)
+    return [step_at(footprint, recipe, stage, each, attained, launch / unknown.accumulation) for each in seen]
 
 
-def step_at(footprint: Footprint, recipe: Recipe, stage: int, seen: Seen, attained: float) -> Pace:
-    """The model's step where training attains a share of the matrix rate."""
+def step_at(
+    footprint: Footprint, recipe: Recipe, stage: int, seen: Seen, attained: float, launch: float = 0.0
+) -> Pace:  # fmt: skip
+    """The model's step where training attains a share of the matrix rate, and a pass takes so many seconds besides."""
     from gtl.train.plan import choose
 
     speeds = seen.speeds
     links = Links(speeds.link, speeds.link, speeds.latency)
     plan = choose(recipe, workers=seen.workers, steps_per_epoch=1)
     return pace(
-        footprint, recipe.train, Layout(1, seen.workers), Rates(attained * speeds.flops, speeds.memory, links, False),
+        footprint, recipe.train, Layout(1, seen.workers),
+        Rates(attained * speeds.flops, speeds.memory, links, overlap=False, launch=launch),
         stage=stage, micro_batch=plan.micro_batch, accumulation=plan.accumulation,
     )  # fmt: skip
+
+
+def halved(setting: Setting, workers: int, plan: TrainPlan) -> Setting | None:
+    """Steps of as many passes, each of half as many images; None if a pass has one."""
+    size = plan.micro_batch // 2
+    return replace(setting, batch_size=size * plan.accumulation * workers, micro_batch=size) if size else None
 
 
 def rows(seen: Sequence[Seen], predicted: Sequence[Pace]) -> list[dict[str, Any]]:

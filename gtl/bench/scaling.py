@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from gtl.train.group import process_group
 from gtl.types import Progress, UserError
 
 if TYPE_CHECKING:
+    from gtl.bench.loops import Ours
     from gtl.config import Recipe
     from gtl.families.base import DiffusionFamily
 
@@ -66,7 +66,7 @@ def bench_scaling(
         for done, world in enumerate(workers, 1):
             ours, theirs = context.SimpleQueue(), []
             for rank in range(world):
-                arguments = (rank, world, folder, dataset.fingerprint, setting, stage, ours, predicts)
+                arguments = (rank, world, folder, dataset.fingerprint, setting, stage, ours, predicts, done == 1)
                 theirs.append(context.Process(target=member, args=arguments, daemon=True))
                 theirs[-1].start()
             for process in theirs:
@@ -100,15 +100,17 @@ def predictions(
         seen = []
         for row, each in zip(rows, taken, strict=True):
             sent, late = each["shares"]
-            step, speeds = each["steps"][clock], each["speeds"][clock]
-            seen.append(predicting.Seen(row["workers"], step, sent, late, speeds))
+            step, speeds, fewer = each["steps"][clock], each["speeds"][clock], each["fewer"]
+            less = None if fewer is None else (fewer["images"], fewer["steps"][clock])
+            seen.append(predicting.Seen(row["workers"], step, sent, late, speeds, less))
         found[clock] = predicting.rows(seen, predicting.predict(footprint, recipe, stage, seen))
     return found
 
 
 def member(
-    rank: int, world: int, folder: str, fingerprint: str, setting: Setting, stage: int, answers: Any, predicts: bool
-) -> None:
+    rank: int, world: int, folder: str, fingerprint: str, setting: Setting, stage: int, answers: Any, predicts: bool,
+    is_first: bool,
+) -> None:  # fmt: skip
     """One worker; that of rank 0 answers for all."""
     import torch
 
@@ -125,27 +127,44 @@ def member(
     with process_group(group, device, rank, world), Tracker(Store(Path(folder, f"run-{world}-{rank}"))) as tracker:
         ours = Ours(setting.recipe(folder, stage), dataset, device, dtype, tracker)
         ours(WARM_UP)
-        seconds, processor, more = [], [], {}
+        less = predicting.halved(setting, world, ours.plan) if predicts and is_first else None
+        fewer = Ours(less.recipe(folder, stage), dataset, device, dtype, tracker) if less is not None else None
+        if fewer is not None:
+            fewer(WARM_UP)
+        taken, of_fewer, more = [], [], {}
         speeds: dict[str, list[predicting.Speeds]] = {name: [] for name in predicting.CLOCKS}
         for _ in range(setting.rounds):
             for name, clock in predicting.CLOCKS.items() if predicts else ():
                 speeds[name].append(predicting.measure_speeds(device, clock))
-            begun, used = time.perf_counter(), time.process_time()
-            losses = ours(setting.steps)  # on rank 0, which has waited for the others in every step
-            seconds.append(time.perf_counter() - begun)
-            processor.append(time.process_time() - used)
+            losses, seconds = timed(ours, setting.steps)  # on rank 0, which has waited for the others in every step
+            taken.append(seconds)
+            if fewer is not None:
+                of_fewer.append(timed(fewer, setting.steps)[1])
         if predicts:
-            both = {"wall": seconds, "processor": processor}
             more["taken"] = {
-                "steps": {name: statistics.median(each) / setting.steps for name, each in both.items()},
+                "steps": medians(taken, setting.steps),
                 "speeds": {name: predicting.medians(each) for name, each in speeds.items()},
                 "shares": predicting.shares_of_calls(lambda: ours(setting.steps)),
-            }
+                "fewer": None if fewer is None else {
+                    "images": fewer.plan.micro_batch, "steps": medians(of_fewer, setting.steps)
+                },
+            }  # fmt: skip
     if rank == 0:
-        images = setting.batch_size * setting.steps
-        rate, loss = images / statistics.median(seconds), statistics.fmean(losses)
-        step = statistics.median(seconds) / setting.steps
+        step = medians(taken, setting.steps)["wall"]
+        rate, loss = setting.batch_size / step, statistics.fmean(losses)
         answers.put({"images_per_second": rate, "step": step, "loss": loss, "device": device_name(device), **more})
+
+
+def timed(loop: Ours, steps: int) -> tuple[list[float], dict[str, float]]:
+    """Losses of some steps, and what they take by each clock."""
+    begun = {name: clock() for name, clock in predicting.CLOCKS.items()}
+    losses = loop(steps)
+    return losses, {name: clock() - begun[name] for name, clock in predicting.CLOCKS.items()}
+
+
+def medians(rounds: Sequence[Mapping[str, float]], steps: int) -> dict[str, float]:
+    """Of a step, by each clock."""
+    return {name: statistics.median(one[name] for one in rounds) / steps for name in predicting.CLOCKS}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ def submit(
     secrets = read_secrets(secret or ())
     client = connect(address)
     parcel = make_parcel(client, asked, [verb, *arguments_of(parsed, asked.values)], tree, secrets, say)
-    sent = find_or_send(client, parcel)
+    sent = find_or_send(client, parcel, say)
     if sent.status is None:
         say(f"submitted {sent.job}, {len(parcel.files)} files; gtl jobs stop {sent.job} ends it")
     else:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from gtl import __version__
-from gtl.cli import adapters, bench, drawing, jobs
+from gtl.cli import adapters, bench, drawing, jobs, usage
 from gtl.cli.bar import Bar
 from gtl.cli.options import AsJson, RecipeFile, Revision, Set, Variant
 from gtl.types import UserError
@@ -354,11 +354,15 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line and exit status 2."""
+    """Run a command; a user's mistake, in a file or on the command line, is one line and exit status 2."""
     # PEFT imports it wherever it is installed, and it warns of a kernel for CPUs that nothing here calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        sys.exit(app(prog_name="gtl", standalone_mode=False) or 0)
+    except usage.UsageError as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # whose help is printed by now
+            print(f"error: {usage.explain(error)}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, TextIO
 
 from gtl.jobs.client import ENDED, wipe_secrets
+from gtl.jobs.parcel import Parcel, laid
 from gtl.jobs.resume import stamp
-from gtl.jobs.submit import Parcel, Sent, send
+from gtl.jobs.submit import Sent, send
 from gtl.jobs.verdict import End, exit_status, is_tried_again, meaning
 
 if TYPE_CHECKING:
@@ -173,7 +174,8 @@ def see_through(
         attempt, retries = sent.attempt + 1, retries - 1
         say(f"{job} was lost ({why(end, info)}); sent again as attempt {attempt}, with {retries} more left")
         time.sleep(PAUSE_S)
-        sent = send(client, parcel, attempt, since)
+        with laid(client, parcel) as key:
+            sent = send(client, parcel, attempt, key, since)
 
 
 def end_of(info: JobDetails) -> End:

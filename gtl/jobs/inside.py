@@ -1,5 +1,8 @@
 """What a job runs, on the cluster: checks, then the command, then what its end says about the cluster.
 
+A job that makes the checks alone comes before (`gtl.jobs.ahead`); this one makes them again, since its machines may be
+others: some that an autoscaler added for it, or those of another attempt.
+
     python -m gtl.jobs.inside train dog.yaml
 
 It is told the rest in the environment. Of exit statuses: the command's own; 2 where a check fails; LOST where the
@@ -46,9 +49,12 @@ def main(arguments: Sequence[str]) -> int:
         with session():
             if secrets.KEY in os.environ:
                 secrets.load()
+            if order["only_checks"]:
+                probe.check_nodes(order["writes"])
+                return 0
             if order["room"]:
                 probe.make_room(order["room"], tell)
-            probe.check_places(order["writes"])
+            probe.check_nodes(order["writes"])
             before = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
         more = go_on(order, arguments)
         if more is None:
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        if secrets.KEY in os.environ:
+        if secrets.KEY in os.environ and not order["only_checks"]:  # else the job that follows needs them
             end(secrets.wipe)
     gone = end(lambda: probe.lost(ray.nodes(), before)) if status == 1 else None
     if gone:

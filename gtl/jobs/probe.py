@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from gtl.storage import Store
@@ -20,52 +20,75 @@ GROW_S = 1800.0
 """That an autoscaler may take to add machines: GPUs are scarce, and the images of their containers large."""
 
 
-def check_places(places: Mapping[str, str]) -> None:
-    """Write a small object to each place, read it on every node, and take it away.
+def check_nodes(places: Mapping[str, str]) -> None:
+    """See that all nodes have this gtl, and that each place can be written, read on all of them, and emptied again.
 
     Raises:
-        UserError: a place cannot be written, or a node does not see what was written.
+        UserError: a node has another gtl or none, a place refuses, or a node does not see what was written.
     """
     import ray
 
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1:
+        for node, found in ask_everywhere(nodes, version_of).items():
+            if found != (mine := version_of()):
+                raise UserError(f"gtl: {mine} on the job's own node, on node {node} {found}; install the same on all")
     token = f".gtl-job-{uuid.uuid4().hex}"
-    others = [node for node in ray.nodes() if node["Alive"]]
     for key, place in places.items():
-        store = Store(place)
         try:
-            store.write(token, token.encode())
+            check_place(place, token, nodes)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        try:
-            if len(others) > 1:
-                read_everywhere(key, place, token, others)
-        finally:
-            store.delete(token)
 
 
-def read_everywhere(key: str, place: str, token: str, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Read an object on every node.
+def check_place(place: str, token: str, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Write a small object to a place, read it on every node, and take it away.
 
     Raises:
-        UserError: one does not see it.
+        UserError: the place refuses, or a node does not see what was written.
     """
+    store = Store(place)
+    store.write(token, token.encode())
+    try:
+        if reason := sees(place, token):
+            raise UserError(f"{place}: what is written there cannot be read ({reason}); check its rights")
+        for node, reason in ask_everywhere(nodes if len(nodes) > 1 else [], sees, place, token).items():
+            if reason:
+                raise UserError(
+                    f"{place}: node {node} does not see what the job's own node writes there ({reason}); name a "
+                    "bucket, or a folder that all nodes mount"
+                )
+    finally:
+        store.delete(token)
+
+
+def ask_everywhere(nodes: Sequence[Mapping[str, Any]], what: Callable[..., str], *arguments: str) -> dict[str, str]:
+    """What a function returns on every node, or why there is no answer, by the node's address and id."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    reader = ray.remote(num_cpus=0, max_retries=0)(sees)
+    task = ray.remote(num_cpus=0, max_retries=0)(what)
     asked = {
-        reader.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            place, token
-        ): str(node["NodeManagerAddress"])
+        f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})": task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(*arguments)
         for node in nodes
     }
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=WAIT_S)
-    for reference, node in asked.items():  # of which several may have one address
-        if reason := ray.get(reference) if reference in done else f"no answer in {WAIT_S:.0f} s":
-            raise UserError(
-                f"{key}: {place}: node {node} does not see what the job's own node writes there ({reason}); set {key} "
-                "to a bucket, or to a folder that all nodes mount"
-            )
+    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=WAIT_S) if asked else ([], [])
+    answers = {}
+    for node, reference in asked.items():
+        try:
+            answers[node] = ray.get(reference) if reference in done else f"no answer in {WAIT_S:.0f} s"
+        except ray.exceptions.RayError as error:  # the node has no gtl, or is gone
+            answers[node] = str(error).strip().splitlines()[-1]
+    return answers
+
+
+def version_of() -> str:
+    """Of gtl, where this runs."""
+    from gtl import __version__
+
+    return __version__
 
 
 def sees(place: str, token: str) -> str:

@@ -5,10 +5,11 @@
 
 `gtl.train.work` counts the operations, recomputation with the backward pass; `gtl.train.traffic` has what is sent.
 Where nothing overlaps, on CPUs, sums take the place of the maxima. The optimizer reads and writes its state once, at
-the rate of the device's memory. Fillers of an uneven batch are computed and do not count as images. Loading of data,
-looks, checkpoints and the start are not in it, nor what a forward pass takes however few images go through it, nor
-waiting for a worker that is late: of small models with few images a worker it is too fast (gtl/bench/RESULTS.md).
-`gtl bench train --workers 1 --workers 2 --predict` puts it beside the clock.
+the rate of the device's memory. Fillers of an uneven batch are computed and do not count as images. What a forward and
+backward pass takes however few images go through it has to be told (`Rates.launch`): nothing on paper says it, and
+without it the model is too fast for small models with few images a worker (gtl/bench/RESULTS.md). Loading of data,
+looks, checkpoints and the start are not in it, nor waiting for a worker that is late.
+`gtl bench train --workers 1 --workers 2 --predict` measures that part, and puts the model beside the clock.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Rates:
     links: Links
     overlap: bool
     """Whether what is sent beside arithmetic costs no time until it takes longer."""
+    launch: float = 0.0
+    """Seconds of a forward and backward pass that no image adds: launching, hooks, and a step's own part of it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Pace:
     accumulation: int
     batch_size: int
     compute: float
-    """Forward and backward."""
+    """Forward and backward, with what no image adds."""
     optimizer: float
     sent: float
     """Of collective calls, hidden or not."""
@@ -110,6 +113,5 @@ def pace(
     waited = sent.total
     if rates.overlap:
         waited = max(0.0, sent.forward - forward) + max(0.0, sent.backward - backward) + sent.alone
-    return Pace(
-        stage, layout, micro_batch, accumulation, train.batch_size, forward + backward, optimizer, sent.total, waited
-    )
+    compute = forward + backward + accumulation * rates.launch
+    return Pace(stage, layout, micro_batch, accumulation, train.batch_size, compute, optimizer, sent.total, waited)

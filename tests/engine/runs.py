@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Kill:
     memory: by an error, at a forward pass of more than `ROOM` images, and at all of them after that."""
     number: int
     """The how many-th of them."""
+    saved: int = 0
+    """Not before the checkpoint of this step is whole: it is written beside the steps after it."""
 
 
 def make_job(
@@ -85,16 +88,28 @@ def member(rank: int, world: int, address: str, job: Job, kill: Kill | None) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     if kill is not None and kill.rank == rank:
-        arm(kill)
-    run(job, torch.device("cpu"), lambda row: None)
+        arm(kill, job)
+    run(job, torch.device("cpu"), lambda row: heard(job, row))
 
 
-def arm(kill: Kill) -> None:
+def heard(job: Job, row: Mapping[str, float]) -> None:
+    """Note a step that a worker reports, in a file that no resuming shortens."""
+    with open(f"{job.run.url()}.told", "a") as file:
+        file.write(f"{int(row['step'])}\n")
+
+
+def told(job: Job) -> list[int]:
+    """Every step that was reported, also those that were made again."""
+    return [int(line) for line in Path(f"{job.run.url()}.told").read_text().split()]
+
+
+def arm(kill: Kill, job: Job) -> None:
     """Let this process die where it was told to."""
     import torch
 
     from gtl.train.checkpoint import MANIFEST
     from gtl.train.engine import Engine
+    from gtl.train.job import CHECKPOINTS
 
     left = kill.number
 
@@ -102,6 +117,8 @@ def arm(kill: Kill) -> None:
         nonlocal left
         left -= 1
         if left == 0:
+            while kill.saved and not job.run.exists(f"{CHECKPOINTS}/{kill.saved:08d}/{MANIFEST}"):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kill.where == "step":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gtl.train.checkpoint import complete
 from gtl.train.job import CHECKPOINTS, RESULT
-from tests.engine.runs import Kill, go, learned, make_job
+from tests.engine.runs import Kill, go, learned, make_job, told
 
 FULL = {"type": "full"}
 LORA = {"type": "lora", "rank": 4}
@@ -92,6 +92,21 @@ def test_what_stands_after_a_kill_is_the_newest_finished_checkpoint(tmp_path: Pa
     assert job.run.folders(CHECKPOINTS)[-1] == f"{6:08d}"  # without a manifest, so it is none
     assert go(job, 1) == [0]
     assert [step for step, *_ in series(job)] == [float(step) for step in range(1, 10)]
+
+
+@pytest.mark.parametrize(("rank", "last"), [(0, {7}), (1, {7, 8})])
+def test_a_kill_costs_the_steps_since_the_last_checkpoint_and_no_other(
+    tmp_path: Path, rank: int, last: set[int]
+) -> None:
+    """Killed in its eighth step, two after the second checkpoint. The other one, which tells, may get through it."""
+    job = make_job(tmp_path, LORA, checkpoints={"every": 3})
+    assert go(job, 2, Kill(rank, "step", 8, saved=6))[rank] == KILLED
+    first, rows = told(job), series(job)
+    assert first == [step for step, *_ in rows] == list(range(1, len(first) + 1)) and len(first) in last
+    assert go(job, 2) == [0, 0]
+    assert told(job)[len(first) :] == [7, 8, 9], "it goes on from the last multiple of checkpoints.every"
+    assert [step for step, *_ in series(job)] == list(range(1, 10))
+    assert series(job)[: len(rows)] == rows, "what was made again is the same"
 
 
 @pytest.mark.parametrize(

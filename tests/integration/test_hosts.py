@@ -58,22 +58,29 @@ for file in pathlib.Path(sys.argv[1]).iterdir():
     Store("s3://{BUCKET}/images").upload(file, file.name)
 """
 COUNT_NODES = """
-import json, ray
+import ray
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-print(json.dumps(sum(node["Alive"] for node in ray.nodes())))
+answer(sum(node["Alive"] for node in ray.nodes()))
 """
 LIST = f"""
-import json
 from gtl.storage import Store
-print(json.dumps([key for key, _, _ in Store("s3://{BUCKET}").list()]))
+answer([key for key, _, _ in Store("s3://{BUCKET}").list()])
+"""
+
+
+ANSWER = """
+import json
+def answer(what):
+    print("answer", json.dumps(what), flush=True)
 """
 
 
 def read(cluster: RayHosts, code: str, **more: str) -> Any:
-    """What some code prints as JSON in its last line that has anything in it, on the head."""
+    """What some code answers, on the head. Ray has its own say there, before and after."""
     address = {"RAY_ADDRESS": f"{cluster.head.address}:{cluster.hosts.ports.gcs}"}
-    said = cluster.hosts.run(cluster.head, sys.executable, "-c", code, **address, **more)
-    return json.loads([line for line in said.splitlines() if line.strip()][-1])
+    said = cluster.hosts.run(cluster.head, sys.executable, "-c", ANSWER + code, **address, **more)
+    (found,) = re.findall(r"^answer (.*)$", said, re.M)
+    return json.loads(found)
 
 
 def wait_for(what: Callable[[], Any], seconds: float = LONG_S, *, during: Any = None, said: Any = None) -> None:
@@ -122,7 +129,7 @@ steps = [row["step"] for row in map(json.loads, lines) if "loss" in row]
 (adapter,) = [key for key in keys if key.endswith("/adapter/adapter_model.safetensors")]
 saved = [json.loads(store.read(key)) for key in keys if "/checkpoints/" in key and key.endswith("/manifest.json")]
 digest = hashlib.sha256(store.read(adapter)).hexdigest()
-print(json.dumps([steps, digest, [[one["step"], one["workers"]] for one in saved]]))
+answer([steps, digest, [[one["step"], one["workers"]] for one in saved]])
 """
     steps, digest, saved = read(cluster, code)
     return steps, digest, dict(saved)
@@ -200,10 +207,9 @@ def test_a_study_outlives_a_machine(cluster: RayHosts) -> None:
     (cluster.head.disk / "study.yaml").write_text(json.dumps(study))
     run = cluster.gtl("tune", "study.yaml", log="study")
     done = f"""
-import json
 from gtl.storage import Store
 store = Store("s3://{BUCKET}/runs/study")
-print(json.dumps([key for key, _, _ in store.list() if "/checkpoints/" in key and key.endswith("/manifest.json")]))
+answer([key for key, _, _ in store.list() if "/checkpoints/" in key and key.endswith("/manifest.json")])
 """
     wait_for(lambda: len(read(cluster, done)) >= 4, during=run, said=lambda: cluster.hosts.said(cluster.head, "study"))
     cluster.kill(2)
@@ -220,7 +226,7 @@ for key in keys:
     if key.endswith("/metrics.jsonl"):
         lines = store.read(key).decode().splitlines()
         rows[key.split("/trials/")[1].split("/")[0]] = [row["step"] for row in map(json.loads, lines) if "loss" in row]
-print(json.dumps([json.loads(store.read(file))["trials"], rows]))
+answer([json.loads(store.read(file))["trials"], rows])
 """
     trials, rows = read(cluster, table)
     assert [one["state"] for one in trials] == ["finished"] * 4 and all(one["metrics"]["val_loss"] for one in trials)
@@ -316,9 +322,9 @@ def test_an_endpoint_on_two_machines_outlives_one_of_them(cluster: RayHosts) -> 
 
 
 WHERE = """
-import json, ray
+import ray
 from ray.util.state import list_actors
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
 alive = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-print(json.dumps([one.node_id for one in alive if one.name and "Generator" in one.name]))
+answer([one.node_id for one in alive if one.name and "Generator" in one.name])
 """

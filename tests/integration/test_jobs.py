@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
+from gtl import __version__
 from gtl.adapters import Registry
 from tests.ports import free_port
 
@@ -91,6 +92,10 @@ class Remote:
     def write(self, name: str, source: str = SCENES, steps: int = 4) -> str:
         (self.tree / f"{name}.yaml").write_text(RECIPE % (source, steps))
         return f"{name}.yaml"
+
+    def request(self, path: str) -> urllib.request.Request:
+        """Of the dashboard, with the token."""
+        return urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {TOKEN}"})
 
     def jobs(self) -> list[dict[str, Any]]:
         status, out, _ = self.run("jobs", "list", "--json")
@@ -185,8 +190,7 @@ def test_a_secret_reaches_the_command_and_nothing_that_is_kept_or_shown(
     told = {"out": out, "err": err}
     for path in ("/api/jobs/", "/api/v0/actors?detail=1", "/api/v0/workers?detail=1", "/api/v0/runtime_envs",
                  "/api/v0/tasks?detail=1"):  # fmt: skip
-        request = urllib.request.Request(remote.url + path, headers={"Authorization": f"Bearer {TOKEN}"})
-        told[path] = urllib.request.urlopen(request, timeout=60).read().decode()
+        told[path] = urllib.request.urlopen(remote.request(path), timeout=60).read().decode()
     assert "GTL_JOB_SECRETS" in told["/api/jobs/"]
     assert [where for where, text in told.items() if SECRET in text] == []
     files = [path for place in (remote.folder, remote.tree) for path in place.rglob("*") if path.is_file()]
@@ -277,19 +281,51 @@ def apart(remote: Remote, tmp_path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_stores_that_not_all_machines_have_are_refused_before_or_in_the_job(remote: Remote, apart: Path) -> None:
-    recipe = remote.write("apart")
+def test_stores_that_not_all_machines_have_are_refused_before_the_job(remote: Remote, apart: Path) -> None:
+    recipe, before = remote.write("apart"), remote.jobs()
     status, out, err = remote.run("submit", "--", "train", recipe)
     assert (status, out) == (2, "")
     assert err.startswith(f"error: storage.runs: {remote.tree}/runs: a folder of this machine, and the cluster has 2 ")
     stores = [f"storage.{name}={apart}/{name}" for name in ("runs", "cache", "registry")]
     settings = [word for store in stores for word in ("--set", store)]
-    status, out, _ = remote.run("submit", "--follow", "--", "train", recipe, *settings)
-    assert status == 2
-    (line,) = out.splitlines()
+    status, out, err = remote.run("submit", "--", "train", recipe, *settings)
+    assert (status, out) == (2, "")
+    line = err.splitlines()[-1]
     assert line.startswith(f"error: storage.runs: {apart}/runs: node ")
-    assert "does not see what the job's own node writes there (no such file); set storage.runs to a bucket" in line
+    assert "does not see what the job's own node writes there (no such file); name a bucket, or a folder that " in line
     assert list((apart / "runs").iterdir()) == []
+    assert remote.jobs() == before
+
+
+STORE = "storage.registry=s3://bucket-of-nobody/registry"
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "message"),
+    [
+        (f"import gtl; gtl.__version__ = '0.0.1'; {GTL}", [], "gtl: 0.0.1 where this was submitted, {gtl} on the "),
+        (f"import platform; platform.python_version_tuple = lambda: ('3', '9', '0'); {GTL}", [],
+         "python: 3.9 where this was submitted, {python} on the cluster; install the same version on both"),
+        (GTL, ["--set", STORE], "storage.registry: s3://bucket-of-nobody/registry/.gtl-job-"),
+    ],
+    ids=["gtl", "python", "bucket"],
+)  # fmt: skip
+def test_what_only_the_cluster_knows_is_refused_before_the_job(
+    remote: Remote, program: str, settings: list[str], message: str
+) -> None:
+    recipe, before = remote.write("ahead"), remote.jobs()
+    command = [sys.executable, "-c", program, "submit", "--secret", "MY_TOKEN", "--", "train", recipe, *settings]
+    done = subprocess.run(command, cwd=remote.tree, env=remote.environment(MY_TOKEN=SECRET), capture_output=True,
+                          text=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    *_, told, line = done.stderr.splitlines()
+    assert told == "checking on the cluster: its gtl, storage.runs, storage.cache, storage.registry"
+    python = ".".join(map(str, sys.version_info[:2]))
+    assert line.startswith(f"error: {message.format(gtl=__version__, python=python)}")
+    assert remote.jobs() == before
+    with urllib.request.urlopen(remote.request("/api/jobs/"), timeout=60) as answer:
+        sent = {job["submission_id"] or "" for job in json.load(answer)}
+    assert [name for name in sent if name.startswith("gtl-check-")] == []
 
 
 @pytest.mark.soak

@@ -7,17 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 from gtl.adapters import Card, Registry
 from gtl.adapters.card import Base
-from gtl.cli import main
+from gtl.cli import app, main
 from gtl.config import Recipe, load_recipe
 from gtl.config.load import dump_recipe
 from gtl.config.pairs import PAIRS
 from tests.tiny import make_sd
 
 RECIPE = "{model: {source: %s}, data: {source: %s, resolution: 64}}"
+
+
+def commands() -> list[list[str]]:
+    """Every command there is, as words."""
+    found = []
+    for name, one in typer.main.get_command(app).commands.items():
+        found += [[name, inner] for inner in one.commands] if hasattr(one, "commands") else [[name]]
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -108,9 +117,44 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["nonsense", "train", "train dog.yaml --nonsense", "generate --count many"])
-def test_what_cannot_be_parsed_is_status_2(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+INTEGER = "Input should be a valid integer, unable to parse string as an integer"
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("nonsense", "No such command 'nonsense'; see gtl --help"),
+        ("trian dog.yaml", "No such command 'trian'. Did you mean 'train'? see gtl --help"),
+        ("--nonsense", "No such option: --nonsense; see gtl --help"),
+        ("train", "Missing argument 'RECIPE'; see gtl train --help"),
+        ("train dog.yaml --nonsense", "No such option: --nonsense; see gtl train --help"),
+        ("train dog.yaml cat.yaml", "Got unexpected extra argument(s) (cat.yaml); see gtl train --help"),
+        ("train dog.yaml --resume=yes", "Option '--resume' does not take a value; see --help of the command"),
+        ("train dog.yaml --set", "Option '--set' requires an argument; see --help of the command"),
+        ("generate --prompt x", "Missing option '--out'; see gtl generate --help"),
+        ("generate --out o --count many", f"Invalid value for '--count': 'many': {INTEGER}; see gtl generate --help"),
+        ("adapters shwo", "No such command 'shwo'. Did you mean 'show'? see gtl adapters --help"),
+        ("bench train --workers x", f"Invalid value for '--workers': 'x': {INTEGER}; see gtl bench train --help"),
+        ("jobs logs", "Missing argument 'JOB'; see gtl jobs logs --help"),
+        ("submit", "Missing argument '-- COMMAND ...'; see gtl submit --help"),
+        ("submit --follow --retries -1 -- train dog.yaml",
+         "Invalid value for '--retries': '-1': Input should be greater than or equal to 0; see gtl submit --help"),
+        ("submit -- train dog.yaml --nonsense", "No such option: --nonsense; see gtl train --help"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_parsed_is_one_line_and_status_2(
+    command: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, *command.split()) == 2
+    assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_refuses_an_unknown_option_in_one_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *command, "--zzz") == 2
+    assert capsys.readouterr() == ("", f"error: No such option: --zzz; see {' '.join(['gtl', *command])} --help\n")
 
 
 def test_the_registry_in_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """cluster/: every manifest is one that its reader takes, and all of them agree with the pins and with each other."""
 
+import itertools
 import os
 import re
 import shlex
@@ -223,10 +224,14 @@ def parse(words: list[str]) -> dict[str, Any]:
     """A command line as gtl would take it: its values. What gtl does not know is refused."""
     from gtl.cli import app
 
-    group = typer.main.get_command(app)
-    with typer.Context(group) as context:
-        name, command, rest = group.resolve_command(context, words)
-        return {"command": name, **command.make_context(name, rest, parent=context).params}
+    command, name, values = typer.main.get_command(app), "gtl", dict[str, Any]()
+    with typer.Context(command) as context:
+        while hasattr(command, "commands"):
+            name, command, words = command.resolve_command(context, words)
+        values = command.make_context(name, words, parent=context).params
+    if name == "submit":
+        parse(values["command"])
+    return {"command": name, **values}
 
 
 def in_repository(path: str) -> Path:
@@ -555,12 +560,48 @@ def test_the_guide_names_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     for overlay in OVERLAYS:
         assert f"kubernetes/{overlay}" in GUIDE
-    commands = re.findall(r"(?:^|`)gtl ((?:init|train|tune|serve|doctor|plan)\b[^#`>\n]*)", GUIDE, re.M)
-    assert len(commands) >= 8
-    for command in commands:
-        words = shlex.split(command)
-        if words[1:] or words == ["doctor"]:  # else it only names the command
+
+
+def typed(text: str) -> list[list[str]]:
+    """The words of every command of gtl in the blocks of a page, as a shell passes them on."""
+    found = []
+    for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if match := re.match(r"(?:[A-Z_]+=\S* )*gtl (.*)|sbatch .*?/gtl\.sbatch (.*)", line):
+                lexer = shlex.shlex(match[1] or match[2], posix=True, punctuation_chars="&|;<>")
+                lexer.whitespace_split = True
+                found.append(list(itertools.takewhile(lambda word: not set(word) <= set("&|;<>"), lexer)))
+    return found
+
+
+def named(text: str) -> list[list[str]]:
+    """The same in its sentences."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return [shlex.split(span) for span in re.findall(r"`gtl\s([^`]*)`", prose)]
+
+
+@pytest.mark.parametrize(("page", "lines", "spans"), [("README.md", 19, 27), ("cluster/README.md", 11, 7)])
+def test_every_command_of_a_page_is_one_that_gtl_takes(page: str, lines: int, spans: int) -> None:
+    text = (ROOT / page).read_text()
+    assert (len(typed(text)), len(named(text))) == (lines, spans)
+    for words in typed(text):
+        parse(words)
+    for words in named(text):
+        assert (path := command_of(words)) or words == ["--help"]
+        if path and words != path:  # else it only names the command
             parse(words)
+
+
+def command_of(words: list[str]) -> list[str]:
+    """The first words, as far as they are the name of a command."""
+    from gtl.cli import app
+
+    command, names = typer.main.get_command(app), list[str]()
+    for word in words:
+        if word not in (inner := getattr(command, "commands", {})):
+            break
+        command, names = inner[word], [*names, word]
+    return names
 
 
 def test_the_guide_watches_what_the_endpoint_counts() -> None:

@@ -26,6 +26,7 @@ from gtl.train.forecast import as_json, forecast, parse_cluster, render
 from gtl.train.gpus import GPUS
 from gtl.train.outlook import LINK, UTILIZATION, Asked, layouts
 from gtl.train.pace import Pace, Rates, pace
+from gtl.train.plan import choose
 from gtl.train.traffic import Layout, Links, Traffic, all_reduce, gather, traffic
 from gtl.train.work import Work
 from gtl.types import UserError, quiet
@@ -322,6 +323,40 @@ def test_measured_workers_are_predicted_from_the_first() -> None:
     assert [line.split()[:1] for line in lines] == [
         ["workers"], *[["1"], ["2"], ["4"]] * 2, [], ["workers"], ["1"], ["2"], ["4"]
     ]  # fmt: skip
+
+
+def test_what_no_image_adds_is_found_from_steps_of_fewer() -> None:
+    """Of seconds that the model itself makes; without them the second is predicted too fast by what is fixed."""
+    for micro_batch, accumulation in ((8, 1), (4, 2)):
+        setting = settle(Setting(batch_size=8, micro_batch=micro_batch), None)
+        made, speeds = setting.recipe("x"), Speeds(100e12, 1e12, 1e9, 0.0)
+        first, second = (Seen(workers, 0.0, 0.0, 0.0, speeds) for workers in (1, 2))
+        less = predicting.halved(setting, 1, choose(made, workers=1, steps_per_epoch=1))
+        assert less is not None and (less.batch_size, less.micro_batch) == (4, micro_batch // 2)
+        for stage in range(4):
+            steps = [predicting.step_at(SIZES, made, stage, one, 0.5, 0.1).step for one in (first, second)]
+            of_fewer = predicting.step_at(SIZES, less.recipe("x"), stage, first, 0.5, 0.1).step
+            clocked = [replace(one, step=seconds) for one, seconds in zip((first, second), steps, strict=True)]
+            blind = predicting.predict(SIZES, made, stage, clocked)
+            told = replace(clocked[0], fewer=(less.micro_batch, of_fewer))
+            found = predicting.predict(SIZES, made, stage, [told, clocked[1]])
+            assert [one.step for one in found] == pytest.approx(steps)
+            second_passes = choose(made, workers=2, steps_per_epoch=1).accumulation
+            assert steps[1] - blind[1].step == pytest.approx(0.1 * (second_passes - accumulation / 2))
+    assert predicting.halved(setting, 1, replace(choose(made, workers=1, steps_per_epoch=1), micro_batch=1)) is None
+
+
+def test_a_clock_that_tells_nonsense_of_fewer_images_is_bounded() -> None:
+    """A step of half as many that took longer, or no time at all."""
+    made, speeds = settle(Setting(batch_size=8), None).recipe("x"), Speeds(100e12, 1e12, math.inf, 0.0)
+    for step, launch in ((2.0, 0.9), (0.0, 0.0)):
+        one = Seen(1, 1.0, 0.0, 0.0, speeds, fewer=(4, step))
+        (found,) = predicting.predict(SIZES, made, 0, [one])
+        alone = predicting.predict(SIZES, made, 0, [replace(one, fewer=None)])[0]
+        assert found.step == pytest.approx(1.0) == alone.step
+        two = predicting.predict(SIZES, made, 0, [one, replace(one, workers=2, fewer=None)])[1]
+        spent = alone.compute
+        assert two.compute == pytest.approx(spent * (launch + (1 - launch) / 2))
 
 
 def test_workers_are_measured_and_predicted(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from gtl.jobs import pack
 from gtl.jobs.checks import Site, check_places, check_room, site_of
 from gtl.jobs.follow import Output
 from gtl.jobs.inside import LOST
+from gtl.jobs.parcel import Parcel
 from gtl.jobs.probe import DRAINED_IDLE, lost, sees
 from gtl.jobs.resume import Left, left_of, stamp
-from gtl.jobs.submit import Parcel, read_secrets
+from gtl.jobs.submit import read_secrets
 from gtl.jobs.verdict import End, exit_status, is_tried_again, meaning
 from gtl.jobs.work import Work, read_work
 from gtl.session import Cluster
