@@ -893,6 +893,26 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+def make_gan(folder: str | Path, *, seed: int = 0, normalization: str = "spectral") -> Path:
+    """Write a generator of pictures of 32 pixels and its discriminator, three blocks each."""
+    import torch
+
+    from gtl.families.gan_conv import ConvDiscriminator, ConvGenerator
+
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ConvGenerator(noise_size=16, channels=(32, 16, 16, 8)).save_pretrained(folder / "generator")
+        network = ConvDiscriminator(channels=(8, 16, 16, 32), normalization=normalization)
+        network.save_pretrained(folder / "discriminator")
+    write_json(folder / "model_index.json", {
+        "_class_name": "GanPipeline",
+        "generator": ["gtl", "ConvGenerator"],
+        "discriminator": ["gtl", "ConvDiscriminator"],
+    })
+    return folder
+
+
 if __name__ == "__main__":
     import sys
 

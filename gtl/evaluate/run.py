@@ -210,7 +210,7 @@ def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progres
     Raises:
         UserError: the family cannot draw it, a worker met a mistake of the user's, or the cache cannot be written.
     """
-    from gtl.generate.engine import check as check_request
+    from gtl.generate.drawing import check as check_request
 
     missing: list[tuple[Store, str, Order]] = []
     for drawing in drawings:

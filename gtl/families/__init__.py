@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "z_image": "gtl.families.z_image:ZImage",
     "pixart": "gtl.families.pixart:PixArt",
     "sana": "gtl.families.sana:Sana",
+    "gan": "gtl.families.gan:Gan",
 }
 """Families by name, imported when opened."""
 
@@ -39,6 +40,7 @@ PIPELINES: dict[str, str] = {
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
+    "GanPipeline": "gan",
 }
 """Family by the pipeline class that model_index.json names."""
 
