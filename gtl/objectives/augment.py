@@ -28,33 +28,28 @@ def augment(pixels: Tensor, lots: Tensor, kinds: Sequence[str], probability: Ten
         kinds: Of color, translation and cutout.
         probability: Of each kind for each picture.
     """
-    happens = (lots[:, :3] < probability).to(pixels.dtype)
-    if "color" in kinds:
-        pixels = recolor(pixels, lots[:, 3:6], happens[:, 0])
-    if "translation" in kinds:
-        pixels = move(pixels, lots[:, 6:8], happens[:, 1])
-    if "cutout" in kinds:
-        pixels = pixels * (1 - hole(pixels, lots[:, 8:10]) * spread(happens[:, 2]))
+    for number, (kind, change) in enumerate(KINDS.items()):
+        if kind in kinds:
+            happens = lots[:, number] < probability
+            pixels = torch.where(spread(happens), change(pixels, lots[:, len(KINDS) :]), pixels)
     return pixels
 
 
-def recolor(pixels: Tensor, lots: Tensor, happens: Tensor) -> Tensor:
+def recolor(pixels: Tensor, lots: Tensor) -> Tensor:
     """Other brightness (by up to a half), saturation (0 to 2 times) and contrast (half to one and a half times)."""
-    brightness, saturation, contrast = (spread(lots[:, i] * happens) for i in range(3))
-    off = spread(1 - happens)
-    pixels = pixels + (brightness - 0.5 * spread(happens))
+    brightness, saturation, contrast = (spread(lots[:, number]) for number in range(3))
+    pixels = pixels + (brightness - 0.5)
     grey = pixels.mean(1, keepdim=True)
-    pixels = grey + (pixels - grey) * (2 * saturation + off)
+    pixels = grey + (pixels - grey) * (2 * saturation)
     mean = pixels.mean((1, 2, 3), keepdim=True)
-    return mean + (pixels - mean) * (contrast + 0.5 * spread(happens) + off)
+    return mean + (pixels - mean) * (contrast + 0.5)
 
 
-def move(pixels: Tensor, lots: Tensor, happens: Tensor) -> Tensor:
-    """Whole pixels to any side; what comes in is 0, which is grey."""
+def move(pixels: Tensor, lots: Tensor) -> Tensor:
+    """By whole pixels to any side; what comes in is 0, which is grey."""
     height, width = pixels.shape[-2:]
     most = torch.tensor([height * SHIFT + 0.5, width * SHIFT + 0.5], device=pixels.device).long()
-    by = (lots * (2 * most + 1)).long() - most
-    by = by * happens[:, None].long()
+    by = (lots[:, 3:5] * (2 * most + 1)).long() - most
     rows = torch.arange(height, device=pixels.device)[None] + by[:, :1]
     columns = torch.arange(width, device=pixels.device)[None] + by[:, 1:]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
@@ -63,17 +58,22 @@ def move(pixels: Tensor, lots: Tensor, happens: Tensor) -> Tensor:
     return moved.movedim(-1, 1) * inside[:, None].to(pixels.dtype)
 
 
-def hole(pixels: Tensor, lots: Tensor) -> Tensor:
-    """1 inside of a square and 0 outside, [B, 1, H, W]; its centre is anywhere in the picture."""
+def cut_out(pixels: Tensor, lots: Tensor) -> Tensor:
+    """0 inside of a square, whose centre is anywhere in the picture."""
     marks = []
-    for axis, side in enumerate(pixels.shape[-2:]):
-        centre = (lots[:, axis, None] * side).floor()
+    for side, lot in zip(pixels.shape[-2:], lots[:, 5:7].unbind(1), strict=True):
+        centre = (lot[:, None] * side).floor()
         places = torch.arange(side, device=pixels.device)[None]
         half = int(side * HOLE + 0.5) // 2
         marks.append((places >= centre - half) & (places < centre + half))
-    return (marks[0][:, :, None] & marks[1][:, None])[:, None].to(pixels.dtype)
+    inside = (marks[0][:, :, None] & marks[1][:, None])[:, None]
+    return pixels.masked_fill(inside, 0.0)
 
 
 def spread(values: Tensor) -> Tensor:
     """[B] as [B, 1, 1, 1]."""
     return values[:, None, None, None]
+
+
+KINDS = {"color": recolor, "translation": move, "cutout": cut_out}
+"""In the order in which they happen. A picture's first numbers decide whether each does, the others how."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 def place(module: nn.Module, dtype: torch.dtype, device: torch.device | str, changing: Collection[Tensor] = ()) -> None:
     """Move all weights, in place and one by one: what moves in training as fp32, the rest in `dtype`.
 
-    Buffers that are `changing` in training keep their own.
+    Buffers that are `changing` move in training, too.
     """
-    kept = {id(tensor) for tensor in changing}
+    moving = {id(tensor) for tensor in changing}
     for tensor in chain(module.parameters(), module.buffers()):
-        stored = tensor.dtype if id(tensor) in kept else stored_as(tensor, dtype)
+        stored = stored_as(tensor, torch.float32 if id(tensor) in moving else dtype)
         tensor.data = value_of(tensor, device).to(device, stored)
 
 
