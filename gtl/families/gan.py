@@ -16,9 +16,9 @@ from gtl.types import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-GENERATORS = {"ConvGenerator": "gtl.families.gan_conv"}
+GENERATORS = {"ConvGenerator": "gtl.families.gan_conv", "ResidualGenerator": "gtl.families.gan_residual"}
 """Classes of generators -> their module."""
-DISCRIMINATORS = {"ConvDiscriminator": "gtl.families.gan_conv"}
+DISCRIMINATORS = {"ConvDiscriminator": "gtl.families.gan_conv", "ResidualDiscriminator": "gtl.families.gan_residual"}
 """Classes of discriminators -> their module."""
 LIBRARY = "gtl"
 """That `model_index.json` names for both."""
