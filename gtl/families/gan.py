@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 GENERATORS = {"ConvGenerator": "gtl.families.gan_conv", "ResidualGenerator": "gtl.families.gan_residual"}
 """Classes of generators -> their module."""
-DISCRIMINATORS = {"ConvDiscriminator": "gtl.families.gan_conv", "ResidualDiscriminator": "gtl.families.gan_residual"}
+DISCRIMINATORS = {
+    "ConvDiscriminator": "gtl.families.gan_conv", "ResidualDiscriminator": "gtl.families.gan_residual",
+    "VggDiscriminator": "gtl.families.gan_features",
+}  # fmt: skip
 """Classes of discriminators -> their module."""
 LIBRARY = "gtl"
 """That `model_index.json` names for both."""
@@ -48,6 +51,9 @@ class Gan(DiffusersLayout):
             for part, known in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS))
             for name in [self._class_of(part, known)]
         }
+        drawn, seen = (self._side_of(part) for part in self.classes)
+        if drawn != seen:
+            raise UserError(f"{self.folder}: the generator draws {drawn} pixels a side, the discriminator sees {seen}")
 
     def _class_of(self, part: str, known: Mapping[str, str]) -> str:
         found = self.index.get(part)
@@ -55,6 +61,21 @@ class Gan(DiffusersLayout):
         if name not in known:
             raise UserError(f"{self.folder / INDEX}: {part}: {name}; expected {' or '.join(known)}")
         return str(name)
+
+    def _side_of(self, part: str) -> int:
+        """Of the pictures of a part, in pixels.
+
+        Raises:
+            UserError: its config does not say.
+        """
+        from gtl.families.gan_conv import side_of
+
+        config = self.config(part)
+        if isinstance(side := config.get("side"), int):
+            return side
+        if not isinstance(channels := config.get("channels"), list):
+            raise UserError(f"{self.folder / part / 'config.json'}: channels: missing; expected a list")
+        return side_of(channels)
 
     def build(self, part: str) -> nn.Module:
         """The part from its config, with whatever weights the surrounding device context gives.
@@ -78,9 +99,7 @@ class Gan(DiffusersLayout):
     @property
     def multiple(self) -> int:
         """The side of its pictures: there is no other."""
-        from gtl.families.gan_conv import side_of
-
-        return side_of(self.config("generator")["channels"])
+        return self._side_of("generator")
 
     @property
     def max_size(self) -> int | None:

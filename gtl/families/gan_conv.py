@@ -6,7 +6,6 @@ learned of a picture then does not depend on which others share its micro-batch,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -109,7 +108,7 @@ def check_channels(channels: Sequence[int]) -> None:
 
 def side_of(channels: Sequence[int]) -> int:
     """Side in pixels of the pictures of a network with so many widths."""
-    return FIRST * int(math.pow(2, len(channels) - 1))
+    return FIRST << len(channels) >> 1
 
 
 def draw_weights(network: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gtl.config import Recipe, parse_recipe
 from gtl.config.pairs import PAIRS
 from gtl.families import open_family
 from gtl.families.base import Family
+from gtl.families.gan_features import VggDiscriminator
 from gtl.generate.drawing import check
 from gtl.generate.engine import Request
 from gtl.generate.images import generate
@@ -255,7 +257,11 @@ def test_what_does_not_go_together_is_refused(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ({"generator": {"channels": [32]}}, "generator/config.json: not that of a ConvGenerator: channels"),
+        (
+            {"generator": {"channels": [32, 16, 12, 8]}},
+            "generator/config.json: not that of a ConvGenerator: channels: 12",
+        ),
+        ({"generator": {"channels": 32}}, "generator/config.json: channels: missing; expected a list"),
         ({"discriminator": {"normalization": "batch"}}, "normalization: 'batch': expected spectral, group or none"),
         ({"discriminator": {"channels": [8, 16, 15, 32]}}, "channels: 15: expected a multiple of 8"),
         ({"generator": {"noise_size": 17}}, "stem.weight has shape"),
@@ -267,7 +273,7 @@ def test_a_damaged_config_is_one_clear_line(tmp_path: Path, damage: dict[str, di
     file = folder / part / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
     with pytest.raises(UserError, match=said):
-        open_family(str(folder)).load(part)
+        open_family(str(folder)).load(part)  # some are seen by the first, some by the second
 
 
 def test_an_unknown_network_is_refused(tmp_path: Path) -> None:
@@ -295,3 +301,83 @@ def test_files_hold_both_networks(folder: Path, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "delta.safetensors")
     whole = {f"{name}.{key}" for name, part in trainee.parts.items() for key in part.state_dict()}
     assert stored.keys() == whole
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file as torchvision publishes it: `features`, and a classifier of which nothing is wanted."""
+    layers, before = {}, 3
+    rng = torch.Generator().manual_seed(0)
+    for at, width in zip((0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28), VGG_WIDTHS, strict=True):
+        layers[f"features.{at}.weight"] = torch.randn(width, before, 3, 3, generator=rng) / math.sqrt(4.5 * before)
+        layers[f"features.{at}.bias"] = torch.randn(width, generator=rng) / 10
+        before = width
+    file = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
+    torch.save({**layers, "classifier.0.bias": torch.zeros(4096)}, file)
+    return file
+
+
+VGG_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 256, 512, 512, 512, 512, 512)
+
+
+def test_a_discriminator_sees_by_the_features_of_vgg(vgg: Path, tmp_path: Path) -> None:
+    network = VggDiscriminator(side=SIDE)
+    network.load_features(vgg)
+    pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    stored, hidden = torch.load(vgg, weights_only=True), (pixels + 1) / 2
+    hidden = (hidden - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    for position in range(28):  # as torchvision numbers them
+        if position in (4, 9, 18, 27):
+            hidden = nn.functional.max_pool2d(hidden, 2)
+        elif f"features.{position}.weight" in stored:
+            weight, bias = stored[f"features.{position}.weight"], stored[f"features.{position}.bias"]
+            hidden = nn.functional.conv2d(hidden, weight, bias, padding=1).relu()
+    assert hidden.shape == (2, 512, 2, 2)
+    torch.testing.assert_close(network(pixels), network.head(hidden.flatten(1))[:, 0], rtol=1e-4, atol=1e-5)
+    assert VggDiscriminator(side=64).head.in_features == 512 * 4 * 4
+
+    folder = make_gan(tmp_path / "model")
+    shutil.rmtree(folder / "discriminator")
+    network.save_pretrained(folder / "discriminator")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("ConvDiscriminator", "VggDiscriminator"))
+    recipe = recipe_of(
+        folder, tuner={"type": "freeze", "freeze_depth": 0, "discriminator_depth": 12},
+        objective={"type": "adversarial", "r1": 1.0},
+    )  # fmt: skip
+    trainee = trainee_of(recipe)
+    moving = [name for name in trainee.parameters if name.startswith("discriminator")]
+    assert moving == ["discriminator.head.weight", "discriminator.head.bias"]
+    before = trainee.parts["discriminator"].blocks[0][0].weight.clone()
+    rows = play(trainee, 2)
+    assert torch.equal(trainee.parts["discriminator"].blocks[0][0].weight, before)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_weights_that_are_not_vggs_are_refused(vgg: Path, tmp_path: Path) -> None:
+    network = VggDiscriminator(side=SIDE)
+    with pytest.raises(UserError, match="none.pth: no such file; torchvision publishes it as vgg19-dcbb9e9d.pth"):
+        network.load_features(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(UserError, match="text.pth: not a file of weights"):
+        network.load_features(tmp_path / "text.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="list.pth: holds no weights by name"):
+        network.load_features(tmp_path / "list.pth")
+    stored = torch.load(vgg, weights_only=True)
+    torch.save({key: value for key, value in stored.items() if key != "features.19.weight"}, tmp_path / "vgg16.pth")
+    with pytest.raises(UserError, match="no features.19.weight in it; expected torchvision's weights of VGG19"):
+        network.load_features(tmp_path / "vgg16.pth")
+    torch.save({**stored, "features.0.weight": torch.zeros(64, 1, 3, 3)}, tmp_path / "grey.pth")
+    with pytest.raises(UserError, match=r"features.0.weight has shape \[64, 1, 3, 3\]; VGG19's is \[64, 3, 3, 3\]"):
+        network.load_features(tmp_path / "grey.pth")
+
+
+def test_networks_of_different_sides_are_refused(tmp_path: Path) -> None:
+    folder = make_gan(tmp_path / "model")
+    file = folder / "discriminator" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "channels": [8, 16, 32]}))
+    with pytest.raises(UserError, match="the generator draws 32 pixels a side, the discriminator sees 16"):
+        open_family(str(folder))
