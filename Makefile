@@ -36,6 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 builtin: $(INSTALLED)  ## make the built-in models from nothing: hours; goes on where it was stopped
 	$(BIN)/python -m gtl.builtin_backbone
 	$(BIN)/python -m gtl.builtin
+	$(BIN)/python -m gtl.builtin gan
 
 pins: $(INSTALLED)  ## write constraints.txt from what is installed
 	$(BIN)/python .ci/pins.py > constraints.tmp && mv constraints.tmp constraints.txt && touch $(INSTALLED)

@@ -1,6 +1,7 @@
-"""Makes `builtin:tiny` from nothing: random weights, the recipes of `gtl/recipes/builtin/`, the files of the package.
+"""Makes the built-in models from nothing: random weights, the recipes of `gtl/recipes/builtin/`, the package's files.
 
     python -m gtl.builtin
+    python -m gtl.builtin gan
 
 Every stage leaves its result in the work folder and a run saves as it goes, so the same command goes on after an
 interruption at any moment.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gtl.adapters import Registry, apply
+from gtl.adapters.base import model_parts
 from gtl.config import load_recipe
 from gtl.data.scenes.captions import STYLE_WORDS
 from gtl.data.scenes.sets import SceneSet
@@ -33,7 +35,7 @@ from gtl.types import Progress, UserError
 if TYPE_CHECKING:
     from torch import nn
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import DiffusionFamily, Family
 
 RECIPES = Path(__file__).parent / "recipes" / "builtin"
 CAPTIONS = 4000
@@ -42,12 +44,12 @@ MEASURED = 512
 """Pictures whose latents say how the model has to scale them."""
 TELL_SECONDS = 5.0
 
-Trained = tuple["DiffusionFamily", dict[str, "nn.Module"]]
+Trained = tuple["Family", dict[str, "nn.Module"]]
 """A model, and its parts after a recipe."""
 
 
 def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) -> Path:
-    """Do what is not done yet; the folder of the finished model, stored in half precision.
+    """Do what is not done yet of `builtin:tiny`; the folder of the finished model, stored in half precision.
 
     Args:
         work: Keeps runs, cache, registry and the model after each stage.
@@ -65,9 +67,27 @@ def make(work: Path, out: Path, overrides: Sequence[str], progress: Progress) ->
     for name, learn in (("autoencoder", learn_codec), ("denoiser", learn_drawing), ("finish", learn_drawing)):
         train = partial(trained, name, model, work, overrides, progress)
         model = write_once(work / name, partial(learn, train))
-    if (out / INDEX).is_file():  # an older one, such as the one that is shipped
+    return replace(out, lambda folder: pack(model, folder))
+
+
+def make_gan(work: Path, out: Path, overrides: Sequence[str], progress: Progress) -> Path:
+    """`make` for `builtin:gan`, which is stored in full precision."""
+    from gtl.families.gan_blank import write_blank
+
+    blank = write_once(work / "gan-blank", write_blank)
+    train = partial(trained, "gan", blank, work, overrides, progress)
+    model = write_once(work / "gan", partial(learn_drawing, train))
+    return replace(out, lambda folder: open_family(str(model)).export({}, folder))
+
+
+def replace(out: Path, write: Callable[[Path], None]) -> Path:
+    """Write a model over an older one, such as the one that is shipped."""
+    if (out / INDEX).is_file():
         shutil.rmtree(out)
-    return write_once(out, lambda folder: pack(model, folder))
+    return write_once(out, write)
+
+
+MODELS = {"tiny": make, "gan": make_gan}
 
 
 def vocabulary() -> set[str]:
@@ -89,12 +109,12 @@ def learn_codec(train: Callable[[], Trained], folder: Path) -> None:
     """Train the codec, and write the model with it and with the scale of its latents."""
     family, parts = train()
     codec = cast(Any, parts["vae"])
-    codec.register_to_config(scaling_factor=round(1 / latent_std(family, codec), 5))
+    codec.register_to_config(scaling_factor=round(1 / latent_std(cast("DiffusionFamily", family), codec), 5))
     family.export({"vae": codec}, folder)
 
 
 def learn_drawing(train: Callable[[], Trained], folder: Path) -> None:
-    """Train UNet and text encoder, and write the model with them."""
+    """Train a model, and write it with the weights that it learned."""
     family, parts = train()
     family.export(parts, folder)
 
@@ -110,7 +130,7 @@ def trained(name: str, model: Path, work: Path, overrides: Sequence[str], progre
     recipe = load_recipe(RECIPES / f"{name}.yaml", [source, *places, *overrides])
     published = train_once(recipe, f"builtin-{name}", progress=progress)
     family = open_family(str(model))
-    parts = {part: family.load(part, torch.float32) for part in ("vae", "unet", "text_encoder")}
+    parts = {part: family.load(part, torch.float32) for part in model_parts(family)}
     apply(parts, Registry(recipe.storage.registry).fetch(str(published)))
     return family, parts
 
@@ -172,13 +192,15 @@ class Lines:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m gtl.builtin", description="Make builtin:tiny from nothing.")
+    parser = argparse.ArgumentParser(prog="python -m gtl.builtin", description="Make a built-in model from nothing.")
+    parser.add_argument("model", choices=MODELS, nargs="?", default="tiny")
     parser.add_argument("--work", type=Path, default=Path("out/builtin"), help="keeps what is done (%(default)s)")
-    parser.add_argument("--out", type=Path, default=builtin_folder("tiny"), help="the model (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the model (where the package has it)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all recipes")
     given = parser.parse_args()
     try:
-        print(make(given.work.absolute(), given.out.absolute(), given.set, Lines()))
+        out = given.out or builtin_folder(given.model)
+        print(MODELS[given.model](given.work.absolute(), out.absolute(), given.set, Lines()))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as error:

@@ -13,7 +13,7 @@ from gtl.adapters import Card, Registry
 from gtl.adapters.sharing import fits
 from gtl.config.base import is_url
 from gtl.config.names import NAME, parse_reference
-from gtl.families import open_family
+from gtl.families import FAMILIES, family_class, open_family
 from gtl.types import Sampler, UserError, sampler_of
 from serve.errors import invalid, model_not_found
 from serve.schema import Adapter, Drawing, Model, Origin, check_pixels
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 BUILT_IN = "builtin:tiny"
 """Served where there is nothing else."""
+SERVED = "by denoising"
+"""How models draw that are served, of `Family.draws`."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +243,9 @@ def bases_of(cards: Iterable[Card]) -> tuple[Base, ...]:
         UserError: two bases would have one name.
     """
     found: dict[str, Base] = {}
-    for card in cards:
-        origin = card.base
+    for origin in (card.base for card in cards):
+        if origin.family in FAMILIES and family_class(origin.family).draws != SERVED:
+            continue
         base = Base(name=name_of(origin.source), source=origin.source, revision=origin.revision, variant=origin.variant)
         if found.setdefault(base.name, base) != base:
             raise UserError(
@@ -267,7 +270,13 @@ def find_here(base: Base) -> DiffusionFamily | None:
     is_here = base.source.startswith("builtin:") or (not is_url(base.source) and os.path.isdir(base.source))
     if not is_here:
         return None
-    return open_family(base.source, revision=base.revision, variant=base.variant)
+    family = open_family(base.source, revision=base.revision, variant=base.variant)
+    if family.draws != SERVED:
+        raise UserError(
+            f"bases: {base.source}: a model of family {family.name} draws {family.draws}, for which there is gtl "
+            f"generate; what is served draws {SERVED}"
+        )
+    return family
 
 
 def find_configs(base: Base) -> DiffusionFamily | None:

@@ -893,6 +893,31 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+def make_gan(
+    folder: str | Path, *, kind: str = "Conv", seed: int = 0, normalization: str = "spectral", **config: Any
+) -> Path:
+    """Write a generator of pictures of 32 pixels and its discriminator, three blocks each; Conv or Residual."""
+    import torch
+
+    from gtl.families import gan_conv, gan_residual
+
+    folder, module = Path(folder), {"Conv": gan_conv, "Residual": gan_residual}[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = getattr(module, f"{kind}Generator")(noise_size=16, channels=(32, 16, 16, 8), **config)
+        generator.save_pretrained(folder / "generator")
+        network = getattr(module, f"{kind}Discriminator")(
+            channels=(8, 16, 16, 32), normalization=normalization, **config
+        )
+        network.save_pretrained(folder / "discriminator")
+    write_json(folder / "model_index.json", {
+        "_class_name": "GanPipeline",
+        "generator": ["gtl", f"{kind}Generator"],
+        "discriminator": ["gtl", f"{kind}Discriminator"],
+    })
+    return folder
+
+
 if __name__ == "__main__":
     import sys
 

@@ -33,8 +33,8 @@ def open_base(card: Card, weights: bool = True) -> Family:
 
 def model_parts(family: Family) -> list[str]:
     """The parts of a model that have weights an adapter may move, the main one first."""
-    codec = getattr(family, "codec", None)
-    return [family.main, *getattr(family, "encoders", ()), *([codec] if codec else [])]
+    codec = [family.codec] if family.codec else []
+    return [family.main, *family.encoders, *codec, *family.critics]
 
 
 def empty_parts(family: Family) -> dict[str, nn.Module]:

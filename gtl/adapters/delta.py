@@ -2,11 +2,13 @@
 
 Names in the file are `<part>.<parameter>`: a part is a folder of diffusers' layout, a parameter is named as the part's
 own module names it. The values are whole weights, not differences: a delta at scale 1 gives exactly what was trained.
+Buffers that move in training, such as those of spectral normalisation, are named and read in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +55,7 @@ def moved_by_delta(parts: Mapping[str, nn.Module], folder: Path) -> set[str]:
     return {f"{part}.{parameter}" for part, parameter, _, _ in match_delta(parts, folder)}
 
 
-def match_delta(parts: Mapping[str, nn.Module], folder: Path) -> list[tuple[str, str, nn.Parameter, Tensor]]:
+def match_delta(parts: Mapping[str, nn.Module], folder: Path) -> list[tuple[str, str, Tensor, Tensor]]:
     """Part, parameter's name, parameter and new value of everything in the file.
 
     Raises:
@@ -63,7 +65,7 @@ def match_delta(parts: Mapping[str, nn.Module], folder: Path) -> list[tuple[str,
     missing = sorted({name.partition(".")[0] for name in tensors} - set(parts))
     if missing:
         raise UserError(f"{folder}: it is for {', '.join(missing)} too; the parts given are {', '.join(parts)}")
-    indexes = {part: own_parameters(module) for part, module in parts.items()}
+    indexes = {part: own_tensors(module) for part, module in parts.items()}
     found, lost = [], []
     for name, value in tensors.items():
         part, _, parameter = name.partition(".")
@@ -83,13 +85,16 @@ def match_delta(parts: Mapping[str, nn.Module], folder: Path) -> list[tuple[str,
     return found
 
 
-def own_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
-    """A part's own parameters by the names they have without adapters."""
-    return {
-        name.replace(".base_layer", ""): parameter
-        for name, parameter in part.named_parameters()
-        if ".lora_" not in name
-    }
+def own_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """A part's own parameters and buffers by the names they have without adapters."""
+    tensors = {**dict(part.named_buffers()), **dict(part.named_parameters())}
+    return {name.replace(".base_layer", ""): tensor for name, tensor in tensors.items() if ".lora_" not in name}
+
+
+def tensor_of(part: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a part without adapters."""
+    tensor: Tensor = attrgetter(name)(part)
+    return tensor
 
 
 def spellings(parameter: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gtl.adapters.apply import apply, kind_of, moved
+from gtl.adapters.delta import tensor_of
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def merge(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]
     changed = {name for folder, _ in adapters for name in moved(parts, folder)}
     for name in changed:
         owner, _, own = name.partition(".")
-        parameter = parts[owner].get_parameter(own)
+        parameter = tensor_of(parts[owner], own)
         parameter.data = parameter.data.to(torch.float32, copy=True)
     for number, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{number}", scale)

@@ -11,7 +11,6 @@ from gtl.adapters import Registry
 from gtl.config import Recipe, load_recipe
 from gtl.evaluate.result import Evaluation, compare
 from gtl.evaluate.run import evaluate
-from gtl.families.blank import forget
 from gtl.families.files import write_once
 from gtl.families.shrink import shrink
 from gtl.report.chart import short
@@ -50,15 +49,18 @@ class Comparison:
     baseline: Arm
 
 
-def cut(folder: Path, fresh: int | None = None) -> None:
-    """The built-in model without the middle of its UNet; with `fresh` its UNet knows nothing."""
-    shrink("builtin:tiny", folder, drop_middle=True, fresh=fresh)
+FROM_NOTHING = ("model.weights=random", "tuner={type: full, train: [unet, text_encoder]}")
+
+
+def cut(folder: Path) -> None:
+    """The built-in model without the middle of its UNet."""
+    shrink("builtin:tiny", folder, drop_middle=True)
 
 
 COMPARISONS = (
     Comparison(
         "lora", "study", "prompt_accuracy",
-        Arm("LoRA of a new concept"), Arm("from random weights", model=lambda folder: forget("builtin:tiny", folder)),
+        Arm("LoRA of a new concept"), Arm("the same network from random weights", FROM_NOTHING),
     ),
     Comparison(
         "few-steps", "few_steps", "prompt_accuracy",
@@ -67,7 +69,7 @@ COMPARISONS = (
     Comparison(
         "student", "student", "prompt_accuracy",
         Arm("distilled into three quarters of the weights", model=cut),
-        Arm("the same one from random weights", ("objective={type: denoise}",), lambda folder: cut(folder, fresh=0)),
+        Arm("the same one from random weights", ("objective={type: denoise}", "model.weights=random"), cut),
     ),
 )  # fmt: skip
 

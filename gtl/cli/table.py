@@ -146,15 +146,13 @@ def shrink(
     out: Annotated[Path, typer.Option(help="A new folder for the smaller model.")],
     layers: Annotated[int | None, typer.Option(help="Of every section; all when left out.")] = None,
     drop_middle: Annotated[bool, typer.Option("--drop-middle", help="Leave the middle section out.")] = False,
-    fresh: Annotated[int | None, typer.Option(metavar="SEED", help="Forget what the UNet has learned.")] = None,
     revision: Revision = None,
     variant: Variant = None,
 ) -> None:
     """Make a smaller model of a model, for objective.type: distill; its layers begin as they were."""
     from gtl.families.shrink import shrink as make
 
-    now, before = make(model, out, layers=layers, drop_middle=drop_middle, fresh=fresh, revision=revision,
-                       variant=variant)  # fmt: skip
+    now, before = make(model, out, layers=layers, drop_middle=drop_middle, revision=revision, variant=variant)
     print(f"{out}: {now / 1e6:.3g} of {before / 1e6:.3g} million weights")
 
 

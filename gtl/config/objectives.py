@@ -1,6 +1,6 @@
 """Objectives: what the moving weights learn."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -40,6 +40,8 @@ class PriorPreservation(Section):
 class Noising(Section):
     """What noise is added to images, and when, and what the error weighs."""
 
+    type: Any
+    """Of each objective its own; the first of its keys."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Loss weight min(SNR, gamma) (Hang et al. 2023, arXiv 2303.09556); not for flow matching."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -120,10 +122,54 @@ class ConsistencyObjective(Section):
     """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c (arXiv 2310.14189, section 3.3)."""
 
 
+class Augmentation(Section):
+    """What both real and drawn pictures go through before the discriminator sees them (Zhao et al. 2020, arXiv
+    2006.10738). With few pictures it is what keeps the discriminator from knowing them by heart."""
+
+    kinds: Annotated[list[Literal["color", "translation", "cutout"]], Field(min_length=1)] = [
+        "color", "translation", "cutout"
+    ]  # fmt: skip
+    probability: Annotated[float, Field(ge=0, le=1)] | Literal["adaptive"] = 1.0
+    """Of each kind for each picture. adaptive: as much as keeps the discriminator from being sure of the pictures that
+    it learns from (ADA, Karras et al. 2020, arXiv 2006.06676)."""
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Of adaptive: the mean sign of the logits of real pictures, above which the probability rises."""
+    images: Annotated[int, Field(ge=1)] = 500_000
+    """Of adaptive: in so many it can rise from 0 to 1."""
+
+
+class AdversarialObjective(Section):
+    """Draw pictures that a second network, which learns too, can't tell from those of the data (Goodfellow et al. 2014,
+    arXiv 1406.2661). train.learning_rate, train.ema and what the tuner says of the main part are the generator's."""
+
+    type: Literal["adversarial"] = "adversarial"
+    loss: Literal["bce", "hinge", "wasserstein"] = "bce"
+    """bce: the non-saturating loss. hinge: Lim & Ye 2017, arXiv 1705.02894. wasserstein: the difference of the logits'
+    means (Arjovsky et al. 2017, arXiv 1701.07875), which needs gradient_penalty or a discriminator whose spectra are
+    normalised."""
+    r1: Annotated[float, Field(ge=0)] = 0.0
+    """gamma of gamma/2 times the squared gradient at real pictures (Mescheder et al. 2018, arXiv 1801.04406)."""
+    gradient_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """lambda of how far the gradient's norm is from 1 between real and drawn pictures (WGAN-GP, Gulrajani et al. 2017,
+    arXiv 1704.00028, which has 10)."""
+    augmentation: Augmentation | None = Augmentation()
+    discriminator_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """null: train.learning_rate (Heusel et al. 2017, arXiv 1706.08500, have a higher one)."""
+    collapse: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """A run warns when the drawn pictures of a batch are less different from each other than this share of what real
+    ones are, over some steps; 0: never."""
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the loss holds a gradient, so that its own gradient is a second one."""
+        return self.r1 > 0 or self.gradient_penalty > 0
+
+
 Objective = Annotated[
     Annotated[DenoiseObjective, Tag("denoise")]
     | Annotated[AutoencodeObjective, Tag("autoencode")]
     | Annotated[ConsistencyObjective, Tag("consistency")]
-    | Annotated[DistillObjective, Tag("distill")],
+    | Annotated[DistillObjective, Tag("distill")]
+    | Annotated[AdversarialObjective, Tag("adversarial")],
     Discriminator(type_of("denoise")),
 ]

@@ -27,6 +27,8 @@ class Pair:
     needs: Needs
     max_zero_stage: int
     """With a quantised base, too."""
+    draws: bool = True
+    """Whether what is learned draws pictures."""
     frozen_base: bool = False
     """Whether adapters move and the model's own weights stay, so that `model.quantization` may round them."""
 
@@ -36,8 +38,10 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("lora", "consistency"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
     ("full", "distill"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
-    ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3),
+    ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3, draws=False),
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
+    ("full", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
+    ("freeze", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
     ("prompt", "denoise"): Pair(Needs(images="latents", text="tokens"), max_zero_stage=3, frozen_base=True),
 }
 TEXT_ENCODER = "text_encoder"

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
+from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
-from gtl.config.objectives import AutoencodeObjective, DenoiseObjective, Objective
+from gtl.config.objectives import AdversarialObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
-from gtl.config.tuners import LoraTuner, PromptTuner, Tuner
+from gtl.config.tuners import FreezeTuner, FullTuner, LoraTuner, PromptTuner, Tuner
 from gtl.types import Sampler
 
 
@@ -25,6 +26,9 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
     """Weight-file variant, for example fp16."""
+    weights: Literal["stored", "random"] = "stored"
+    """random: the parts that move begin at fresh weights, drawn by train.seed, and not at those that they had learned:
+    what transfer is compared with. For tuner.type: full."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of frozen weights and of the arithmetic; what is trained stays fp32. auto: bf16 on a GPU, fp32 on a CPU."""
     quantization: Literal["nf4", "int8", "fp8"] | None = None
@@ -197,44 +201,6 @@ class Train(Section):
         return self
 
 
-class Beside(Section):
-    """What is measured of a run at every look beside its loss on held-out images: on GPUs or CPUs that training leaves
-    free, while it goes on, or by the workers themselves, while it waits."""
-
-    metrics: list[MetricName] = []
-    """What train.early_stopping and train.checkpoints.best go by is always among them."""
-    samples: Annotated[int, Field(ge=1)] = 64
-    """Pictures that are drawn for that."""
-
-
-class Evaluate(Section):
-    """What is measured and drawn: while a run goes on, every so often, and by `gtl evaluate`."""
-
-    every: Annotated[int, Field(ge=1)] = 200
-    """Steps between two looks at a run."""
-    prompts: Literal["auto"] | list[Annotated[str, Field(min_length=1)]] = "auto"
-    """A grid of them is drawn at every look, and `gtl evaluate` draws its samples of them in turn. auto: captions of
-    the images, held-out ones first, for a grid four; []: no grid."""
-    metrics: Annotated[list[MetricName], Field(min_length=1)] = ["kid", "diversity"]
-    """What `gtl evaluate` measures; val_loss needs data.validation."""
-    samples: Annotated[int, Field(ge=1)] = 256
-    """Pictures that it draws for that."""
-    beside: Beside = Beside()
-    backbone: ModelSource = "builtin:backbone"
-    """What makes features of pictures. The built-in one knows drawn scenes; for photographs give
-    inception:FILE (FID's own network, with the weights of pytorch-fid), or a hub id or folder of a vision model such as
-    DINOv2."""
-    clip: ModelSource | None = None
-    """A hub id or folder of a CLIP model, for clip_score and cmmd."""
-    negative_prompt: str = ""
-    steps: Annotated[int, Field(ge=1, le=999)] = 25
-    """Denoising steps of a picture."""
-    guidance: Annotated[float, Field(ge=0)] = 7.5
-    """Classifier-free guidance of a picture."""
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    """Of the first prompt's picture; the next has the next."""
-
-
 class Storage(Section):
     """Where things are kept: local folders or bucket URLs."""
 
@@ -264,6 +230,14 @@ class Recipe(Section):
         """What training reads, with the parts that the tuner moves."""
         needs = with_trained(self.pair.needs, self.tuner.train or ())
         return replace(needs, word=self.tuner.token) if isinstance(self.tuner, PromptTuner) else needs
+
+    def train_of(self, player: str) -> Train:
+        """`train` as it is for one of the objective's players."""
+        objective = self.objective
+        if not isinstance(objective, AdversarialObjective) or player != "discriminator":
+            return self.train
+        rate = objective.discriminator_learning_rate or self.train.learning_rate
+        return self.train.model_copy(update={"learning_rate": rate, "ema": None})
 
     @property
     def sampler(self) -> Sampler:
@@ -347,7 +321,7 @@ class Recipe(Section):
         if not asked.metrics:
             return self
         first, beside = asked.metrics[0], self.evaluate.beside
-        if self.needs.text == "none":
+        if not self.pair.draws:
             raise ValueError(f"evaluate.beside.metrics: {first}: {self.objective.type} draws no pictures of prompts")
         if asked.prompts == []:
             raise ValueError(f"evaluate.prompts: []: there is nothing to draw for {first}; give prompts, or auto")
@@ -360,7 +334,38 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_blocks(self) -> "Recipe":
+        whole = {
+            "autoencode": "which an autoencoder is not divided into", "adversarial": "and a GAN's blocks are too small"
+        }  # fmt: skip
         for key in ("activation_checkpointing", "compile"):
-            if isinstance(self.objective, AutoencodeObjective) and getattr(self.train, key):
-                raise ValueError(f"train.{key}: true: goes block by block, which an autoencoder is not divided into")
+            if self.objective.type in whole and getattr(self.train, key):
+                raise ValueError(f"train.{key}: true: goes block by block, {whole[self.objective.type]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_start(self) -> "Recipe":
+        if self.model.weights == "random" and not (isinstance(self.tuner, FullTuner) and self.tuner.init is None):
+            raise ValueError(
+                "model.weights: random: leaves nothing to build upon; take tuner.type: full without init, or stored"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_players(self) -> "Recipe":
+        if not isinstance(self.objective, AdversarialObjective):
+            if isinstance(self.tuner, FreezeTuner) and self.tuner.discriminator_depth:
+                raise ValueError(
+                    f"tuner.discriminator_depth: {self.tuner.discriminator_depth}: {self.objective.type} has no "
+                    "discriminator; leave it out"
+                )
+            return self
+        if isinstance(self.tuner, FullTuner) and self.tuner.train and len(self.tuner.train) < 2:
+            raise ValueError(f"tuner.train: {self.tuner.train}: both networks learn from each other; leave it out")
+        asked = {"evaluate.metrics": self.evaluate.metrics, "evaluate.beside.metrics": self.evaluate.beside.metrics}
+        asked["train.early_stopping.metric or train.checkpoints.best"] = [self.judged_by] if self.judged_by else []
+        for key, names in asked.items():
+            if wrong := [name for name in names if name in ("val_loss", "clip_score", "prompt_accuracy")]:
+                raise ValueError(f"{key}: {wrong[0]}: adversarial has no such number; take kid, diversity or the like")
+        if self.evaluate.prompts not in ("auto", []):
+            raise ValueError("evaluate.prompts: adversarial draws from noise alone; leave it out, or [] for no grid")
         return self

@@ -144,20 +144,24 @@ class FullTuner(Section):
 
     type: Literal["full"] = "full"
     train: Parts | None = None
-    """Parts whose weights all move, for example [unet, text_encoder]. null: the one the objective is about."""
+    """Parts whose weights all move, for example [unet, text_encoder]. null: those the objective is about."""
     init: Init | None = None
     """Continue from a published adapter; a LoRA is merged into the weights first."""
 
 
 class FreezeTuner(Section):
-    """The weights behind the first blocks of the main part, or some kinds of them."""
+    """The weights behind the first blocks of the main part, or some kinds of them; of a GAN those of both networks."""
 
     train: ClassVar[None] = None
     type: Literal["freeze"] = "freeze"
     freeze_depth: FreezeDepth
     """The first k blocks do not move: a whole number, or a fraction of the block count in [0, 1)."""
     only: Annotated[list[Literal["norm", "bias", "cross_attention"]], Field(min_length=1)] | None = None
-    """Of what is not frozen only these move: normalisation layers, biases, attention to the condition."""
+    """Of what is not frozen only these move: normalisation layers, biases, attention to the condition. This is of the
+    main part."""
+    discriminator_depth: FreezeDepth = 0
+    """Of a GAN: the first k blocks of its discriminator, those nearest to the picture, do not move (FreezeD, Mo et al.
+    2020, arXiv 2002.10964)."""
     init: Init | None = None
     """Continue from a published adapter; a LoRA is merged into the weights first."""
 

@@ -17,7 +17,7 @@ from gtl.storage import Store
 from gtl.types import Progress, quiet
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Reference:
     held_out: tuple[ImageWork, ...]
     """Those that `data.validation` keeps from training."""
     captions: tuple[str, ...]
-    """All captions of all of them, image by image, held-out ones first."""
+    """All captions of all of them, image by image, held-out ones first; the empty one where the model reads none."""
 
     @property
     def number(self) -> int:
@@ -45,7 +45,7 @@ class Reference:
         return hashlib.sha256(json.dumps(sides).encode()).hexdigest()
 
 
-def reference(data: Data, family: DiffusionFamily, cache_url: str, progress: Progress = quiet) -> Reference:
+def reference(data: Data, family: Family, cache_url: str, progress: Progress = quiet) -> Reference:
     """Find the images; an unchanged source costs a listing.
 
     Args:
@@ -77,7 +77,8 @@ def reference(data: Data, family: DiffusionFamily, cache_url: str, progress: Pro
             for sha256, record in sorted(records.items())
         )  # fmt: skip
 
-    return Reference(size, works(trained), works(held_out), captions_of(held_out, trained))
+    captions = captions_of(held_out, trained) if family.encoders else ("",)
+    return Reference(size, works(trained), works(held_out), captions)
 
 
 def captions_of(*sides: Dataset) -> tuple[str, ...]:

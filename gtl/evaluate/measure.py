@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from gtl.backbones import find_backbone
+from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import METRICS
-from gtl.config.recipe import Evaluate
 from gtl.data.reference import Reference
 from gtl.evaluate.extract import Facts, load_square
 from gtl.evaluate.result import Copy, Score, make_score

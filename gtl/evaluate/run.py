@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from gtl.adapters import Registry
 from gtl.config import Recipe
+from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import check_metrics, of_pictures
 from gtl.config.names import parse_reference
-from gtl.config.recipe import Evaluate
 from gtl.config.templates import PLAIN
 from gtl.data.reference import Reference, reference
 from gtl.evaluate.extract import Drawn, Item, examine, load_drawn
@@ -216,7 +216,7 @@ def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progres
     Raises:
         UserError: the family cannot draw it, a worker met a mistake of the user's, or the cache cannot be written.
     """
-    from gtl.generate.request import check as check_request
+    from gtl.generate.drawing import check as check_request
 
     missing: list[tuple[Store, str, Order]] = []
     for drawing in drawings:

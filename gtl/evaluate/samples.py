@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from gtl.generate.engine import Engine
+from gtl.generate.drawing import open_drawer
 from gtl.generate.images import to_image
 from gtl.generate.request import Request
 
@@ -45,8 +45,8 @@ def draw_share(
         dtype: Of the arithmetic; other than fp32 it runs under autocast.
     """
     padded = [*requests, *[requests[-1]] * (-len(requests) % dist.get_world_size())]
-    known = encode(family, parts, requests) if encoded is None else encoded
-    engine = Engine(family, parts, device, torch.float32, MAX_BATCH, encoded=known)
+    known = encode(family, parts, requests) if encoded is None and family.encoders else encoded
+    engine = open_drawer(family, parts, device, torch.float32, MAX_BATCH, known)
     mine = {engine.add(request): turn for turn, request in enumerate(share(padded))}
     pictures: dict[int, Image.Image] = {}
     while len(engine):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import of_pictures
-from gtl.config.recipe import Evaluate
 from gtl.config.templates import PLAIN
 from gtl.data.reference import Reference
 from gtl.evaluate.result import Sampling

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from gtl.backbones import open_backbone
 from gtl.backbones.features import features_of
-from gtl.config.recipe import Evaluate
+from gtl.config.evaluate import Evaluate
 from gtl.data.reference import Reference, keys_of
 from gtl.evaluate.extract import Facts, encode_texts, load_square
 from gtl.evaluate.measure import MAX_REAL, READER_FACTS, Found, Need, is_right, named, needs_of, score_all

@@ -43,7 +43,7 @@ class Validation:
             seed: Of the noise.
         """
         self._dataset, self._objective, self._seed = dataset, objective, seed
-        work = list(chunks(dataset, objective.strata, batch_size))
+        work = list(chunks(dataset, objective.strata, batch_size)) if objective.judged is not None else []
         work += [work[-1]._replace(is_real=False)] * (-len(work) % world) if work else []
         self._work = work[rank::world]
 
@@ -69,7 +69,7 @@ class Validation:
         """Of a chunk's images, summed; see `run`."""
         losses = player(self._batch(chunk))
         assert losses is not None
-        return float(losses.parts.get(self._objective.judged, losses.total))
+        return float(losses.parts.get(self._objective.judged or "", losses.total))
 
     def _batch(self, chunk: Chunk) -> Batch:
         keys = tuple(self._dataset.entries[i].variants[0] for i in chunk.entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gtl.families.files import INDEX, read_json
 from gtl.families.source import resolve
@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "z_image": "gtl.families.z_image:ZImage",
     "pixart": "gtl.families.pixart:PixArt",
     "sana": "gtl.families.sana:Sana",
+    "gan": "gtl.families.gan:Gan",
 }
 """Families by name, imported when opened."""
 
@@ -39,6 +40,7 @@ PIPELINES: dict[str, str] = {
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
+    "GanPipeline": "gan",
 }
 """Family by the pipeline class that model_index.json names."""
 
@@ -63,8 +65,13 @@ def open_family(
         raise UserError(f"model.source: {source}: {INDEX} names a {pipeline}; supported: {supported}")
     if family not in ("auto", found):
         raise UserError(f"model.family: {family!r}: the model at {source} is of family {found!r} ({pipeline})")
-    module, _, name = FAMILIES[found].partition(":")
-    opened = getattr(importlib.import_module(module), name)(folder, variant)
+    opened = family_class(found)(folder, variant)
     opened.origin = (source, found, revision, variant)
     opened.configs_only = not weights
     return opened
+
+
+def family_class(name: str) -> Any:
+    """A family of `FAMILIES`, before any model of it is opened."""
+    module, _, own = FAMILIES[name].partition(":")
+    return getattr(importlib.import_module(module), own)

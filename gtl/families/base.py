@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +32,46 @@ class Family(Protocol):
     configs_only: bool
     """Whether it was opened to ask for shapes, and its weight files need not be there."""
 
+    learns: ClassVar[tuple[str, ...]]
+    """What it can learn, by `objective.type`."""
+    draws: ClassVar[Literal["by denoising", "at once"]]
+    """How a picture comes about."""
+    codec: ClassVar[str | None]
+    """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
+
     @property
     def main(self) -> str:
-        """The part that is fine-tuned: unet, transformer, ..."""
+        """The part that is fine-tuned: unet, transformer, generator, ..."""
+        ...
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Parts that encode prompts, in the order the model reads them; () if it reads none."""
+        ...
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """Parts that only training needs: a discriminator."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """Height and width in pixels must be multiples of this."""
+        ...
+
+    @property
+    def max_size(self) -> int | None:
+        """The largest height and width in pixels; None: any."""
+        ...
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels the model was made for."""
+        ...
+
+    @property
+    def learns_words(self) -> bool:
+        """Whether it can learn words: its encoders look tokens up in tables, and their tokenizers take further ones."""
         ...
 
     def build(self, part: str) -> nn.Module:
@@ -60,8 +97,8 @@ class Family(Protocol):
     def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
         """Blocks of the main part in execution order, each as the module-name prefixes that belong to it.
 
-        A block is the smallest unit that runs once in order: each ResNet and each transformer block. A down- or
-        upsampler belongs to the block before it, and so do an attention module's input and output projections.
+        Of a critic too. A block is the smallest unit that runs once in order: each ResNet and each transformer block. A
+        down- or upsampler belongs to the block before it, and so do an attention module's input and output projections.
         """
         ...
 
@@ -101,9 +138,6 @@ class Family(Protocol):
 class DiffusionFamily(Family, Protocol):
     """A family that generates by denoising."""
 
-    codec: ClassVar[str | None]
-    """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
-
     @property
     def classifier_free(self) -> bool:
         """Whether guidance leads away from a second prediction (Ho & Salimans 2022, arXiv 2207.12598).
@@ -113,28 +147,8 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     @property
-    def encoders(self) -> tuple[str, ...]:
-        """Parts that encode prompts, in the order the model reads them."""
-        ...
-
-    @property
     def path(self) -> NoisePath:
         """The noise path the model was trained on, from its scheduler config."""
-        ...
-
-    @property
-    def multiple(self) -> int:
-        """Height and width in pixels must be multiples of this."""
-        ...
-
-    @property
-    def max_size(self) -> int | None:
-        """The largest height and width in pixels; None: any."""
-        ...
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels the model was made for."""
         ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -162,11 +176,6 @@ class DiffusionFamily(Family, Protocol):
 
     def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
         """Conditions of each prompt, unbatched; the padding's mask is among them where the model has one."""
-        ...
-
-    @property
-    def learns_words(self) -> bool:
-        """Whether it can learn words: its encoders look tokens up in tables, and their tokenizers take further ones."""
         ...
 
     @property
@@ -228,4 +237,16 @@ class DiffusionFamily(Family, Protocol):
 
     def sampler(self, steps: int, height: int, width: int, kind: Sampler = "model") -> Any:
         """A fresh diffusers scheduler with its timesteps set for images of this size."""
+        ...
+
+
+class NoiseFamily(Family, Protocol):
+    """A family whose main part makes pixels [B, 3, H, W] in [-1, 1] of noise [B, noise_size] in one pass.
+
+    Its critic makes logits [B] of pixels, above 0 for those that look real.
+    """
+
+    @property
+    def noise_size(self) -> int:
+        """Numbers, standard normal, that a picture is made of."""
         ...

@@ -6,7 +6,7 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from gtl.families.base import Conditions
 from gtl.families.layout import DiffusersLayout
@@ -42,7 +42,10 @@ class LatentDiffusion(DiffusersLayout, ABC):
     A family says what its network reads and how prompts become conditions.
     """
 
+    learns: ClassVar[tuple[str, ...]] = ("denoise", "autoencode", "consistency", "distill")
+    draws: ClassVar[Literal["by denoising", "at once"]] = "by denoising"
     codec: ClassVar[str | None] = "vae"
+    critics: tuple[str, ...] = ()
     token_limits: Mapping[str, int] = {}
     """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
     words: Mapping[str, int] = {}

@@ -14,8 +14,8 @@ LIST = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions)\.(\d+)(
 
 
 def shrink(
-    source: str, out: Path, *, layers: int | None = None, drop_middle: bool = False, fresh: int | None = None,
-    revision: str | None = None, variant: str | None = None,
+    source: str, out: Path, *, layers: int | None = None, drop_middle: bool = False, revision: str | None = None,
+    variant: str | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Write a model whose UNet has fewer layers, and everything else as it was; its number of weights, and before.
 
@@ -25,7 +25,6 @@ def shrink(
         layers: ResNets, each with its attention, of every section on the way down; on the way up there is one more. The
             first ones stay, and on the way up the last, which alone fits what comes from outside the section.
         drop_middle: Leave the middle section out.
-        fresh: Draw all weights of the UNet anew from this seed, for what transfer is compared with.
         revision: Branch, tag or commit of a hub id.
         variant: Weight-file variant, for example fp16.
 
@@ -41,22 +40,20 @@ def shrink(
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: is not empty; give a new folder")
     large: Any = family.load(family.main)
-    config = smaller(dict(large.config), layers, drop_middle, fresh is not None)
+    config = smaller(dict(large.config), layers, drop_middle)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(fresh or 0)
         small: Any = nn.Module.to(type(large).from_config(config), large.dtype)  # its own `to` warns of half precision
-    if fresh is None:
-        tensors = large.state_dict()
-        last = {key: tuple(len(section.resnets) - 1 for section in model.up_blocks)
-                for key, model in (("small", small), ("large", large))}  # fmt: skip
-        small.load_state_dict({
-            name: tensors[origin(name, last["small"], last["large"])] for name in small.state_dict()
-        })  # fmt: skip
+    tensors = large.state_dict()
+    last = {key: tuple(len(section.resnets) - 1 for section in model.up_blocks)
+            for key, model in (("small", small), ("large", large))}  # fmt: skip
+    small.load_state_dict({
+        name: tensors[origin(name, last["small"], last["large"])] for name in small.state_dict()
+    })  # fmt: skip
     family.export({family.main: small}, out)
     return small.num_parameters(), large.num_parameters()
 
 
-def smaller(config: dict[str, Any], layers: int | None, drop_middle: bool, fresh: bool) -> dict[str, Any]:
+def smaller(config: dict[str, Any], layers: int | None, drop_middle: bool) -> dict[str, Any]:
     """The config of a UNet with fewer layers.
 
     Raises:
@@ -67,7 +64,7 @@ def smaller(config: dict[str, Any], layers: int | None, drop_middle: bool, fresh
     if layers is not None and not 1 <= layers <= most:
         raise UserError(f"--layers: {layers}: expected 1 to {most}, which the model has")
     has_middle = config.get("mid_block_type") is not None
-    if not ((layers is not None and layers < most) or (drop_middle and has_middle) or fresh):
+    if not ((layers is not None and layers < most) or (drop_middle and has_middle)):
         raise UserError("--layers: nothing is left out; give fewer than the model has, or --drop-middle if it has one")
     if layers is not None:
         config["layers_per_block"] = layers if isinstance(now, int) else [min(layers, each) for each in now]

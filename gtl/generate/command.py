@@ -77,12 +77,14 @@ def run(
         raise UserError(f"--count: {count}: expected 1 or more")
     number = None if workers is None else read_workers(workers)
     out = Path(out)
-    lines = read_prompts(prompt, None if prompts is None else Path(prompts))
+    lines = None if prompt is prompts is None else read_prompts(prompt, None if prompts is None else Path(prompts))
     shelf = Registry(registry)
     chosen = find_adapters(shelf, adapters)
     check_writable(out)
     origin = choose_base(model, chosen, revision, variant)
     family, fingerprint = open_model(origin, chosen)
+    if lines is None:
+        lines = read_prompts(None, None) if family.encoders else [Prompt(prompt="")]
     high, wide = family.default_size
     requests = make_requests(
         lines, count, seed, negative_prompt=negative_prompt, **sampling_of(chosen, steps, guidance),
@@ -199,8 +201,8 @@ def make_requests(lines: Sequence[Prompt], count: int, seed: int, **shared: Any)
 
 
 def check_options(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
-    """`engine.check`, with the field named as an option."""
-    from gtl.generate.request import check
+    """`drawing.check`, with the field named as an option."""
+    from gtl.generate.drawing import check
 
     try:
         check(request, family, edit)

@@ -10,20 +10,21 @@ import torch
 from PIL import Image
 
 from gtl.adapters import apply
-from gtl.generate.engine import Engine
-from gtl.generate.request import Request, check
+from gtl.adapters.base import model_parts
+from gtl.generate.drawing import Drawer, check, open_drawer
 from gtl.types import UserError, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
     from gtl.generate.edit import Edit
+    from gtl.generate.request import Request
     from gtl.types import Progress
 
 
 def generate(
-    family: DiffusionFamily,
+    family: Family,
     requests: Sequence[Request],
     adapters: Sequence[tuple[Path, float]] = (),
     *,
@@ -47,11 +48,11 @@ def generate(
         return
     (progress or quiet)("load", 0, 0)
     parts = load_parts(family, adapters, device=device, dtype=dtype)
-    yield from draw(Engine(family, parts, device, dtype, max_batch), requests, progress, edit)
+    yield from draw(open_drawer(family, parts, device, dtype, max_batch), requests, progress, edit)
 
 
 def draw(
-    engine: Engine, requests: Sequence[Request], progress: Progress | None = None, edit: Edit | None = None
+    engine: Drawer, requests: Sequence[Request], progress: Progress | None = None, edit: Edit | None = None
 ) -> Iterator[tuple[int, Image.Image]]:
     """Draw the requests on an engine that has no others; see `generate`.
 
@@ -84,15 +85,14 @@ def draw(
 
 
 def load_parts(
-    family: DiffusionFamily, adapters: Sequence[tuple[Path, float]], *, device: str, dtype: torch.dtype
+    family: Family, adapters: Sequence[tuple[Path, float]], *, device: str, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
-    """What drawing needs, on the device, with the adapters on it.
+    """What drawing needs, on the device, with the adapters on it; and what else these move.
 
     The codec is fp32 whatever `dtype`: it runs once a picture, and in bf16 its rounding shows.
     """
-    parts = {part: family.load(part, dtype, device) for part in (family.main, *family.encoders)}
-    if family.codec:
-        parts[family.codec] = family.load(family.codec, torch.float32, device)
+    wanted = [part for part in model_parts(family) if adapters or part not in family.critics]
+    parts = {part: family.load(part, torch.float32 if part == family.codec else dtype, device) for part in wanted}
     for index, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{index}", scale)
     return parts

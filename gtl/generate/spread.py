@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from gtl.families.base import DiffusionFamily
-    from gtl.generate.engine import Engine
+    from gtl.families.base import Family
+    from gtl.generate.drawing import Drawer
     from gtl.generate.request import Request
 
 
@@ -162,7 +162,7 @@ class Painter:
         """Nothing is loaded before the first batch."""
         self._device, self._max_batch = device, max_batch
         self._lock = threading.Lock()
-        self._held: tuple[Model, Engine] | None = None
+        self._held: tuple[Model, Drawer] | None = None
 
     def begin(self, code: str) -> None:
         """See `Member`."""
@@ -190,7 +190,7 @@ class Painter:
         return dict(draw(self._held[1], [order.request for order in orders]))
 
 
-def load_engine(model: Model, device: str, max_batch: int) -> Engine:
+def load_engine(model: Model, device: str, max_batch: int) -> Drawer:
     """Find a model's files from this machine and load them.
 
     Raises:
@@ -198,15 +198,15 @@ def load_engine(model: Model, device: str, max_batch: int) -> Engine:
     """
     import torch
 
-    from gtl.generate.engine import Engine
+    from gtl.generate.drawing import open_drawer
     from gtl.generate.images import load_parts
 
     family, adapters = open_model(model)
     dtype = getattr(torch, DTYPES[model.dtype])
-    return Engine(family, load_parts(family, adapters, device=device, dtype=dtype), device, dtype, max_batch)
+    return open_drawer(family, load_parts(family, adapters, device=device, dtype=dtype), device, dtype, max_batch)
 
 
-def open_model(model: Model) -> tuple[DiffusionFamily, list[tuple[Path, float]]]:
+def open_model(model: Model) -> tuple[Family, list[tuple[Path, float]]]:
     """Find a model's files from this machine: its family, and its adapters' folders with their scales.
 
     Raises:

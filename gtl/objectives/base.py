@@ -16,7 +16,10 @@ class Player(Protocol):
     """One `nn.Module` with its own engine and optimizer. The engine wraps THIS module, so ZeRO's hooks always fire."""
 
     def __call__(self, batch: Batch) -> Losses | None:
-        """The batch's losses, or None when this player sits the step out."""
+        """The batch's losses, or None when this player sits the step out.
+
+        A player that has a method `after_step()` is told of every step that its optimizer made, on all ranks.
+        """
         ...
 
 
@@ -34,8 +37,11 @@ class Objective(Protocol):
         ...
 
     @property
-    def judged(self) -> str:
-        """The part of its losses that validation reports, free of the weights that training puts on it."""
+    def judged(self) -> str | None:
+        """The part of its losses that validation reports, free of the weights that training puts on it.
+
+        None: none of them says how good the model is.
+        """
         ...
 
     def draw(self, item: Item, rng: torch.Generator, stratum: int | None = None) -> dict[str, Tensor]:

@@ -46,7 +46,9 @@ class Distill(Denoise):
             UserError: the two have nothing in common.
         """
         main = parts[self.family.main]
-        teacher = self.teacher.load(self.teacher.main, device=str(next(main.parameters()).device))
+        device = next(main.parameters()).device
+        # As it is stored, like the parts, which are cast where they are placed; on meta nothing is.
+        teacher = self.teacher.load(self.teacher.main, dtype if device.type == "meta" else None, str(device))
         return {"student": Student(main, teacher, self.family, self.settings, dtype)}
 
 

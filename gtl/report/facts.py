@@ -144,9 +144,10 @@ def next_commands(run: Run) -> list[str]:
         return [f"gtl train {shlex.quote(f'{run.url}/recipe.yaml')} --name {run.name} --resume"]
     registry = f"--registry {shlex.quote(str(value_at(run.recipe, 'storage.registry')))}"
     prompts = run.pictures[-1].prompts if run.pictures else ()
-    prompt = shlex.quote(prompts[0] if prompts else "...")
+    reads_none = value_at(run.recipe, "objective.type") == "adversarial"
+    prompt = "" if reads_none else f"--prompt {shlex.quote(prompts[0] if prompts else '...')} "
     return [
-        f"gtl generate --adapter {run.title} --prompt {prompt} --out drawn {registry}",
+        f"gtl generate --adapter {run.title} {prompt}--out drawn {registry}",
         f"gtl adapters promote {run.title} prod {registry}",
         f"gtl adapters export {run.title} --out {run.name} {registry}",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import DiffusionFamily, Family
     from gtl.objectives.base import Objective
     from gtl.tuners.base import Tuner
 
@@ -30,6 +31,8 @@ class Trainee:
     parts: dict[str, nn.Module]
     """What is loaded of the model, by name."""
     parameters: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+    """Of parts that learn: what changes beside their parameters, such as a power iteration's vectors."""
     players: dict[str, nn.Module]
     dtype: torch.dtype
     """Of the arithmetic, and of what does not move; see `gtl.train.place`."""
@@ -82,8 +85,8 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
     # Where adapters start from changes none of their sizes.
     start = {"init": None} | ({"initialization": "default"} if recipe.tuner.type == "lora" else {})
     trainee = join(recipe, dtype, family, make_tuner(recipe.tuner.model_copy(update=start), family), "meta")
-    for player in trainee.players.values():
-        place(player, trainee.dtype, "meta")
+    for part in trainee.parts.values():
+        place(part, trainee.dtype, "meta")
     return trainee
 
 
@@ -102,6 +105,9 @@ def join(
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
     parts = {name: family.load(name, device=device) for name in live_parts(recipe, family, objective)}
+    if recipe.model.weights == "random" and device != "meta":
+        for name in recipe.tuner.train or list(parts):
+            parts[name] = fresh(family, name, recipe.train.seed)
     if not adapted:
         for part in parts.values():
             part.requires_grad_(False)
@@ -110,9 +116,31 @@ def join(
     if kind is not None and main is not None and device != "meta":
         # After the tuner: what it takes of the base, such as DoRA's norms and PiSSA's factors, is of the whole weights.
         quantize(main, chain.from_iterable(family.blocks(main)), kind, arithmetic)
-    for part in parts.values():
+    buffers: dict[str, Tensor] = {}
+    for name, part in parts.items():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
-    return Trainee(family, tuner, objective, parts, parameters, objective.players(parts, arithmetic), arithmetic)
+        if part.training:
+            buffers |= {f"{name}.{key}": buffer for key, buffer in iterated(part)}
+    players = objective.players(parts, arithmetic)
+    return Trainee(family, tuner, objective, parts, parameters, buffers, players, arithmetic)
+
+
+def iterated(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The vectors by which spectral normalisation finds singular values, by name; they move with every pass."""
+    from torch.nn.utils.parametrizations import _SpectralNorm
+
+    for name, module in part.named_modules():
+        if isinstance(module, _SpectralNorm):
+            yield from module.named_buffers(name)
+
+
+def fresh(family: Family, part: str, seed: int) -> nn.Module:
+    """A part with the weights that its network begins with, drawn by a seed."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return family.build(part)
 
 
 def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:

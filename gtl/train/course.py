@@ -23,6 +23,7 @@ from gtl.train.assemble import Trainee
 from gtl.train.best import best_of
 from gtl.train.checkpoint import latest, load, prune, step_key
 from gtl.train.checkpoint import save as write_checkpoint
+from gtl.train.collapse import collapse_of
 from gtl.train.flops import peak_flops
 from gtl.train.job import CHECKPOINTS, RESULT, Job, Notify
 from gtl.train.look import Grid, InTurn, Pictures, Watch, auto_prompts
@@ -81,7 +82,7 @@ class Course:
         done, self._spent = restore(engines, job.run, device)
         self._tracker: Tracker | None = None
         self._saver, self._stack = Saver(), ExitStack()
-        self._has_enough = False
+        self._has_enough, self._collapse = False, collapse_of(recipe)
         self._look = make_watch(job, recipe, trainee, engines, plan, images, device, done, self._keep)
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         every = recipe.train.checkpoints.every
@@ -125,7 +126,10 @@ class Course:
     def _report(self, row: dict[str, float]) -> Wish | None:
         assert self._tracker is not None
         self._saver.check()
+        row = self._collapse.seen(row)
         self._tracker.log(row)
+        if warning := self._collapse.warning():
+            self._notify({"step": row["step"], "said": warning, "of": "collapse"})
         wish = self._notify({**row, "steps": self._plan.steps})
         self._has_enough |= wish == "enough"
         return "stop" if wish == "enough" else wish
@@ -163,11 +167,11 @@ def make_watch(
     rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
     measured = ("val_loss", *recipe.at_looks.metrics)
     seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
-    if recipe.needs.text != "none":
+    if recipe.pair.draws:
         pictures = Pictures(
             recipe.at_looks, recipe.sampler, trainee, trained, device, getattr(torch, DTYPES[job.dtype])
         )  # fmt: skip
-        prompts = auto_prompts(held_out, trained) if shown.prompts == "auto" else shown.prompts
+        prompts = auto_prompts(held_out, trained, trainee.family) if shown.prompts == "auto" else shown.prompts
         size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
         grid = Grid(pictures, prompts, size) if prompts else None
         if recipe.at_looks.metrics and not job.beside:
@@ -259,5 +263,6 @@ def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Lea
                 trainee.tuner.export(tensors, folder)
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
                 job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
-    result = {**result, "final_loss": read_rows(job.run)[-1].get("loss")}
+    last = read_rows(job.run)[-1]
+    result = {**result, "final_loss": last.get("loss", last.get(f"{trainee.family.main}_loss"))}
     job.run.write(RESULT, json.dumps(result).encode())

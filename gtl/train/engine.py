@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gtl.config.recipe import Train
 from gtl.imports import absent, uncollected
-from gtl.train.checkpoint import Shapes, State
+from gtl.train.checkpoint import State
 from gtl.train.disk import Disk, open_disk
 from gtl.train.flops import FlopMeter
 from gtl.train.fragments import distinct, find_fragments, gather, refresh, whole_shape
@@ -49,6 +49,8 @@ class Engine:
         device: torch.device | str,
         total_steps: int,
         dtype: torch.dtype = torch.float32,
+        buffers: Mapping[str, Tensor] | None = None,
+        memory: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Wrap a player. Collective; `torch.distributed` is initialised.
 
@@ -62,6 +64,9 @@ class Engine:
             device: Where the player runs.
             total_steps: Length of the run, for the learning rate.
             dtype: Of the weights that do not move; what is trained becomes fp32.
+            buffers: What else of the model changes in training, the same on every rank, by the names that checkpoints
+                use. Not at stage 3.
+            memory: The same of the player itself, which is no part of the model.
 
         Raises:
             UserError: the optimizer needs a library that isn't installed, or the disk for train.zero.offload: nvme is
@@ -71,6 +76,8 @@ class Engine:
         self.grad_norm = math.nan
         self.learning_rate = math.nan
         self._parameters = dict(parameters)
+        self._buffers, self._memory = dict(buffers or {}), dict(memory or {})
+        self._after_step: Callable[[], None] = getattr(player, "after_step", lambda: None)
         self._train = train
         self._stage = stage
         self._accumulation = accumulation
@@ -78,8 +85,9 @@ class Engine:
         self._device = torch.device(device)
         self._meter = None if train.compile else FlopMeter()
         self._micro_steps = 0
-        self.shapes: Shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
+        self.shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
         numel = sum(math.prod(shape) for shape in self.shapes.values())
+        self.shapes |= {name: tuple(buffer.shape) for name, buffer in self._changing.items()}
         config = make_config(train, stage, micro_batch, accumulation, numel, self._device)
         self._disk = open_disk(train.zero.offload_folder) if train.zero.offload == "nvme" else None
         prepare_deepspeed(self._device)
@@ -87,7 +95,7 @@ class Engine:
             if stage == 3:
                 shard(player, dtype, self._device, config)
             else:
-                place(player, dtype, self._device)
+                place(player, dtype, self._device, self._changing.values())
         self._optimizer = make_optimizer(list(parameters.values()), train)
         with offloading(self._disk, all_large=True):
             self._engine = initialize(player, self._optimizer, config)
@@ -101,6 +109,11 @@ class Engine:
                 write_moments(self._optimizer, partition, moments, steps=0)
         copy = Tensor.clone if self._disk is None else self._disk.copy
         self._ema = [copy(partition.detach()) for partition in self._partitions] if train.ema else []
+
+    @property
+    def _changing(self) -> dict[str, Tensor]:
+        """All that changes and has no gradient."""
+        return {**self._buffers, **self._memory}
 
     def __call__(self, batch: Batch) -> Losses | None:
         """Run the player forward."""
@@ -140,6 +153,7 @@ class Engine:
             weight = 1.0 - ema_decay(train.ema or 0.0, self.steps)
             with torch.no_grad():
                 torch._foreach_lerp_(self._ema, self._partitions, weight)
+        self._after_step()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -188,10 +202,15 @@ class Engine:
             refresh(parameter, value)
 
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
-        """Whole trained weights by name, fp32 in CPU memory, on rank 0; {} elsewhere. Collective."""
-        kind = "ema" if ema else "weight"
-        values = self._ema if ema else self._partitions
-        return {name: kinds[kind] for name, kinds in self._gather({kind: values}).items()}
+        """Whole trained weights by name, fp32 in CPU memory, on rank 0; {} elsewhere. Collective.
+
+        With the model's buffers that change as it trains.
+        """
+        averaged = ema and bool(self._train.ema)
+        kind = "ema" if averaged else "weight"
+        values = self._ema if averaged else self._partitions
+        weights = {name: kinds[kind] for name, kinds in self._gather({kind: values}).items()}
+        return weights | copies(self._buffers)
 
     def state(self) -> State:
         """Everything that the next step depends on; its tensors on rank 0 only. Collective."""
@@ -201,7 +220,8 @@ class Engine:
             values[kind] = [pair[number] for pair in moments]
         if self._train.ema:
             values["ema"] = self._ema
-        return State(self.steps, self._gather(values))
+        buffers = {name: {"weight": value} for name, value in copies(self._changing).items()}
+        return State(self.steps, self._gather(values) | buffers)
 
     def load_state(self, steps: int, tensors: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Go on from a state, of any stage and world size; every rank is given all of it, one parameter at a time.
@@ -213,6 +233,10 @@ class Engine:
         position = {id(partition): index for index, partition in enumerate(self._partitions)}
         given = set()
         for name, values in tensors:
+            if name in self._changing:
+                given.add(name)
+                self._changing[name].copy_(values["weight"])
+                continue
             parameter = self._parameters[name]
             assert tuple(values["weight"].shape) == self.shapes[name]
             given.add(name)
@@ -234,14 +258,19 @@ class Engine:
         """Whole tensors by name and kind on rank 0, from one tensor per kind and partition. Collective."""
         position = {id(partition): index for index, partition in enumerate(self._partitions)}
         gathered: dict[str, dict[str, Tensor]] = {}
-        for name, shape in self.shapes.items():
-            fragment = self._fragments.get(name)
+        for name in self._parameters:
+            shape, fragment = self.shapes[name], self._fragments.get(name)
             index = None if fragment is None else position[id(fragment.partition)]
             own = [] if index is None else [column[index] for column in values.values()]
             whole = gather(fragment, own, len(values), shape, self._device, sharded=self._stage > 0)
             if whole:
                 gathered[name] = dict(zip(values, whole, strict=True))
         return gathered
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in CPU memory, on rank 0; {} elsewhere. All ranks have the same."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items() if dist.get_rank() == 0}
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     Raises:
         UserError: the parts' configs do not fit together.
     """
-    family, parts, players = trainee.family, trainee.parts, trainee.players.values()
+    family, parts, whole = trainee.family, trainee.parts, nn.ModuleList(trainee.players.values())
     moving = {id(parameter) for parameter in trainee.parameters.values()}
     adapters = moving if recipe.pair.frozen_base else set()
     parameters = {name: dict(part.named_parameters()) for name, part in parts.items()}
@@ -123,16 +123,15 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     blocks = [] if main is None else family.blocks(main)
     quantized, decoded = sizes_quantized(main, chain.from_iterable(blocks), recipe.model.quantization)
     modules = {} if main is None else {name: main.get_submodule(name) for names in blocks for name in names}
-    tensors = {id(t): t for player in players for t in chain(player.parameters(), player.buffers())}
+    tensors = {id(t): t for t in chain(whole.parameters(), whole.buffers())}
     # All that is asked of the weights themselves comes first: they are replaced below.
     counts = {name: numel(own.values()) for name, own in parameters.items()}
     listed = tuple(block(names) for names in blocks)
     frozen = sum(nbytes(tensor) for key, tensor in tensors.items() if key not in moving)
     trained = sum(parameter.numel() for parameter in trainee.parameters.values())
-    holders = sum(bool(module._parameters) for player in players for module in player.modules())
+    holders = sum(bool(module._parameters) for module in whole.modules())
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
-    for player in players:
-        pretend(player, mode)
+    pretend(whole, mode)
     try:
         item = make_item(recipe, family)
         # Not with one image: a dimension of one saves copies.

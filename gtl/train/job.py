@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
 """In a run's folder, written last: all steps are made and the adapter is exported."""
 
-Notify = Callable[[dict[str, float]], "Wish | Literal['enough'] | None"]
+Notify = Callable[[dict[str, Any]], "Wish | Literal['enough'] | None"]
 """Takes a row of metrics on rank 0; returns what somebody asks of the run, if anything. enough: to save and stop as one
 whose last step was made."""
 

@@ -342,8 +342,10 @@ def show(rows: list[Row], progress: Progress) -> None:
             progress(row.get("of", "score"), 0, 0, row["said"])
         elif measured := [f"{name} {short(row[name])}" for name in METRICS if name in row]:
             progress("look", 0, 0, "  ".join([f"step {int(row['step'])}", *measured]))
-    if row := next((row for row in reversed(rows) if "loss" in row), {}):
-        detail = f"loss {row['loss']:.4f}  {row['images_per_second']:.2f} images/s"
+    if row := next((row for row in reversed(rows) if "images_per_second" in row), {}):
+        own = [name for name in row if f"_{name}".endswith("_loss") and name not in METRICS]
+        losses = [f"{name.replace('_', ' ')} {row[name]:.4f}" for name in own]
+        detail = f"{'  '.join(losses)}  {row['images_per_second']:.2f} images/s"
         progress("train", int(row["step"]), int(row["steps"]), detail)
 
 

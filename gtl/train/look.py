@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from gtl.config.recipe import Evaluate
+from gtl.config.evaluate import Evaluate
 from gtl.data.cache import prompt_key
 from gtl.evaluate.measure import pairs
 from gtl.evaluate.result import Evaluation
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
     from gtl.evaluate.turn import Turn
     from gtl.evaluate.validation import Validation
-    from gtl.families.base import Conditions
+    from gtl.families.base import Conditions, Family
     from gtl.train.assemble import Trainee
     from gtl.train.loop import Learner
 
 SAMPLES = "samples"
 """In a run's folder: grids by the steps made before them."""
 AUTO_PROMPTS = 4
+UNPROMPTED = 16
+"""Pictures of a grid where there are no prompts."""
 COLUMNS = 4
 
 
@@ -94,7 +96,8 @@ class Grid:
         encoded = how.encoded(self.prompts)
         mine = draw_share(how.trainee.family, parts, requests, encoded=encoded, device=how.device, dtype=how.dtype)
         if images := gather(mine, len(requests)):
-            recipe = {"prompts": self.prompts, "seed": shown.seed, "steps": done}
+            prompts = [prompt for prompt in self.prompts if prompt]
+            recipe = {"prompts": prompts, "seed": shown.seed, "steps": done}
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "grid.png")
                 save_png(grid(images, COLUMNS), file, recipe)
@@ -184,7 +187,9 @@ class Watch:
         return self.best is not None and self.best.enough
 
 
-def auto_prompts(held_out: Dataset, trained: Dataset) -> list[str]:
-    """Captions of a few images, of held-out ones first, each once."""
+def auto_prompts(held_out: Dataset, trained: Dataset, family: Family) -> list[str]:
+    """Captions of a few images, of held-out ones first, each once; empty ones for a model that reads none."""
+    if not family.encoders:
+        return [""] * UNPROMPTED
     captions = (entry.record.captions[0] for side in (held_out, trained) for entry in side.entries)
     return list(islice(dict.fromkeys(captions), AUTO_PROMPTS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import Any
 
@@ -11,10 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def place(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Move all weights, in place and one by one: what moves in training as fp32, the rest in `dtype`."""
+def place(module: nn.Module, dtype: torch.dtype, device: torch.device | str, changing: Collection[Tensor] = ()) -> None:
+    """Move all weights, in place and one by one: what moves in training as fp32, the rest in `dtype`.
+
+    Buffers that are `changing` move in training, too.
+    """
+    moving = {id(tensor) for tensor in changing}
     for tensor in chain(module.parameters(), module.buffers()):
-        tensor.data = value_of(tensor, device).to(device, stored_as(tensor, dtype))
+        stored = stored_as(tensor, torch.float32 if id(tensor) in moving else dtype)
+        tensor.data = value_of(tensor, device).to(device, stored)
 
 
 def shard(player: nn.Module, dtype: torch.dtype, device: torch.device, config: dict[str, Any]) -> None:

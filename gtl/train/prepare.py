@@ -47,7 +47,7 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
         folder = draw_class_images(recipe, family, prior, dtype, gpus, check, progress)
         extra = (folder, prior.prompt, prior.weight)
     shown = recipe.evaluate
-    prompts = [family.negative_text(shown.negative_prompt)]
+    prompts = [family.negative_text(shown.negative_prompt)] if family.encoders else []
     if isinstance(shown.prompts, list):
         prompts += shown.prompts
     return encode(

@@ -150,10 +150,13 @@ def make_engines(trainee: Trainee, recipe: Recipe, plan: TrainPlan, device: torc
 
     engines = {}
     for name, player in trainee.players.items():
-        inside = {id(parameter) for parameter in player.parameters()}
+        inside = {id(tensor) for tensor in (*player.parameters(), *player.buffers())}
         own = {key: parameter for key, parameter in trainee.parameters.items() if id(parameter) in inside}
+        buffers = {key: buffer for key, buffer in trainee.buffers.items() if id(buffer) in inside}
+        memory = {key: buffer for key, buffer in player.named_buffers(recurse=False)}
         engines[name] = Engine(
-            player, own, recipe.train, stage=plan.stage, micro_batch=plan.micro_batch,
+            player, own, recipe.train_of(name), stage=plan.stage, micro_batch=plan.micro_batch,
             accumulation=plan.accumulation, device=device, total_steps=plan.steps, dtype=trainee.dtype,
+            buffers=buffers, memory=memory,
         )  # fmt: skip
     return engines

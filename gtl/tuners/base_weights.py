@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gtl.adapters.delta import tensor_of
 from gtl.adapters.merge import merge
 from gtl.types import UserError
 
@@ -39,7 +40,7 @@ class BaseWeights:
             chosen[name] = parameter
         for name in sorted(changed - chosen.keys()):
             part, _, own = name.partition(".")
-            self._kept[name] = parts[part].get_parameter(own).detach().cpu().clone()
+            self._kept[name] = tensor_of(parts[part], own).detach().cpu().clone()
         return chosen
 
     def all_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Freeze:
-    """All weights of the main part but those of the first blocks. What is behind the blocks is never frozen."""
+    """All weights of the main part, and of its critic, but those of the first blocks.
+
+    What is behind the blocks is never frozen.
+    """
 
     def __init__(self, config: FreezeTuner, family: Family) -> None:
         """Nothing is loaded yet."""
@@ -30,7 +33,13 @@ class Freeze:
     def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
         """Freeze everything but what the recipe chooses."""
         part = self.family.main
-        return self._weights.mark(parts, [f"{part}.{name}" for name in self.chosen(parts[part])], init)
+        names = [f"{part}.{name}" for name in self.chosen(parts[part])]
+        for critic in self.family.critics:
+            depth = self.config.discriminator_depth
+            frozen = frozen_prefixes(self.family, parts[critic], depth, "tuner.discriminator_depth")
+            own = (name for name, _ in parts[critic].named_parameters() if not is_under(name, frozen))
+            names += [f"{critic}.{name}" for name in own]
+        return self._weights.mark(parts, names, init)
 
     def chosen(self, main: nn.Module) -> list[str]:
         """Names of the main part's parameters that move, in order.

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gtl.config.recipe import Evaluate
+from gtl.config.evaluate import Evaluate
 from gtl.data.buckets import Variant
 from gtl.data.containers import Place
 from gtl.data.fill import ImageWork

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gtl.config.recipe import Evaluate
+from gtl.config.evaluate import Evaluate
 from gtl.data.reference import Reference
 from gtl.evaluate.extract import Drawn, Facts, load_drawn
 from gtl.evaluate.measure import Found, check_extractors, score_all
