@@ -71,6 +71,10 @@ COMPARISONS = (
         Arm("distilled into three quarters of the weights", model=cut),
         Arm("the same one from random weights", ("objective={type: denoise}", "model.weights=random"), cut),
     ),
+    Comparison(
+        "codec", "codec", "val_loss",
+        Arm("a codec taught to keep chalk lines"), Arm("the same one from random weights", ("model.weights=random",)),
+    ),
 )  # fmt: skip
 
 

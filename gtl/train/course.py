@@ -28,6 +28,7 @@ from gtl.train.flops import peak_flops
 from gtl.train.job import CHECKPOINTS, RESULT, Job, Notify
 from gtl.train.look import Grid, InTurn, Pictures, Watch, auto_prompts
 from gtl.train.loop import Lane, Learner, Wish
+from gtl.train.mirror import Mirror, mirror_of
 from gtl.train.plan import TrainPlan
 from gtl.train.saver import Saver
 from gtl.train.scores import forget_scores
@@ -163,14 +164,17 @@ def make_watch(
         held_out, trainee.objective, batch_size=plan.micro_batch, rank=dist.get_rank(), world=dist.get_world_size(),
         seed=recipe.data.seed,
     )  # fmt: skip
-    shown, grid, scoring, best = recipe.evaluate, None, None, best_of(recipe)
+    shown, scoring, best = recipe.evaluate, None, best_of(recipe)
+    grid: Grid | Mirror | None = None
     rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
     measured = ("val_loss", *recipe.at_looks.metrics)
     seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
+    pictures = Pictures(
+        recipe.at_looks, recipe.sampler, trainee, trained, device, getattr(torch, DTYPES[job.dtype])
+    )  # fmt: skip
+    if not recipe.pair.draws and shown.prompts != []:
+        grid = mirror_of(pictures, held_out, trained)
     if recipe.pair.draws:
-        pictures = Pictures(
-            recipe.at_looks, recipe.sampler, trainee, trained, device, getattr(torch, DTYPES[job.dtype])
-        )  # fmt: skip
         prompts = auto_prompts(held_out, trained, trainee.family) if shown.prompts == "auto" else shown.prompts
         size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
         grid = Grid(pictures, prompts, size) if prompts else None

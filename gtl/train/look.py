@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,19 @@ class Pictures:
             return None
         texts = {*prompts, self.trainee.family.negative_text(self.asked.negative_prompt)}
         return {text: self.dataset.prompts.read(prompt_key(text)) for text in sorted(texts)}
+
+
+class Drawing(Protocol):
+    """What a look draws."""
+
+    @property
+    def pictures(self) -> Pictures:
+        """With what."""
+        ...
+
+    def draw(self, parts: Mapping[str, nn.Module], run: Store, done: int) -> None:
+        """Draw and keep it under `samples/`. Collective; rank 0 writes."""
+        ...
 
 
 @dataclass
@@ -142,7 +155,7 @@ class Watch:
     engines: Mapping[str, Learner]
     validation: Validation
     device: torch.device
-    grid: Grid | None
+    grid: Drawing | None
     scoring: InTurn | None
     best: Best | None
     """What is judged at once; what others measure meanwhile they judge too."""
