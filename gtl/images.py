@@ -8,13 +8,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from gtl.storage import replacing
 from gtl.types import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_PIXELS = 2**27
 """134 megapixels, 400 MB decoded."""
@@ -247,6 +251,27 @@ def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | No
         if labels:
             pen.text((x + 2, y + height + 2), labels[i], fill="black")
     return sheet
+
+
+def cells(sheet: Image.Image, columns: int, number: int) -> list[Image.Image]:
+    """The pictures of a `grid` of so many, without labels."""
+    columns = min(columns, number)
+    width, height = sheet.width // columns, sheet.height // -(-number // columns)
+    corners = [(i % columns * width, i // columns * height) for i in range(number)]
+    return [sheet.crop((x, y, x + width, y + height)) for x, y in corners]
+
+
+def outline(image: Image.Image, mirrored: bool = False) -> NDArray[np.float64]:
+    """A picture's broad masses, left and right exchanged if asked for: a vector of unit length, whose products with
+    others' say how alike they are, however sharp; zeros of a picture that has none."""
+    import numpy as np
+
+    small = image.convert("RGB").resize((16, 16), Image.Resampling.BOX)
+    small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else small
+    values = np.asarray(small, dtype=np.float64).ravel()
+    values = values - values.mean()
+    norm = float(np.linalg.norm(values))
+    return values / norm if norm > 1e-6 else np.zeros_like(values)
 
 
 def blur(image: Image.Image) -> Image.Image:

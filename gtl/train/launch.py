@@ -66,6 +66,8 @@ def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Pr
         UserError: the recipe, the model, the data or the cluster is not what it has to be.
         KeyboardInterrupt: the run was stopped; it has saved, and `resume` goes on with it.
     """
+    from gtl.train.copies import warn_of_copies
+
     runs = Store(f"{recipe.storage.runs}/{name}")
     if resume:
         version = resume if isinstance(resume, str) else unfinished(runs)
@@ -88,6 +90,7 @@ def train(recipe: Recipe, name: str, *, resume: bool | str = False, progress: Pr
                 choose_best(start.job, companion.best())
         else:
             run_workers(start, progress)
+        warn_of_copies(recipe, family, start.job.run, start.images)
     published = publish(start, Registry(recipe.storage.registry))
     start.job.run.write(PUBLISHED, published.to_json())
     for folder in (BEST, CANDIDATES):
