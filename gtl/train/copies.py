@@ -62,8 +62,8 @@ def look_at(recipe: Recipe, family: Family, run: Store, images: int) -> None:
         names = ", ".join(sorted({works[image].uri.rpartition("/")[2] for image in found.values()})[:3])
         warnings.warn(
             f"{len(found)} of {len(drawn)} pictures of the last look are nearer to an image that was trained on "
-            f"({names}) than any two of these are to each other: they may be learned by heart. Fewer steps, a lower rate "
-            "or more images help; `gtl evaluate` measures memorization",
+            f"({names}) than any two of these are to each other: they may be learned by heart. Fewer steps, a lower "
+            "rate or more images help; `gtl evaluate` measures memorization",
             stacklevel=2,
         )
 
