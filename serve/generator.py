@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.adapters import Registry
 from gtl.config.names import parse_reference
 from gtl.types import DTYPES, UserError
-from serve.errors import ApiError, model_not_found, timed_out
+from serve.errors import ApiError, invalid, model_not_found, timed_out
 from serve.order import Drawn, Order, Stopped
 from serve.pictures import check_sides, encode
 from serve.safety import Guard, Passed
@@ -191,11 +191,17 @@ class Generator:
 
 
 def outward(error: Exception, order: Order) -> Exception:
-    """An error for a process that has no torch, which the loop's own would bring."""
+    """An error for a process that has no torch, which the loop's own and torch's would bring."""
+    import torch
+
     from gtl.generate.loop import Closed, Late
 
     if isinstance(error, Late):
         return timed_out(order.timeout_s)
+    if isinstance(error, torch.OutOfMemoryError):
+        return invalid("size", "so large a picture does not fit into this server's memory", "invalid_value")
+    if type(error).__module__.partition(".")[0] == "torch":
+        return RuntimeError(f"{type(error).__name__}: {error}")
     return Stopped() if isinstance(error, Closed) else error
 
 

@@ -326,13 +326,15 @@ class EngineLoop:
         try:
             outputs = self.engine.step()
         except torch.OutOfMemoryError as error:
-            if self.engine.max_batch == 1:
-                self._fail_all(error)
-            self.engine.max_batch = max(1, self.engine.max_batch // 2)
+            rows = len(self.engine.batch)
+            if rows > 1:
+                self.engine.max_batch = rows // 2
+            else:  # it is too large by itself: no smaller batch helps, and the others are not to blame
+                self._fail_those(self.engine.batch, error)
             torch.cuda.empty_cache()
             return
         except Exception as error:
-            self._fail_all(error)
+            self._fail_those(tuple(self._running), error)
             return
         step = Step(len(self.engine.batch), time.perf_counter() - began)
         self.steps.append(step)
@@ -358,9 +360,7 @@ class EngineLoop:
                 if output.preview is not None:
                     ticket.listener.preview(output.preview, to_image(pixels.nan_to_num()))
                 elif pixels.isnan().any():
-                    self._fail(
-                        ticket, UserError("adapters: the model draws NaN, no picture; a scale is far too large")
-                    )
+                    self._fail(ticket, UserError("adapters: the model draws NaN, no picture; a scale is far too large"))
                 elif not ticket.is_over:
                     ticket.is_over = True
                     ticket.listener.finish(to_image(pixels), ticket.course())
@@ -370,9 +370,8 @@ class EngineLoop:
             ticket.is_over = True
             ticket.listener.fail(error)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_those(self, handles: Sequence[int], error: Exception) -> None:
         """What is drawn together fails together."""
-        for handle, ticket in list(self._running.items()):
+        for handle in handles:
             self.engine.cancel(handle)
-            del self._running[handle]
-            self._fail(ticket, error)
+            self._fail(self._running.pop(handle), error)

@@ -200,6 +200,24 @@ def test_less_memory_means_smaller_batches(loop: EngineLoop, sd: Path) -> None:
     assert loop.engine.max_batch == 1
 
 
+def test_a_picture_that_is_too_large_by_itself_fails_alone(loop: EngineLoop, sd: Path) -> None:
+    def refuse(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[-1] > DOG.width // 2:
+            raise torch.OutOfMemoryError("too many pixels")
+
+    most = loop.engine.max_batch
+    loop.engine.parts["unet"].register_forward_pre_hook(refuse)
+    large, small = Told(), [Told() for _ in range(3)]
+    for seed, each in enumerate(small):
+        loop.submit(replace(DOG, seed=seed), each)
+    loop.submit(replace(DOG, width=DOG.width * 16), large)
+    for seed, each in enumerate(small):
+        ((_, expected),) = generate(open_family(str(sd)), [replace(DOG, seed=seed)])
+        assert same(each.wait(), expected)
+    assert large.over.wait(60) and isinstance(large.errors[0], torch.OutOfMemoryError)
+    assert loop.engine.max_batch == most, "nothing is wrong with its batches"
+
+
 def test_a_picture_that_is_nan_is_refused(loop: EngineLoop, folders: dict[str, Path]) -> None:  # noqa: F811
     told = Told()
     loop.submit(DOG, told, ((folders["a"], 1e38),))

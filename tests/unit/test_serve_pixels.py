@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from gtl.families import open_family
+from gtl.types import UserError
 from serve.catalog import Catalog
 from serve.errors import ApiError
-from serve.generator import Generator
+from serve.generator import Generator, outward
 from serve.order import Order
 from serve.schema import Generation, Limits
 from serve.settings import Base, Settings, most_pixels
@@ -101,6 +102,18 @@ def test_what_a_file_format_cannot_hold_is_refused_and_does_not_end_the_generato
             asyncio.run(draw(size=(16, 16_400), output_format="webp"))
     generator.check_health()
     assert asyncio.run(draw(size=(64, 64), output_format="webp")) > 0
+
+
+def test_torch_s_errors_stay_where_torch_is() -> None:
+    """An ingress, which has none, would have to import it to read them."""
+    import torch
+
+    order = Order("a dog", "", seed=1, steps=1, guidance=1.0, size=None)
+    told = outward(torch.OutOfMemoryError("CUDA out of memory"), order)
+    assert isinstance(told, ApiError) and (told.status_code, told.param) == (400, "size")
+    other = outward(torch.jit.Error("of its own kind"), order)
+    assert type(other) is RuntimeError and "of its own kind" in str(other)
+    assert outward(error := UserError("steps: 0"), order) is error
 
 
 def test_a_generator_refuses_what_an_ingress_could_not_know(tmp_path: Path) -> None:
