@@ -44,7 +44,7 @@ def check_there(client: JobSubmissionClient, parcel: Parcel, key: str | None, sa
     try:
         with answered(address):
             info = until_ended(client, job)
-            said = client.get_job_logs(job)
+            said = client.get_job_logs(job) if info.driver_exit_code else ""
     except BaseException:
         with suppress(RuntimeError, OSError):
             client.stop_job(job)
