@@ -209,13 +209,23 @@ class RayHosts:
 
     def add_worker(self, number: int, cpus: int = 1) -> Host:
         """A node with so many CPUs, there when Ray counts it."""
-        host = self.hosts.add(number)
-        self.hosts.start(
+        host, before = self.hosts.add(number), self._begun(number)
+        started = self.hosts.start(
             host, RAY, "start", "--address", f"{self.head.address}:{self.hosts.ports.gcs}", "--node-ip-address",
             host.address, "--num-cpus", str(cpus), *NODE, "--block", log="ray",
         )  # fmt: skip
         self.workers[number] = host
+        # On loopback Ray has one folder for all nodes, in which two that begin at once take the same names.
+        end = time.monotonic() + START_S
+        while not self.hosts.isolated and self._begun(number) == before:
+            assert started.poll() is None and time.monotonic() < end, self.hosts.said(host, "ray")[-3000:]
+            time.sleep(0.1)
         return host
+
+    def _begun(self, number: int) -> int:
+        """How many nodes have begun on the hosts that had this number."""
+        log = self.hosts.base / f"host{number}-ray.log"
+        return log.read_text(errors="replace").count("Ray runtime started.") if log.exists() else 0
 
     def kill(self, number: int) -> None:
         self.hosts.kill(self.workers.pop(number))

@@ -361,6 +361,8 @@ def main() -> None:
         if type(error).__name__ != "NoArgsIsHelpError":  # whose help is printed by now
             print(f"error: {usage.explain(error)}", file=sys.stderr)
         sys.exit(2)
+    except typer.Abort:  # what typer makes of Ctrl-C where it is older
+        sys.exit(130)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

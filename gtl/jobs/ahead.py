@@ -26,7 +26,7 @@ MISTAKE = "error: "
 def check_there(client: JobSubmissionClient, parcel: Parcel, key: str | None, say: Callable[[str], None]) -> None:
     """Compare versions of gtl, and write, read and remove an object in each store, on the cluster as it is now.
 
-    The job has the parcel's files and its environment. Nobody finds it later among the jobs that were sent.
+    The job has the parcel's files and its environment. Ray's own list keeps it, `gtl jobs list` does not name it.
 
     Args:
         client: Of the cluster.
@@ -44,11 +44,13 @@ def check_there(client: JobSubmissionClient, parcel: Parcel, key: str | None, sa
     try:
         with answered(address):
             info = until_ended(client, job)
-            if info.driver_exit_code == 0:
-                return
-            said = client.get_job_logs(job)
-    finally:
-        discard(client, job)
+            said = client.get_job_logs(job) if info.driver_exit_code else ""
+    except BaseException:
+        with suppress(RuntimeError, OSError):
+            client.stop_job(job)
+        raise
+    if info.driver_exit_code == 0:
+        return
     mistakes = [line for line in said.splitlines() if line.startswith(MISTAKE)]
     if info.driver_exit_code == 2 and mistakes:
         raise UserError(mistakes[-1].removeprefix(MISTAKE))
@@ -72,10 +74,3 @@ def until_ended(client: JobSubmissionClient, job: str) -> JobDetails:
             )
         time.sleep(LOOK_S)
     return info
-
-
-def discard(client: JobSubmissionClient, job: str) -> None:
-    """End a job, and have it forgotten if it has ended."""
-    with suppress(RuntimeError, OSError):
-        client.stop_job(job)
-        client.delete_job(job)

@@ -19,13 +19,13 @@ from gtl.types import UserError
 V1, V2 = "20260101-000000-000-aaaaaa", "20260102-000000-000-bbbbbb"
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def url(request, tmp_path, monkeypatch):
     """A fresh registry, and a home folder for what is downloaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     if request.param == "local":
         return str(tmp_path / "registry")
-    return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return f"{request.getfixturevalue(request.param)}/{tmp_path.name}"
 
 
 def make_card(**changes) -> Card:
