@@ -32,6 +32,7 @@ from gtl.evaluate.measure import (
 )
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score
 from gtl.evaluate.sampling import plan, requests
+from gtl.families import denoising
 from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.session import session
 from gtl.storage import Store
@@ -40,7 +41,7 @@ from gtl.types import Progress, UserError, quiet
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 SAMPLES = "samples"
 """In the cache: folders of drawn samples, by the hash of all that decides them."""
@@ -78,7 +79,7 @@ def evaluate(
 
 
 def evaluate_all(
-    recipe: Recipe, shelf: Registry, chosen: Sequence[Published | None], family: DiffusionFamily, images: Reference,
+    recipe: Recipe, shelf: Registry, chosen: Sequence[Published | None], family: Family, images: Reference,
     dtype: str, progress: Progress,
 ) -> list[Evaluation]:  # fmt: skip
     """`evaluate` on the connected cluster, of adapters and images that were found and checked."""
@@ -135,7 +136,7 @@ def check(recipe: Recipe) -> None:
 
 
 def losses_of(
-    recipe: Recipe, drawings: Sequence[Drawing], family: DiffusionFamily, dtype: str, progress: Progress
+    recipe: Recipe, drawings: Sequence[Drawing], family: Family, dtype: str, progress: Progress
 ) -> list[dict[str, Score]]:
     """The val_loss of each drawing's model, where it is asked for.
 
@@ -146,7 +147,7 @@ def losses_of(
 
     if "val_loss" not in recipe.evaluate.metrics:
         return [{} for _ in drawings]
-    scores = validate(recipe, [drawing.model for drawing in drawings], family, dtype, progress)
+    scores = validate(recipe, [drawing.model for drawing in drawings], denoising(family), dtype, progress)
     return [{"val_loss": score} for score in scores]
 
 
@@ -204,7 +205,7 @@ class Drawing:
         return load_drawn(Drawn(self.folder.url(), self.keys[position]))
 
 
-def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progress) -> None:
+def draw(drawings: Sequence[Drawing], family: Family, progress: Progress) -> None:
     """Draw what the cache lacks; what is done stays when this is cut off.
 
     Raises:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.data.fill import ImageWork
-    from gtl.families.base import Conditions, DiffusionFamily
+    from gtl.families.base import Conditions, Family
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Turn:
     """What a look measures of pictures."""
 
     asked: Evaluate
-    family: DiffusionFamily
+    family: Family
     images: Reference
     sampling: Sampling
     cache: Store
