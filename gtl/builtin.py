@@ -27,7 +27,7 @@ from gtl.config import load_recipe
 from gtl.data.scenes.captions import STYLE_WORDS
 from gtl.data.scenes.sets import SceneSet
 from gtl.data.scenes.vocabulary import CONCEPTS
-from gtl.families import open_family
+from gtl.families import denoising, open_family
 from gtl.families.files import INDEX, write_once
 from gtl.families.source import builtin_folder
 from gtl.types import Progress, UserError
@@ -109,7 +109,7 @@ def learn_codec(train: Callable[[], Trained], folder: Path) -> None:
     """Train the codec, and write the model with it and with the scale of its latents."""
     family, parts = train()
     codec = cast(Any, parts["vae"])
-    codec.register_to_config(scaling_factor=round(1 / latent_std(cast("DiffusionFamily", family), codec), 5))
+    codec.register_to_config(scaling_factor=round(1 / latent_std(denoising(family), codec), 5))
     family.export({"vae": codec}, folder)
 
 
@@ -153,7 +153,7 @@ def pack(model: Path, folder: Path) -> None:
     """Write a model with its weights in half precision, ready for words that it has not met."""
     import torch
 
-    family = open_family(str(model))
+    family = denoising(open_family(str(model)))
     parts = {part: family.load(part, torch.float32) for part in ("vae", "unet", "text_encoder")}
     draw_unmet_tokens(family, parts["text_encoder"])
     family.export({part: module.half() for part, module in parts.items()}, folder)

@@ -13,7 +13,7 @@ from gtl.adapters import Card, Registry
 from gtl.adapters.sharing import fits
 from gtl.config.base import is_url
 from gtl.config.names import NAME, parse_reference
-from gtl.families import FAMILIES, family_class, open_family
+from gtl.families import FAMILIES, denoising, family_class, open_family
 from gtl.types import Sampler, UserError, sampler_of
 from serve.errors import invalid, model_not_found
 from serve.schema import Adapter, Drawing, Model, Origin, check_pixels
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 BUILT_IN = "builtin:tiny"
 """Served where there is nothing else."""
-SERVED = "by denoising"
-"""How models draw that are served, of `Family.draws`."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ def bases_of(cards: Iterable[Card]) -> tuple[Base, ...]:
     """
     found: dict[str, Base] = {}
     for origin in (card.base for card in cards):
-        if origin.family in FAMILIES and family_class(origin.family).draws != SERVED:
+        if origin.family in FAMILIES and family_class(origin.family).draws != "by denoising":
             continue
         base = Base(name=name_of(origin.source), source=origin.source, revision=origin.revision, variant=origin.variant)
         if found.setdefault(base.name, base) != base:
@@ -270,19 +268,13 @@ def find_here(base: Base) -> DiffusionFamily | None:
     is_here = base.source.startswith("builtin:") or (not is_url(base.source) and os.path.isdir(base.source))
     if not is_here:
         return None
-    family = open_family(base.source, revision=base.revision, variant=base.variant)
-    if family.draws != SERVED:
-        raise UserError(
-            f"bases: {base.source}: a model of family {family.name} draws {family.draws}, for which there is gtl "
-            f"generate; what is served draws {SERVED}"
-        )
-    return family
+    return denoising(open_family(base.source, revision=base.revision, variant=base.variant))
 
 
 def find_configs(base: Base) -> DiffusionFamily | None:
     """A model of which no weight is here; None where its configs cannot be had: generators say what is wrong."""
     try:
-        return open_family(base.source, revision=base.revision, variant=base.variant, weights=False)
+        return denoising(open_family(base.source, revision=base.revision, variant=base.variant, weights=False))
     except UserError as error:
         log.warning("%s: its size is not known here: %s", base.name, error)
         return None

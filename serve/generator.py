@@ -278,14 +278,14 @@ def load(base: Base) -> Engine:
     import torch
 
     from gtl.adapters.residents import Residents
-    from gtl.families import open_family
+    from gtl.families import denoising, open_family
     from gtl.generate.engine import Engine
     from gtl.generate.images import load_parts
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = ("bf16" if device == "cuda" else "fp32") if base.dtype == "auto" else base.dtype
     dtype = getattr(torch, DTYPES[name])
-    family = open_family(base.source, revision=base.revision, variant=base.variant)
+    family = denoising(open_family(base.source, revision=base.revision, variant=base.variant))
     parts = load_parts(family, (), device=device, dtype=dtype)
     targets = {family.main: family.lora_targets(parts[family.main], base.targets)}
     targets |= {part: family.encoder_targets(parts[part], "all-linear") for part in family.encoders}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gtl.data.plan import Plan
+from gtl.families import denoising
 from gtl.train.assemble import Trainee, assemble
 from gtl.train.course import make_loader
 from gtl.train.flops import FlopMeter
@@ -70,7 +71,7 @@ class Bare:
         trainee = assemble(recipe, dtype)
         if lender is not None:
             borrow(trainee, lender)
-        self._family, self._device, self._mixed = trainee.family, device, dtype == "bf16"
+        self._family, self._device, self._mixed = denoising(trainee.family), device, dtype == "bf16"
         (player,) = trainee.players.values()
         place(player, trainee.dtype, device)
         self._main: nn.Module = player.get_submodule("main")
@@ -87,9 +88,9 @@ class Bare:
         self._moments = {
             name: torch.stack([item.latents[name] for item in items]).to(device).float() for name in items[0].latents
         }
-        always = trainee.family.guidance_conditions(1.0)
-        conditions = [item.conditions | trainee.family.size_conditions(item.geometry) | always for item in items]
-        self._conditions = {name: value.to(device) for name, value in trainee.family.collate(conditions).items()}
+        always = self._family.guidance_conditions(1.0)
+        conditions = [item.conditions | self._family.size_conditions(item.geometry) | always for item in items]
+        self._conditions = {name: value.to(device) for name, value in self._family.collate(conditions).items()}
 
     def __call__(self, steps: int) -> list[float]:
         """Make steps; their losses."""

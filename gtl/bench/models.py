@@ -44,12 +44,12 @@ def write_model(
     """
     import torch
 
-    from gtl.families import open_family
+    from gtl.families import denoising, open_family
 
     if name.startswith(BUILTIN):
-        return open_family(name)
+        return denoising(open_family(name))
     write_configs(folder, name, overrides)
-    family = open_family(str(folder))
+    family = denoising(open_family(str(folder)))
     write_weights(family, getattr(torch, DTYPES[dtype]))
     return family
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gtl.data.celeba import ATTRIBUTES
 from gtl.types import UserError
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", ATTRIBUTES)
 TEMPLATE_FIELDS = ("folder", "file")
 
 

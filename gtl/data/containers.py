@@ -10,12 +10,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from gtl.data.captions import is_text, split_lines
+from gtl.data.cifar import PIXELS, RECORD, split_records, to_ppm
 from gtl.data.index import GONE, Seen, SeenFile
 from gtl.images import EXTENSIONS, BrokenImage, probe
 from gtl.storage import Store, explained
 from gtl.types import UserError
 
-CONTAINERS = frozenset({".parquet", ".tar"})
+CONTAINERS = frozenset({".parquet", ".tar", ".bin"})
+"""Endings; of .bin those of CIFAR-10."""
 MAX_BYTES = 2**28
 """A compressed image larger than this is refused unread."""
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
@@ -49,6 +51,8 @@ def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
             images = inspect_tar(store, key)
         elif extension == ".parquet":
             images = inspect_parquet(store, key)
+        elif extension == ".bin":
+            images = inspect_cifar(store.read(key))
         elif num_bytes > MAX_BYTES:
             images = [broken(f"{num_bytes} bytes, more than the allowed {MAX_BYTES}")]
         else:
@@ -179,6 +183,17 @@ def inspect_parquet(store: Store, key: str) -> list[Seen]:
             return [broken(f"not a whole Parquet file ({' '.join(str(error).split())[:200]})")]
 
 
+def inspect_cifar(data: bytes) -> list[Seen]:
+    """Images of a file of CIFAR-10, whose captions name their classes."""
+    found, problem = split_records(data)
+    if problem:
+        return [broken(problem)]
+    return [
+        look(image, f"record {number}", (caption,), number * RECORD + 1, PIXELS)
+        for number, (caption, image) in enumerate(found)
+    ]
+
+
 def _look_at_row(value: Any, captions: tuple[str, ...] | None, row: int) -> Seen:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not data:
@@ -214,7 +229,8 @@ def fetch(place: Place) -> bytes:
     if place.row >= 0:
         return _read_row(place.root, place.key, place.row)
     if place.length >= 0:
-        return store.read_range(place.key, place.offset, place.length)
+        data = store.read_range(place.key, place.offset, place.length)
+        return to_ppm(data) if place.key.endswith(".bin") else data
     return store.read(place.key)
 
 

@@ -89,14 +89,14 @@ def write_draft(folder: str, model: str | None = None, out: Path | None = None, 
     Raises:
         UserError: there are no images, the model is not to be had, or the file exists.
     """
-    from gtl.families import open_family
+    from gtl.families import denoising, open_family
 
     title = posixpath.basename(absolute(folder).rstrip("/"))  # of `.` and `..` too
     file = out or Path(f"{name_after(title)}.yaml")
     if file.exists():
         raise UserError(f"--out {file}: is there already; remove it, or name another file")
     source = model or choose_model()
-    family = open_family(source)
+    family = denoising(open_family(source))
     report = check(folder, min(family.default_size), family.multiple, progress)
     if not report.num_images:
         raise UserError(f"data.source: {folder}: none of the images there can be read; gtl data check {folder}")

@@ -17,6 +17,7 @@ from gtl.data.dataset import PIXEL_SPACE, PIXELS
 from gtl.data.index import CHANGED, GONE
 from gtl.data.spread import spread
 from gtl.data.stream import MISTAKE, pack, run_actors, unpack
+from gtl.families import denoising
 from gtl.images import BrokenImage, decode
 from gtl.storage import Store
 from gtl.types import DTYPES, UserError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 ROWS_PER_CALL = 256
 """Images or captions that an actor gets at a time, at most."""
@@ -77,7 +78,7 @@ class Pending:
 
 
 def fill(
-    family: DiffusionFamily, images: Space, prompts: Space | None, cache: Store, dtype: str,
+    family: Family, images: Space, prompts: Space | None, cache: Store, dtype: str,
     work: Sequence[ImageWork], captions: Mapping[str, str], progress: Callable[[int, int], None], gpus: int = 1,
 ) -> dict[str, str]:  # fmt: skip
     """Encode images and captions (by cache key) into the spaces; broken images by URI with the reason.
@@ -114,7 +115,7 @@ def fill(
 class Encoder:
     """The actor: loads a part of the model when the first work for it comes, encodes, writes shards."""
 
-    def __init__(self, family: DiffusionFamily, cache: Store, images: str, prompts: str | None, dtype: str) -> None:
+    def __init__(self, family: Family, cache: Store, images: str, prompts: str | None, dtype: str) -> None:
         """Cheap: no weight is read."""
         import torch
 
@@ -166,7 +167,7 @@ class Encoder:
             chunk = rows[i : i + PROMPT_BATCH]
             encoders = {name: self._part(name) for name in self._family.encoders}
             with torch.inference_mode():
-                found = self._family.encode_prompts(encoders, [row["caption"] for row in chunk])
+                found = denoising(self._family).encode_prompts(encoders, [row["caption"] for row in chunk])
             items = {row["key"]: conditions for row, conditions in zip(chunk, found, strict=True)}
             yield items, [{"uri": row["key"], "error": ""} for row in chunk]
 
@@ -198,7 +199,7 @@ class Encoder:
         pixels = to_pixels(crops).to(self._device, self._dtype)
         codec = None if self._family.codec is None else self._part(self._family.codec)
         with torch.inference_mode():
-            moments = self._family.encode_images(codec, pixels)
+            moments = denoising(self._family).encode_images(codec, pixels)
         # Cloned: a view of one sample would be saved with the whole batch's memory.
         return {key: {name: t[i].clone() for name, t in moments.items()} for i, key in enumerate(keys)}
 

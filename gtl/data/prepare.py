@@ -20,7 +20,7 @@ from gtl.storage import Store
 from gtl.types import Entry, Progress, UserError, quiet
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 ENCODED = Needs(images="latents", text="embeddings")
 FILES_PER_CALL = 128
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(
-    data: Data, family: DiffusionFamily, cache_url: str, *, dtype: str, needs: Needs = ENCODED,
+    data: Data, family: Family, cache_url: str, *, dtype: str, needs: Needs = ENCODED,
     prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), held_out: bool = False,
     check: Callable[[], None] | None = None, progress: Progress | None = None,
 ) -> Dataset:  # fmt: skip
@@ -88,7 +88,7 @@ def prepare(
     return dataset
 
 
-def spaces(family: DiffusionFamily, dtype: str, needs: Needs) -> tuple[str, str | None]:
+def spaces(family: Family, dtype: str, needs: Needs) -> tuple[str, str | None]:
     """Names of the cache's spaces of images and of prompts, which say what made the tensors in them."""
     codec = PIXELS if family.codec is None else family.fingerprint(family.codec)[:16]
     images = PIXEL_SPACE if needs.images == "pixels" else f"images-{codec}-{dtype}"

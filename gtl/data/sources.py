@@ -10,6 +10,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from gtl.data.captions import METADATA_FILES, CaptionRule, read_metadata, split_lines
+from gtl.data.celeba import ATTRIBUTES, captions_of
+from gtl.data.cifar import NAME
 from gtl.data.containers import CONTAINERS, Place
 from gtl.data.index import Index, Seen, SeenFile
 from gtl.families.files import cache_home
@@ -73,7 +75,7 @@ class Listing:
 
 
 def list_source(source: str) -> Listing:
-    """List a folder, recursively, or a single .parquet or .tar file. Hidden files and folders are left out.
+    """List a folder, recursively, or a single .parquet, .tar or .bin file. Hidden files and folders are left out.
 
     Raises:
         UserError: there is no such folder, it holds no images, or it cannot be reached.
@@ -84,7 +86,8 @@ def list_source(source: str) -> Listing:
     extension = posixpath.splitext(source)[1].lower()
     if store.is_local and not os.path.exists(store.root):
         raise UserError(f"data.source: {source}: no such folder or file")
-    if extension in CONTAINERS and not (store.is_local and os.path.isdir(store.root)):
+    is_named = extension in CONTAINERS and not (store.is_local and os.path.isdir(store.root))
+    if is_named:
         parent, _, name = store.root.rpartition("/")
         store = Store(parent)
         files = [file for file in store.list(recursive=False) if file[0] == name]
@@ -96,10 +99,11 @@ def list_source(source: str) -> Listing:
             files = without_loops(store, files)
     listing = Listing(store)
     for file in map(File._make, files):
-        _sort_in(listing, file)
+        _sort_in(listing, file, is_named)
     if not listing.images and not listing.containers:
         raise UserError(
-            f"data.source: {source}: no images there; looked for {', '.join(sorted(EXTENSIONS))}, .parquet and .tar"
+            f"data.source: {source}: no images there; looked for {', '.join(sorted(EXTENSIONS))}, .parquet, .tar and "
+            "CIFAR-10's data_batch_1.bin"
         )
     return listing
 
@@ -116,7 +120,7 @@ def without_loops(store: Store, files: list[tuple[str, int, int]]) -> list[tuple
     return sorted(kept.values())
 
 
-def _sort_in(listing: Listing, file: File) -> None:
+def _sort_in(listing: Listing, file: File, is_named: bool) -> None:
     if any(part.startswith(".") for part in file.key.split("/")):
         return
     extension = posixpath.splitext(file.key)[1].lower()
@@ -125,7 +129,8 @@ def _sort_in(listing: Listing, file: File) -> None:
     elif extension in EXTENSIONS:
         listing.images[file.key] = file
     elif extension in CONTAINERS:
-        listing.containers[file.key] = file
+        if extension != ".bin" or is_named or NAME.fullmatch(posixpath.basename(file.key)):
+            listing.containers[file.key] = file
     elif extension == ".txt":
         listing.texts[file.key] = file
 
@@ -189,6 +194,10 @@ def collect_metadata(listing: Listing) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     for key in listing.metadata:
         url = listing.store.url(key)
+        if posixpath.basename(key) == ATTRIBUTES:
+            for image, text in captions_of(listing.store.read(key), url, listing.images):
+                captions.setdefault(image, []).append(text)
+            continue
         for line, name, texts in read_metadata(listing.store.read(key), url):
             image = posixpath.normpath(posixpath.join(posixpath.dirname(key), name))
             if image not in listing.images:

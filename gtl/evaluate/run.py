@@ -33,6 +33,7 @@ from gtl.evaluate.measure import (
 )
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score
 from gtl.evaluate.sampling import plan, requests
+from gtl.families import denoising
 from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.session import session
 from gtl.storage import Store
@@ -41,7 +42,7 @@ from gtl.types import Progress, UserError, quiet
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 SAMPLES = "samples"
 """In the cache: folders of drawn samples, by the hash of all that decides them."""
@@ -86,8 +87,8 @@ def evaluate(
 
 
 def evaluate_all(
-    recipe: Recipe, shelf: Registry, chosen: Sequence[tuple[Published, ...]], family: DiffusionFamily,
-    images: Reference, dtype: str, progress: Progress, templates: Sequence[str] = (PLAIN,),
+    recipe: Recipe, shelf: Registry, chosen: Sequence[tuple[Published, ...]], family: Family, images: Reference,
+    dtype: str, progress: Progress, templates: Sequence[str] = (PLAIN,),
 ) -> list[Evaluation]:  # fmt: skip
     """`evaluate` on the connected cluster, of adapters and images that were found and checked."""
     origin, base = recipe.model, family.fingerprint()
@@ -141,7 +142,7 @@ def check(recipe: Recipe) -> None:
 
 
 def losses_of(
-    recipe: Recipe, drawings: Sequence[Drawing], family: DiffusionFamily, dtype: str, progress: Progress
+    recipe: Recipe, drawings: Sequence[Drawing], family: Family, dtype: str, progress: Progress
 ) -> list[dict[str, Score]]:
     """The val_loss of each drawing's model, where it is asked for.
 
@@ -152,7 +153,7 @@ def losses_of(
 
     if "val_loss" not in recipe.evaluate.metrics:
         return [{} for _ in drawings]
-    scores = validate(recipe, [drawing.model for drawing in drawings], family, dtype, progress)
+    scores = validate(recipe, [drawing.model for drawing in drawings], denoising(family), dtype, progress)
     return [{"val_loss": score} for score in scores]
 
 
@@ -210,7 +211,7 @@ class Drawing:
         return load_drawn(Drawn(self.folder.url(), self.keys[position]))
 
 
-def draw(drawings: Sequence[Drawing], family: DiffusionFamily, progress: Progress) -> None:
+def draw(drawings: Sequence[Drawing], family: Family, progress: Progress) -> None:
     """Draw what the cache lacks; what is done stays when this is cut off.
 
     Raises:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
+from gtl.families import denoising
 from gtl.generate.drawing import open_drawer
 from gtl.generate.images import to_image
 from gtl.generate.request import Request
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import nn
 
-    from gtl.families.base import Conditions, DiffusionFamily
+    from gtl.families.base import Conditions, Family
 
 MAX_BATCH = 4
 
@@ -24,7 +25,7 @@ Item = TypeVar("Item")
 
 
 def draw_share(
-    family: DiffusionFamily,
+    family: Family,
     parts: Mapping[str, nn.Module],
     requests: Sequence[Request],
     *,
@@ -72,13 +73,14 @@ def gather(mine: Iterable[Item], total: int) -> list[Item]:
 
 @torch.inference_mode()
 def encode(
-    family: DiffusionFamily, parts: Mapping[str, nn.Module], requests: Sequence[Request]
+    family: Family, parts: Mapping[str, nn.Module], requests: Sequence[Request]
 ) -> dict[str, Conditions]:
     """Conditions of all texts of all requests. Collective.
 
     Every rank encodes all of them in the same order: the engine would encode those of its share only, and weights that
     are spread over ranks demand as many forward passes of each.
     """
+    family = denoising(family)
     negative = family.negative_text
     texts = {text for request in requests for text in (request.prompt, negative(request.negative_prompt))}
     encoders = {part: parts[part] for part in family.encoders}

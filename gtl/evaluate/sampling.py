@@ -12,7 +12,7 @@ from gtl.evaluate.result import Sampling
 from gtl.types import UserError
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
     from gtl.generate.request import Request
     from gtl.types import Sampler
 
@@ -35,7 +35,7 @@ def plan(asked: Evaluate, images: Reference, dtype: str, template: str = PLAIN) 
     )  # fmt: skip
 
 
-def requests(how: Sampling, number: int, family: DiffusionFamily, sampler: Sampler) -> list[Request]:
+def requests(how: Sampling, number: int, family: Family, sampler: Sampler) -> list[Request]:
     """Of so many samples, in their order, for a model that was taught for a sampler."""
     from gtl.generate.request import Request, sampled_by
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.data.fill import ImageWork
-    from gtl.families.base import Conditions, DiffusionFamily
+    from gtl.families.base import Conditions, Family
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Turn:
     """What a look measures of pictures."""
 
     asked: Evaluate
-    family: DiffusionFamily
+    family: Family
     images: Reference
     sampling: Sampling
     sampler: Sampler

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gtl.families.files import INDEX, read_json
 from gtl.families.source import resolve
 from gtl.types import UserError
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import DiffusionFamily, Family
 
 FAMILIES: dict[str, str] = {
     "sd": "gtl.families.sd:StableDiffusion",
@@ -47,7 +47,7 @@ PIPELINES: dict[str, str] = {
 
 def open_family(
     source: str, family: str = "auto", revision: str | None = None, variant: str | None = None, weights: bool = True
-) -> DiffusionFamily:
+) -> Family:
     """Find a model's files, downloading what is missing, and read its configs; no weight is loaded.
 
     Without `weights` no weight file is downloaded either.
@@ -75,3 +75,17 @@ def family_class(name: str) -> Any:
     """A family of `FAMILIES`, before any model of it is opened."""
     module, _, own = FAMILIES[name].partition(":")
     return getattr(importlib.import_module(module), own)
+
+
+def denoising(family: Family) -> DiffusionFamily:
+    """A family as one that generates by denoising, for what only such models can do.
+
+    Raises:
+        UserError: it is none.
+    """
+    if family.draws != "by denoising":
+        raise UserError(
+            f"model.source: {family.folder}: a model of family {family.name} draws {family.draws}; this is for models "
+            "that draw by denoising"
+        )
+    return cast("DiffusionFamily", family)

@@ -23,6 +23,6 @@ def write_blank(folder: Path, seed: int = 0) -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        ConvGenerator(NOISE_SIZE, CHANNELS).save_pretrained(folder / "generator")
-        ConvDiscriminator(CHANNELS[::-1]).save_pretrained(folder / "discriminator")
+        ConvGenerator(NOISE_SIZE, CHANNELS, normalization="pixel").save_pretrained(folder / "generator")
+        ConvDiscriminator(CHANNELS[::-1], normalization="none").save_pretrained(folder / "discriminator")
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n", encoding="utf-8")

@@ -27,23 +27,32 @@ class ConvGenerator(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as it is 
     """From noise to pictures by transposed convolutions."""
 
     @register_to_config
-    def __init__(self, noise_size: int = 64, channels: Sequence[int] = (256, 128, 64, 32)) -> None:
+    def __init__(
+        self, noise_size: int = 64, channels: Sequence[int] = (256, 128, 64, 32), normalization: str = "group"
+    ) -> None:
         """`channels` are those at 4, 8, 16, ... pixels; the last are at the picture's own size.
 
+        Args:
+            noise_size: Numbers that a picture is drawn from.
+            channels: See above.
+            normalization: Of features: group; or pixel: of each place by itself (Karras et al. 2017, arXiv 1710.10196).
+
         Raises:
-            ValueError: a width is not one of whole groups.
+            ValueError: a width is not one of whole groups, or there is no such normalisation.
         """
         super().__init__()
         check_channels(channels)
+        if normalization not in ("group", "pixel"):
+            raise ValueError(f"normalization: {normalization!r}: expected group or pixel")
+        normalize = normalize_groups if normalization == "group" else PixelNorm
         self.stem = nn.Linear(noise_size, channels[0] * FIRST**2)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.GroupNorm(before // GROUP, before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)
+                normalize(before), nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)
             )
             for before, after in zip(channels, channels[1:], strict=False)
         )  # fmt: skip
-        last = channels[-1]
-        self.head = nn.Sequential(nn.GroupNorm(last // GROUP, last), nn.ReLU(), nn.Conv2d(last, 3, 3, padding=1))
+        self.head = nn.Sequential(normalize(channels[-1]), nn.ReLU(), nn.Conv2d(channels[-1], 3, 3, padding=1))
         draw_weights(self)
 
     def forward(self, noise: Tensor) -> Tensor:
@@ -92,6 +101,22 @@ class ConvDiscriminator(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(hidden.flatten(1)).squeeze(1)
+
+
+def normalize_groups(channels: int) -> nn.Module:
+    """Over groups of channels, with a scale and a shift of each channel's own."""
+    return nn.GroupNorm(channels // GROUP, channels)
+
+
+class PixelNorm(nn.Module):
+    """Each place's features are brought to length 1 on average; nothing is learned, so what all share is kept."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, C, H, W], the same."""
+        return hidden * (hidden.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
 def check_channels(channels: Sequence[int]) -> None:

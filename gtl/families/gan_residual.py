@@ -142,7 +142,7 @@ class Attention(nn.Module):
         super().__init__()
         self.query, self.key = nn.Conv2d(channels, channels // 8, 1), nn.Conv2d(channels, channels // 8, 1)
         self.value, self.out = nn.Conv2d(channels, channels // 2, 1), nn.Conv2d(channels // 2, channels, 1)
-        self.weight = nn.Parameter(zeros(()))
+        self.weight = nn.Parameter(zeros(1))  # DeepSpeed can't send one without a dimension
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, C, H, W], the same."""

@@ -21,7 +21,7 @@ from gtl.types import DTYPES, GUIDANCE, STEPS, Progress, Sampler, UserError, sam
 
 if TYPE_CHECKING:
     from gtl.adapters.card import Base
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
     from gtl.generate.edit import Edit
     from gtl.generate.request import Request
 
@@ -159,7 +159,7 @@ def choose_base(
     return Origin(model, revision, variant)
 
 
-def open_model(origin: Origin, adapters: Sequence[Adapter]) -> tuple[DiffusionFamily, str]:
+def open_model(origin: Origin, adapters: Sequence[Adapter]) -> tuple[Family, str]:
     """The family and the model's fingerprint.
 
     Raises:
@@ -200,7 +200,7 @@ def make_requests(lines: Sequence[Prompt], count: int, seed: int, **shared: Any)
     return requests
 
 
-def check_options(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
+def check_options(request: Request, family: Family, edit: Edit | None = None) -> None:
     """`drawing.check`, with the field named as an option."""
     from gtl.generate.drawing import check
 
@@ -231,7 +231,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def draw_here(
-    family: DiffusionFamily, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
+    family: Family, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
     recipe: Mapping[str, Any], columns: int | None, progress: Progress | None, edit: Edit | None = None,
 ) -> list[Path]:  # fmt: skip
     """Draw in this process and save."""

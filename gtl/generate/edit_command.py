@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gtl.adapters.registry import Registry
+from gtl.families import denoising
 from gtl.generate.command import (
     check_options,
     check_writable,
@@ -70,7 +71,8 @@ def run(
     chosen = find_adapters(Registry(registry), adapters)
     check_writable(out)
     origin = choose_base(model, chosen, revision, variant)
-    family, fingerprint = open_model(origin, chosen)
+    opened, fingerprint = open_model(origin, chosen)
+    family = denoising(opened)
     high, wide = choose_size(picture, family)
     requests = make_requests(
         lines, count, seed, negative_prompt=negative_prompt, **sampling_of(chosen, steps, guidance),

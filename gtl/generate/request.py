@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from gtl.families import denoising
 from gtl.generate.edit import Edit, check_edit
 from gtl.types import GUIDANCE, Sampler, UserError
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import DiffusionFamily, Family
 
 LCM_STEPS = 50
 """More than diffusers' LCMScheduler knows there are none."""
@@ -36,9 +37,11 @@ class Request:
     sampler: Sampler = "model"
 
 
-def sampled_by(request: Request, sampler: Sampler, family: DiffusionFamily) -> Request:
+def sampled_by(request: Request, sampler: Sampler, family: Family) -> Request:
     """The request as a model is asked that was taught for a sampler: one for few steps has learned its guidance."""
-    guidance = GUIDANCE[sampler] if sampler == "lcm" and family.classifier_free else request.guidance
+    if sampler == "model":
+        return request
+    guidance = GUIDANCE[sampler] if denoising(family).classifier_free else request.guidance
     return replace(request, sampler=sampler, guidance=guidance)
 
 

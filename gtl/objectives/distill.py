@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gtl.config.objectives import DistillObjective
-from gtl.families import open_family
+from gtl.families import denoising, open_family
 from gtl.objectives.denoise import Denoise, Denoiser, conditions_of, mean_square
 from gtl.types import Batch, Losses, UserError
 
@@ -29,9 +29,10 @@ class Distill(Denoise):
         """
         super().__init__(config, family)
         self.settings = config
-        self.teacher = open_family(
+        found = open_family(
             config.teacher, revision=config.revision, variant=config.variant, weights=not family.configs_only
         )
+        self.teacher = denoising(found)
         check_alike(config.teacher, self.teacher, family)
 
     @property

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from gtl.families.base import DiffusionFamily, Family
+    from gtl.families.base import Family
     from gtl.objectives.base import Objective
     from gtl.tuners.base import Tuner
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Trainee:
     """The model at hand, with what moves in it and what it learns."""
 
-    family: DiffusionFamily
+    family: Family
     tuner: Tuner
     objective: Objective
     parts: dict[str, nn.Module]
@@ -73,7 +73,7 @@ def assemble(recipe: Recipe, dtype: str, *, adapted: bool = True) -> Trainee:
     return trainee
 
 
-def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
+def outline(recipe: Recipe, dtype: str, family: Family) -> Trainee:
     """What `assemble` would make, on meta: shapes and dtypes, from config files alone.
 
     Raises:
@@ -91,7 +91,7 @@ def outline(recipe: Recipe, dtype: str, family: DiffusionFamily) -> Trainee:
 
 
 def join(
-    recipe: Recipe, dtype: str, family: DiffusionFamily, tuner: Tuner, device: str, init: Path | None = None,
+    recipe: Recipe, dtype: str, family: Family, tuner: Tuner, device: str, init: Path | None = None,
     adapted: bool = True,
 ) -> Trainee:  # fmt: skip
     """The live parts on a device, with what the tuner does to them, under the objective's players.
@@ -143,7 +143,7 @@ def fresh(family: Family, part: str, seed: int) -> nn.Module:
         return family.build(part)
 
 
-def live_parts(recipe: Recipe, family: DiffusionFamily, objective: Objective) -> list[str]:
+def live_parts(recipe: Recipe, family: Family, objective: Objective) -> list[str]:
     """The parts that run in the training process; the one that the objective is about comes first.
 
     Raises:

@@ -36,7 +36,7 @@ from gtl.train.weights import CANDIDATES, forget, kept, take
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 LOOK_S = 2.0
 """Between two looks for new weights."""
@@ -45,7 +45,7 @@ LOOK_S = 2.0
 class Beside:
     """A thread that scores one look after the other, in order; what it did stands when it is cut off."""
 
-    def __init__(self, recipe: Recipe, job: Job, family: DiffusionFamily, images: Reference) -> None:
+    def __init__(self, recipe: Recipe, job: Job, family: Family, images: Reference) -> None:
         """Nothing happens before it is entered.
 
         Args:
@@ -206,7 +206,7 @@ def is_beside(run: Store, recipe: Recipe, resources: Resources, cluster: Cluster
     return False
 
 
-def real_images(recipe: Recipe, family: DiffusionFamily, progress: Progress) -> Reference | None:
+def real_images(recipe: Recipe, family: Family, progress: Progress) -> Reference | None:
     """What looks compare pictures with; None where they do not.
 
     Raises:

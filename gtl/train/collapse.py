@@ -17,6 +17,8 @@ DRAWN, REAL = "discriminator_spread", "discriminator_spread_real"
 VARIETY = "variety"
 STEPS = 20
 """That are looked at together: a single batch is small."""
+GRACE = 200
+"""Steps in which a generator that begins anew, and draws one grey at first, may find its way."""
 
 
 class Collapse:
@@ -26,13 +28,14 @@ class Collapse:
         """0: never warns."""
         self._share = share
         self._sums: deque[tuple[float, float]] = deque(maxlen=STEPS)
-        self._warned = False
+        self._warned, self._risen, self._steps = False, False, 0
 
     def seen(self, row: Mapping[str, float]) -> dict[str, float]:
         """The row, with its variety where it can be told."""
         if not row.get(REAL):
             return dict(row)
         self._sums.append((row[DRAWN], row[REAL]))
+        self._steps += 1
         return {**row, VARIETY: row[DRAWN] / row[REAL]}
 
     def warning(self) -> str | None:
@@ -40,7 +43,9 @@ class Collapse:
         if len(self._sums) < STEPS:
             return None
         drawn, real = (sum(column) for column in zip(*self._sums, strict=True))
-        fell, variety = drawn / real < self._share, drawn / real
+        variety = drawn / real
+        self._risen |= variety >= self._share
+        fell = variety < self._share and (self._risen or self._steps > GRACE)
         say, self._warned = fell and not self._warned, fell
         return (
             f"the generator draws nearly one picture: variety {variety:.2f} of the real images' over {STEPS} steps, "

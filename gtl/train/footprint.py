@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gtl.families import denoising
 from gtl.train.quantize import FORMATS, frozen_linears
 from gtl.train.work import Work, count
 from gtl.tuners.depth import is_under
@@ -21,7 +22,7 @@ from gtl.types import Batch, Geometry, Item, UserError
 
 if TYPE_CHECKING:
     from gtl.config import Recipe
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import DiffusionFamily, Family
     from gtl.train.assemble import Trainee
 
 CPU = torch.device("cpu")
@@ -198,16 +199,16 @@ def run(
     return Activations(max(each.whole for each in found), max(each.checkpointed for each in found))
 
 
-def make_item(recipe: Recipe, family: DiffusionFamily) -> Item:
+def make_item(recipe: Recipe, family: Family) -> Item:
     """An image of the recipe's resolution with a caption at its longest, as the data set would give it."""
     side = max(recipe.data.resolution // family.multiple, 1) * family.multiple
     latents, conditions, pixels = {}, {}, None
     if recipe.needs.images == "pixels":
         pixels = torch.zeros(3, side, side, dtype=torch.uint8)
     else:
-        latents = moments(family, side)
+        latents = moments(denoising(family), side)
     if recipe.needs.text == "embeddings":
-        conditions = embeddings(family)
+        conditions = embeddings(denoising(family))
     return Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
     from gtl.data.dataset import Dataset
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 WAIT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 GROW_S = 60.0
@@ -112,7 +112,7 @@ class Start:
 
 
 def begin(
-    recipe: Recipe, name: str, version: str, family: DiffusionFamily, cluster: Cluster, progress: Progress
+    recipe: Recipe, name: str, version: str, family: Family, cluster: Cluster, progress: Progress
 ) -> Start:
     """Fill the cache, check that nothing changed since the run was begun, and write its recipe.
 
@@ -173,7 +173,7 @@ def check_init(recipe: Recipe, base: Base) -> None:
         )
 
 
-def open_model(recipe: Recipe, progress: Progress) -> DiffusionFamily:
+def open_model(recipe: Recipe, progress: Progress) -> Family:
     """The recipe's model, without its weights."""
     from gtl.families import open_family
 

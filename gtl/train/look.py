@@ -18,6 +18,7 @@ from gtl.data.cache import prompt_key
 from gtl.evaluate.measure import pairs
 from gtl.evaluate.result import Evaluation
 from gtl.evaluate.samples import draw_share, gather
+from gtl.families import denoising
 from gtl.generate.request import Request, sampled_by
 from gtl.images import grid, save_png
 from gtl.storage import Store
@@ -69,7 +70,7 @@ class Pictures:
         """Conditions of prompts; None where the text encoders are among the parts."""
         if self.dataset.prompts is None:
             return None
-        texts = {*prompts, self.trainee.family.negative_text(self.asked.negative_prompt)}
+        texts = {*prompts, denoising(self.trainee.family).negative_text(self.asked.negative_prompt)}
         return {text: self.dataset.prompts.read(prompt_key(text)) for text in sorted(texts)}
 
 

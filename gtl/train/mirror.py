@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from gtl.families import denoising
 from gtl.generate.images import to_image
 from gtl.images import grid, save_png
 from gtl.train.look import SAMPLES, Pictures
@@ -41,7 +42,7 @@ class Mirror:
     def draw(self, parts: Mapping[str, nn.Module], run: Store, done: int) -> None:
         """Draw and keep them under `samples/`. Collective: where weights are sharded all ranks have to run it."""
         how = self.pictures
-        family = how.trainee.family
+        family = denoising(how.trainee.family)
         codec = parts[str(family.codec)]
         pixels = self.pixels.to(how.device, torch.float32).div(127.5).sub(1)
         with torch.autocast(how.device.type, dtype=torch.bfloat16, enabled=how.dtype == torch.bfloat16):

@@ -22,6 +22,7 @@ from gtl.adapters.slots import Slots
 from gtl.config import Recipe, parse_recipe
 from gtl.config.tuners import LoraTuner
 from gtl.data.dataset import Dataset
+from gtl.families import denoising
 from gtl.storage import Store
 from gtl.train.assemble import Trainee, assemble
 from gtl.train.course import Course, Images, images_of, make_loader
@@ -97,7 +98,7 @@ class Pack:
         recipe = parse_recipe(job.recipe)
         everywhere = recipe.tuner.model_copy(update={"freeze_depth": 0})
         self._trainee = assemble(recipe, job.dtype, adapted=False)
-        self.family = self._trainee.family
+        self.family = denoising(self._trainee.family)
         ((self._name, self._player),) = self._trainee.players.items()
         parts = self._trainee.parts
         lora = lora_of(recipe.model_copy(update={"tuner": everywhere}), self.family)

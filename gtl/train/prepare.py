@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 from gtl.config import Recipe
 from gtl.config.objectives import DenoiseObjective, PriorPreservation
+from gtl.families import denoising
 from gtl.storage import Store
 from gtl.types import Progress
 
 if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 
-def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, progress: Progress) -> Dataset:
+def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Progress) -> Dataset:
     """Draw the class images and encode the images and captions that the cache lacks, on the cluster.
 
     Args:
@@ -47,7 +48,7 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
         folder = draw_class_images(recipe, family, prior, dtype, gpus, check, progress)
         extra = (folder, prior.prompt, prior.weight)
     shown = recipe.evaluate
-    prompts = [family.negative_text(shown.negative_prompt)] if family.encoders else []
+    prompts = [denoising(family).negative_text(shown.negative_prompt)] if family.encoders else []
     if isinstance(shown.prompts, list):
         prompts += shown.prompts
     return encode(
@@ -57,7 +58,7 @@ def prepare(recipe: Recipe, family: DiffusionFamily, dtype: str, gpus: int, prog
 
 
 def draw_class_images(
-    recipe: Recipe, family: DiffusionFamily, prior: PriorPreservation, dtype: str, gpus: int,
+    recipe: Recipe, family: Family, prior: PriorPreservation, dtype: str, gpus: int,
     check: Callable[[], None], progress: Progress,
 ) -> str:  # fmt: skip
     """Draw the class images that are missing, after a check; the folder's URL."""
@@ -65,6 +66,7 @@ def draw_class_images(
     from gtl.generate.spread import Origin
 
     cache = Store(recipe.storage.cache)
+    family = denoising(family)
     folder = class_folder(family, prior, cache, dtype)
     if missing_images(folder, prior):
         check()

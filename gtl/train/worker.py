@@ -17,7 +17,7 @@ from gtl.types import UserError
 if TYPE_CHECKING:
     import torch
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
     from gtl.train.assemble import Trainee
     from gtl.train.engine import Engine
     from gtl.train.loop import Wish
@@ -109,7 +109,7 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     course.finish()
 
 
-def check_base(family: DiffusionFamily, job: Job) -> None:
+def check_base(family: Family, job: Job) -> None:
     """Compare the model on this machine with the launcher's; one rank of a machine does, since that reads all of it.
 
     Raises:
@@ -125,7 +125,7 @@ def check_base(family: DiffusionFamily, job: Job) -> None:
 
 
 def settle(
-    recipe: Recipe, family: DiffusionFamily, device: torch.device, dtype: str, steps_per_epoch: int
+    recipe: Recipe, family: Family, device: torch.device, dtype: str, steps_per_epoch: int
 ) -> TrainPlan:
     """The plan of this run on these workers; the same on every rank."""
     import torch

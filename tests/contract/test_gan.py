@@ -18,7 +18,7 @@ from gtl.adapters.base import empty_parts
 from gtl.adapters.merge import merge
 from gtl.config import Recipe, parse_recipe
 from gtl.config.pairs import PAIRS
-from gtl.families import open_family
+from gtl.families import denoising, open_family
 from gtl.families.base import Family
 from gtl.families.gan_features import VggDiscriminator
 from gtl.generate.drawing import check
@@ -381,3 +381,8 @@ def test_networks_of_different_sides_are_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "channels": [8, 16, 32]}))
     with pytest.raises(UserError, match="the generator draws 32 pixels a side, the discriminator sees 16"):
         open_family(str(folder))
+
+
+def test_what_only_denoising_models_can_do_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="family gan draws at once; this is for models that draw by denoising"):
+        denoising(open_family(str(folder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,9 @@ def test_players_learn_in_shares_what_they_learn_by_hand(
         assert [row["discriminator_augmentation"] for row in rows] == pytest.approx(PROBABILITIES)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_gan_goes_on_in_the_same_bits(duo: Group, tmp_path: Path, stage: int) -> None:
-    model = str(make_gan(tmp_path / "model"))
+@pytest.mark.parametrize(("stage", "network"), [(0, "Conv"), (1, "Residual"), (2, "Conv")])
+def test_a_gan_goes_on_in_the_same_bits(duo: Group, tmp_path: Path, stage: int, network: str) -> None:
+    model = str(make_gan(tmp_path / "model", kind=network))
     (straight, states, published), _ = duo.run(run, model, str(tmp_path / "straight"), ADAPTIVE, stage, 0, STEPS)
     duo.run(run, model, str(tmp_path / "cut"), ADAPTIVE, stage, 0, 3)
     (rest, again, republished), _ = duo.run(run, model, str(tmp_path / "cut"), ADAPTIVE, stage, 3, STEPS)
@@ -182,9 +183,30 @@ def test_a_gan_goes_on_in_the_same_bits(duo: Group, tmp_path: Path, stage: int) 
     assert published.keys() == republished.keys()
     assert all(torch.equal(value, republished[name]) for name, value in published.items())
     spectra = [name for name in published if name.endswith("._u")]
-    assert len(spectra) == 5 and "raised" not in published
+    assert len(spectra) == {"Conv": 5, "Residual": 15}[network] and "raised" not in published
     averaged = [name for name in published if not torch.equal(published[name], flat(states)[name])]
     assert averaged and all(name.startswith("generator.") for name in averaged)
+
+
+def in_bf16(model: str, objective: dict[str, Any]) -> tuple[list[float], set[torch.dtype]]:
+    """Losses of arithmetic in bf16, and the dtypes that weights and power iterations are kept in."""
+    recipe = recipe_of(model, objective, 1)
+    family = open_family(model)
+    trainee = join(recipe, "bf16", family, make_tuner(recipe.tuner, family), "cpu")
+    engines = make_engines(trainee, recipe, TrainPlan(STEPS, 1, SAMPLES, 2), torch.device("cpu"))
+    rows: list[dict[str, float]] = []
+    lane = Lane(seed=3, save_every=100, save=lambda step: None, report=rows.append)
+    train(engines, batches(trainee.objective, 0, 2), lane)
+    kept = {tensor.dtype for part in trainee.parts.values() for tensor in (*part.parameters(), *part.buffers())}
+    return [row[f"{name}_loss"] for row in rows for name in engines], kept
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Residual"])
+def test_arithmetic_may_be_in_bf16(solo: Group, tmp_path: Path, kind: str) -> None:
+    model = str(make_gan(tmp_path / "model", kind=kind))
+    ((losses, kept),) = solo.run(in_bf16, model, PENALISED)
+    assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+    assert kept == {torch.float32}
 
 
 def flat(states: dict[str, State]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from gtl.generate.command import run
 from gtl.images import read_recipe
 from gtl.objectives.adversarial import critic_loss, distances, follow, slope
 from gtl.objectives.augment import LOTS, augment
-from gtl.train.collapse import STEPS, Collapse
+from gtl.train.collapse import GRACE, STEPS, Collapse
 from gtl.types import UserError
 from tests.tiny import make_gan, make_sd
 
@@ -108,15 +108,19 @@ def test_distances_are_of_the_pictures_that_count() -> None:
 def test_a_collapse_is_told_once_when_it_begins() -> None:
     watch = Collapse(0.3)
     said = []
-    for step in range(5 * STEPS):
-        is_fallen = STEPS <= step < 2 * STEPS or step >= 3 * STEPS
+    for step in range(6 * STEPS):
+        is_fallen = step // STEPS in (0, 2, 4, 5)
         row = {"discriminator_spread": 1.0 if is_fallen else 9.0, "discriminator_spread_real": 10.0}
         assert watch.seen(row)["variety"] == pytest.approx(0.1 if is_fallen else 0.9)
         if warning := watch.warning():
             said.append((step, warning))
-    assert [step // STEPS for step, _ in said] == [1, 3]
+    assert [step // STEPS for step, _ in said] == [2, 4]
     assert "variety 0.2" in said[0][1] and "below objective.collapse 0.3" in said[0][1]
     assert watch.seen({"loss": 1.0}) == {"loss": 1.0}
+    hopeless = Collapse(0.3)
+    for step in range(GRACE + 1):
+        hopeless.seen({"discriminator_spread": 1.0, "discriminator_spread_real": 10.0})
+        assert (hopeless.warning() is not None) == (step == GRACE)
     never = Collapse(0.0)
     for _ in range(STEPS):
         never.seen({"discriminator_spread": 0.0, "discriminator_spread_real": 10.0})
