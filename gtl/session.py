@@ -73,13 +73,11 @@ def _initialize(dashboard: bool) -> None:
     if address and address != "local":
         try:
             ray.init(address=address, **quiet)
-        except ray.exceptions.AuthenticationError as error:
-            raise UserError(
-                f"RAY_AUTH_TOKEN: the cluster at RAY_ADDRESS={address} wants its token; set RAY_AUTH_MODE=token, and "
-                "the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from error
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"RAY_ADDRESS: {address!r}: no Ray cluster answers there ({error})") from error
+            token = (
+                "" if os.environ.get("RAY_AUTH_MODE") == "token" else "; if it wants a token, set RAY_AUTH_MODE=token"
+            )
+            raise UserError(f"RAY_ADDRESS: {address!r}: no Ray cluster answers there ({error}){token}") from error
         return
     ray.init(address="local", include_dashboard=dashboard, **quiet)
 

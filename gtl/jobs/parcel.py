@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 STOP_S = 600
 """That a job which is stopped may take to save. Ray kills after three seconds where it is not told."""
+NO_AGENT = "No available agent"
+AGENT_S = 60.0
+"""That a head may have none."""
 ENTRY = (
     "python -c 'import gtl.jobs' || {{ echo 'error: gtl: not installed on the cluster, nor in the tree that was sent; "
     "install gtl {version} in its image' >&2; exit 2; }}; exec python -m gtl.jobs.inside {command}"
@@ -104,7 +108,16 @@ def begin(
         archive = Path(folder) / "package.zip"
         pack.write_archive(parcel.files, archive)
         hook = {"worker_process_setup_hook": HOOK} if key else {}
-        client.submit_job(
-            entrypoint=ENTRY.format(version=__version__, command=parcel.command), submission_id=job,
-            runtime_env={"working_dir": str(archive), "env_vars": env, **hook}, metadata=dict(metadata or {}),
-        )  # fmt: skip
+        runtime = {"working_dir": str(archive), "env_vars": env, **hook}
+        asked = time.monotonic()
+        while True:
+            try:
+                client.submit_job(
+                    entrypoint=ENTRY.format(version=__version__, command=parcel.command), submission_id=job,
+                    runtime_env=runtime, metadata=dict(metadata or {}),
+                )  # fmt: skip
+                return
+            except RuntimeError as error:  # a head that has just begun has its dashboard before its agent
+                if NO_AGENT not in str(error) or time.monotonic() - asked > AGENT_S:
+                    raise
+                time.sleep(1)

@@ -257,17 +257,12 @@ def test_a_token_that_is_not_the_clusters_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("environment", [{"RAY_AUTH_TOKEN": "wrong-" + TOKEN}, {"RAY_AUTH_MODE": "disabled"}])
-def test_who_joins_the_cluster_without_its_token_is_told_in_one_line(
-    remote: Remote, environment: dict[str, str]
-) -> None:
-    status, _, err = remote.run("train", remote.write("dog"), RAY_ADDRESS=remote.address, **environment)
+def test_who_joins_the_cluster_without_its_token_is_told_in_one_line(remote: Remote) -> None:
+    status, _, err = remote.run("train", remote.write("dog"), RAY_ADDRESS=remote.address, RAY_AUTH_MODE="disabled")
     assert status == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert line == (
-        f"error: RAY_AUTH_TOKEN: the cluster at RAY_ADDRESS={remote.address} wants its token; set RAY_AUTH_MODE=token, "
-        "and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
-    )
+    assert line.startswith(f"error: RAY_ADDRESS: '{remote.address}': no Ray cluster answers there (")
+    assert line.endswith("; if it wants a token, set RAY_AUTH_MODE=token")
 
 
 @pytest.fixture
