@@ -20,6 +20,7 @@ from gtl.config import Recipe, parse_recipe
 from gtl.config.pairs import PAIRS
 from gtl.families import denoising, open_family
 from gtl.families.base import Family
+from gtl.families.gan_conv import ConvGenerator, PixelNorm
 from gtl.families.gan_features import VggDiscriminator
 from gtl.generate.drawing import check
 from gtl.generate.images import generate
@@ -386,3 +387,17 @@ def test_networks_of_different_sides_are_refused(tmp_path: Path) -> None:
 def test_what_only_denoising_models_can_do_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="family gan draws at once; this is for models that draw by denoising"):
         denoising(open_family(str(folder)))
+
+
+def test_normalised_places_keep_what_is_the_same_in_all_of_them() -> None:
+    noise = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    norm = PixelNorm(8)
+    hidden = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm(hidden).square().mean(1), torch.ones(2, 3, 3))
+    torch.testing.assert_close(norm(5 * hidden), norm(hidden))
+    generator = ConvGenerator(16, (32, 16, 16, 8), normalization="pixel")
+    assert generator(noise).shape == (4, 3, SIDE, SIDE)
+    learned = {name for name, _ in generator.named_parameters()}
+    assert not learned & {"blocks.0.0.weight", "head.0.weight"}
+    with pytest.raises(ValueError, match="normalization: 'batch': expected group or pixel"):
+        ConvGenerator(16, (32, 16), normalization="batch")

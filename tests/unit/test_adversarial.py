@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gtl.config import parse_recipe
 from gtl.config.objectives import Augmentation
+from gtl.data.fill import to_pixels
+from gtl.data.scenes.sets import SceneSet
+from gtl.families import open_family
 from gtl.generate.command import run
 from gtl.images import read_recipe
 from gtl.objectives.adversarial import critic_loss, distances, follow, slope
@@ -196,3 +199,15 @@ def test_pictures_are_drawn_without_a_prompt(tmp_path: Path) -> None:
         run(out=tmp_path / "out", model=model, prompt="a dog")
     with pytest.raises(UserError, match="--prompt: neither of --prompt and --prompts given"):
         run(out=tmp_path / "out", model=str(make_sd(tmp_path / "sd")))
+
+
+def test_the_gan_in_the_box_draws_different_pictures() -> None:
+    family = open_family("builtin:gan")
+    assert (family.name, family.default_size) == ("gan", (32, 32))
+    assert sum(file.stat().st_size for file in family.folder.rglob("*") if file.is_file()) <= 2 * 2**20
+    scenes = SceneSet(size=32)
+    real = to_pixels([scenes.picture(i)[0] for i in range(64)])
+    with torch.inference_mode():
+        drawn = family.load("generator")(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    weight = torch.ones(64)
+    assert distances(drawn, weight).mean() > 0.5 * distances(real, weight).mean()
