@@ -12,6 +12,9 @@ from gtl.config.base import Section
 
 Bounds = TypeVar("Bounds", bound=tuple[float, ...])
 
+MOST_NAMED = 1000
+"""Values of a key that decides whether others apply: what such keys are together is gone through one by one."""
+
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 """A number that YAML 1.1 takes for text, for want of a point or of a sign: 1e-4."""
 
@@ -158,7 +161,7 @@ class Domain(Section):
             return self.values[int(share * len(self.values))]
         low, high = self.bounds
         if self.step is not None and not self.is_log:
-            return self.values[int(share * (self.size or 1))]
+            return self._on_step(int(share * (self.size or 1)))  # of billions, one
         drawn = low * (high / low) ** share if self.is_log else low + share * (high - low)
         return self.snap(drawn)
 
@@ -209,7 +212,7 @@ def check_condition(space: Space, key: str, parent: str, wanted: Any) -> None:
     where = f"{key}.when.{parent}"
     if parent not in space:
         raise ValueError(f"{where}: is no key of this space, so nothing decides it; there are {', '.join(space)}")
-    if space[parent].size is None:
+    if (space[parent].size or math.inf) > MOST_NAMED:
         raise ValueError(f"{where}: has more values than can be named; give it choice, grid or a step")
     for value in alternatives(wanted):
         if value not in space[parent].values:

@@ -21,6 +21,8 @@ TRIALS = 16
 """Where neither the file nor a grid nor a budget says how many."""
 MOST = 1000
 """Trials that a grid or a budget asks for by itself."""
+MOST_LISTED = 100_000
+"""Trials of a study, and points of a grid that some of them are drawn from: all are in memory at once."""
 
 
 class Budget(Section):
@@ -97,7 +99,7 @@ class Study(Section):
     metric: StudyMetric | Annotated[list[StudyMetric], Field(min_length=1)]
     """What is best, each in its own direction: one metric, or several for a Pareto front, among them costs:
     adapter_bytes, the size of what is published, and device_hours, of training it. Measured at every look."""
-    trials: Annotated[int, Field(ge=1)] | None = None
+    trials: Annotated[int, Field(ge=1, le=MOST_LISTED)] | None = None
     """At most so many. null: a grid's points; else as many as the budget is good for; else 16. A space with fewer
     configurations has fewer, since none is tried twice."""
     budget: Budget = Budget()
@@ -208,6 +210,11 @@ class Study(Section):
             if points and points > MOST and self.trials is None and budget == Budget():
                 raise ValueError(
                     f"space: a grid of {points:,} points; say how many: trials, budget.hours or budget.gpu_hours"
+                )
+            if points and points > MOST_LISTED:
+                raise ValueError(
+                    f"space: a grid of {points:,} points: more than {MOST_LISTED:,} are not listed to draw trials "
+                    "from; take searcher.type: random"
                 )
         return self
 

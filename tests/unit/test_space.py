@@ -82,6 +82,11 @@ def test_draws_have_the_distribution_that_was_asked_for() -> None:
     assert min(seeds.values()) > 250
 
 
+def test_of_billions_of_values_a_few_are_drawn_without_a_list_of_all() -> None:
+    found = configurations(study("space={train.seed: {randint: [0, 4294967294]}}", "trials=3"))
+    assert len({values["train.seed"] for values in found}) == 3
+
+
 def test_grid_keys_take_turns_in_a_random_study() -> None:
     space = (
         "space={tuner.rank: {grid: [4, 8, 16]}, tuner.dora: {grid: [true, false]}, train.ema: {uniform: [0.5, 0.9]}}"

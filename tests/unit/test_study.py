@@ -72,7 +72,8 @@ def test_a_configuration_becomes_a_recipe_without_what_does_not_apply() -> None:
     assert (recipe.tuner.type, recipe.tuner.rank, recipe.tuner.freeze_depth) == ("lora", 8, 0)
     assert (recipe.tuner.targets, recipe.train.schedule.warmup, recipe.train.steps) == ("all-linear", 5, 300)
     other = made.recipe_of({"tuner.type": "freeze", "tuner.rank": 8, "tuner.freeze_depth": 0.4})
-    assert other.tuner.model_dump() == {"type": "freeze", "freeze_depth": 0.4, "only": None, "init": None}
+    alone = {"only": None, "discriminator_depth": 0, "init": None}
+    assert other.tuner.model_dump() == {"type": "freeze", "freeze_depth": 0.4, **alone}
     assert made.base.tuner == study().recipe.tuner
 
 
@@ -209,6 +210,8 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         (["space={tuner.rank: {choice: [2], when: {tuner.alpha: 2}}, "
           "tuner.alpha: {choice: [2], when: {tuner.rank: 2}}}"],
          "space: tuner.rank.when.tuner.alpha: depends on tuner.rank itself"),
+        (["space={train.seed: {randint: [0, 4294967294]}, tuner.rank: {choice: [2], when: {train.seed: 3}}}"],
+         "space: tuner.rank.when.train.seed: has more values than can be named; give it choice, grid or a step"),
         # what the recipe refuses
         (["space={tuner.rank: {choice: [4, 0]}}"],
          "space: tuner.rank: 0: should be greater than or equal to 1 (with tuner.rank: 0)"),
@@ -226,6 +229,10 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "quniform or randint, or searcher.type: random"),
         (["space={train.seed: {randint: [1, 1001]}}", "searcher.type=grid"],
          "space: a grid of 1,001 points; say how many: trials, budget.hours or budget.gpu_hours"),
+        (["space={train.seed: {randint: [0, 4294967294]}}", "searcher.type=grid", "trials=16"],
+         "space: a grid of 4,294,967,295 points: more than 100,000 are not listed to draw trials from; "
+         "take searcher.type: random"),
+        (["trials=100001"], "trials: 100001: should be less than or equal to 100000"),
         (["trials=0"], "trials: 0: should be greater than or equal to 1"),
         (["budget.hours=0"], "budget.hours: 0: should be greater than 0"),
         # metrics
