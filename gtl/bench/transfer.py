@@ -47,6 +47,8 @@ class Comparison:
     metric: str
     method: Arm
     baseline: Arm
+    measured: tuple[str, ...] = ()
+    """`key=value` for the recipe when its pictures are measured, where that is not on the images of training."""
 
 
 FROM_NOTHING = ("model.weights=random", "tuner={type: full, train: [unet, text_encoder]}")
@@ -74,6 +76,11 @@ COMPARISONS = (
     Comparison(
         "codec", "codec", "val_loss",
         Arm("a codec taught to keep chalk lines"), Arm("the same one from random weights", ("model.weights=random",)),
+    ),
+    Comparison(
+        "gan", "gan", "kid",
+        Arm("a GAN fine-tuned to 100 pictures"), Arm("the same one from random weights", ("model.weights=random",)),
+        ("data.source=builtin:scenes?style=neon&count=256&size=32&seed=1",),
     ),
 )  # fmt: skip
 
@@ -135,7 +142,8 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
             card = Registry(recipe.storage.registry).show(adapter)
             seconds = card.training.device_hours * 3600 if card.training else 0.0
             size = sum(file.bytes for file in card.files.values())
-        found += evaluate(recipe, [adapter], progress=progress)
+        judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
+        found += evaluate(judged, [adapter], progress=progress)
         costs.append(seconds)
         sizes.append(size)
     return make_row(one, found[0], found[1], costs, sizes)
@@ -155,7 +163,7 @@ def make_row(
     )  # fmt: skip
 
 
-def open_recipe(one: Comparison, arm: Arm, model: Path, out: Path) -> Recipe:
+def open_recipe(one: Comparison, arm: Arm, model: Path, out: Path, changes: Sequence[str] = ()) -> Recipe:
     """An arm's recipe, with its stores in the folder, measured by the comparison's metric alone."""
     places = [f"storage.{place}={json.dumps(str(out / place))}" for place in ("runs", "cache", "registry")]
     made = []
@@ -163,7 +171,7 @@ def open_recipe(one: Comparison, arm: Arm, model: Path, out: Path) -> Recipe:
         write_once(model, arm.model)
         made = [f"model.source={json.dumps(str(model))}"]
     own = [f"evaluate.metrics=[{one.metric}]"]
-    return load_recipe(RECIPES / f"{one.recipe}.yaml", [*places, *own, *made, *arm.overrides])
+    return load_recipe(RECIPES / f"{one.recipe}.yaml", [*places, *own, *made, *arm.overrides, *changes])
 
 
 def table(rows: Sequence[Row]) -> str:
