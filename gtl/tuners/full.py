@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gtl.adapters.delta import write_delta
 from gtl.config.tuners import FullTuner
+from gtl.tuners.base import trained_parts
 from gtl.tuners.base_weights import BaseWeights
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Full:
 
     def apply(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
         """Freeze everything but the named parts, all of those given if none is named."""
-        trained = self.config.train or list(parts)
+        trained = trained_parts(self.config.train or list(parts), list(parts))
         names = [f"{part}.{name}" for part in trained for name, _ in parts[part].named_parameters()]
         return self._weights.mark(parts, names, init)
 

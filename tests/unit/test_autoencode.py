@@ -132,7 +132,7 @@ def test_bf16_is_the_networks_and_not_the_losss(family: DiffusionFamily, vae: nn
 
 def test_a_model_without_a_codec_is_refused() -> None:
     class OnPixels:
-        name, codec = "pixels", None
+        name, codec, learns = "pixels", None, ("autoencode",)
 
     with pytest.raises(UserError) as caught:
         make_objective(AutoencodeObjective(), OnPixels())
