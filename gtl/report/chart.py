@@ -119,9 +119,12 @@ class Axis:
     end: float
     """Where `high` is."""
     log: bool = False
+    clips: bool = False
+    """What lies beyond is at the end."""
 
     def place(self, value: float) -> float:
         """Where a value is, to a tenth of a unit."""
+        value = min(max(value, self.low), self.high) if self.clips else value
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         share = ((math.log(value) if self.log else value) - low) / (high - low)
         return round(self.start + share * (self.end - self.start), 1)
@@ -129,7 +132,7 @@ class Axis:
 
 def draw(
     title: str, series: Sequence[Series], *, unit: str = "", log: bool = False, zero: bool = False,
-    marks: Sequence[Mark] = (),
+    marks: Sequence[Mark] = (), within: tuple[float, float] | None = None,
 ) -> Chart | None:  # fmt: skip
     """A chart of series over steps; None when no value is finite.
 
@@ -140,6 +143,7 @@ def draw(
         log: May have a logarithmic axis; it does if the values differ enough for it.
         zero: The axis starts at zero.
         marks: Steps to point at; those beyond the series are left out.
+        within: Lowest and highest value that the axis has room for; what lies beyond is at its end. None: all.
     """
     finite = [point for one in series for point in one.points if math.isfinite(point[1])]
     if not finite:
@@ -147,7 +151,8 @@ def draw(
     steps, values = [step for step, _ in finite], [value for _, value in finite]
     values += [bound for one in series for _, low, high in one.bounds for bound in (low, high)]
     x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, LEFT, WIDTH - RIGHT)
-    y = vertical(min(values), max(values), log, zero)
+    low, high = within or (min(values), max(values))
+    y = replace(vertical(low, high, log, zero), clips=within is not None)
     return Chart(
         title, unit, y.log, "; ".join(describe(one) for one in series if not one.faint),
         [Tick(x.place(at), short(at)) for at in linear_ticks(x.low, x.high, 5) if at == int(at)],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import quantiles
 from typing import Any
 
 from gtl.config.space import Domain, label
@@ -11,6 +12,10 @@ from gtl.report.chart import LOG_RATIO, Axis, Tick, linear_ticks, log_ticks, sho
 
 CHARACTER = 6.2
 """Width of one in a label, about, in units of a drawing."""
+FENCE = 3
+"""Interquartile ranges beyond the quartiles, from which on a value is far out (Tukey 1977)."""
+FEWEST = 8
+"""Values from which on quartiles say what is usual."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Scale:
     """Width of a listed value's place; 0 of numbers."""
     absent: float | None
     """Where those are that have no value."""
+    far: Sequence[float] = ()
+    """Values that lie beyond the axis, and are drawn at its end."""
 
     @property
     def is_log(self) -> bool:
@@ -39,6 +46,17 @@ class Scale:
             assert self.absent is not None
             return self.absent
         return self.places[label(value)] if self.axis is None else self.axis.place(value)
+
+    def side(self, value: Any) -> int:
+        """Beyond which end of the axis a value lies: -1 the one with small places, 1 the other, 0 neither."""
+        if value not in self.far or self.axis is None:
+            return 0
+        return 1 if (value > self.axis.high) == (self.axis.end > self.axis.start) else -1
+
+    @property
+    def beyond(self) -> str:
+        """What is said of the values beyond the axis; empty: there are none."""
+        return beyond_in_words(self.far)
 
 
 MISSING = object()
@@ -71,19 +89,46 @@ def scale_of(
 
 
 def scale_of_metric(
-    name: str, values: Sequence[float], log: bool, start: float, end: float, absent: float | None = None
-) -> Scale:
-    """The axis of a metric, a little wider than its values; `log` allows a logarithmic one."""
+    name: str, values: Sequence[float], log: bool, start: float, end: float, absent: float | None = None,
+    direction: str = "",
+) -> Scale:  # fmt: skip
+    """The axis of a metric, a little wider than its values; `log` allows a logarithmic one.
+
+    With a direction, min or max, a linear axis ends on its worse side behind the last value that is not far out: beside
+    those of trials that diverged all others would be one line.
+    """
     low, high = min(values), max(values)
     if log and low > 0 and high / low >= LOG_RATIO:
         return numbers(name, low / 1.15, high * 1.15, True, start, end, absent)
+    near = usual(values, direction)
+    low, high = min(near), max(near)
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return numbers(name, low - margin, high + margin, False, start, end, absent)
+    scale = numbers(name, low - margin, high + margin, False, start, end, absent)
+    return replace(scale, far=[value for value in values if not low - margin <= value <= high + margin])
+
+
+def usual(values: Sequence[float], direction: str) -> Sequence[float]:
+    """Those that are not far out on the worse side; all where quartiles do not tell."""
+    if len(values) < FEWEST or not direction:
+        return values
+    first, _, third = quantiles(values, method="inclusive")
+    reach = FENCE * (third - first)
+    if reach == 0:
+        return values
+    return [value for value in values if (value <= third + reach if direction == "min" else value >= first - reach)]
+
+
+def beyond_in_words(far: Sequence[float]) -> str:
+    """How many values lie beyond an axis, and how far they go; empty: none do."""
+    if not far:
+        return ""
+    low, high = short(min(far)), short(max(far))
+    return f"{len(far)} beyond the end ({low if low == high else f'{low} to {high}'})"
 
 
 def numbers(key: str, low: float, high: float, log: bool, start: float, end: float, absent: float | None) -> Scale:
     """An axis of numbers with its ticks."""
-    axis = Axis(low, high, start, end, log)
+    axis = Axis(low, high, start, end, log, clips=True)
     ats = log_ticks(low, high) if log else linear_ticks(low, high)
     if len(ats) < 2:  # a range inside a decade
         ats = linear_ticks(low, high)

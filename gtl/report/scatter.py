@@ -41,6 +41,18 @@ class Spot:
     y: float
     is_cross: bool = False
     """It failed."""
+    side: tuple[int, int] = (0, 0)
+    """Which way its value lies beyond the drawing, across and down; it is at the edge then."""
+
+    @property
+    def arrow(self) -> str:
+        """Points of a triangle that looks the way the value lies; empty: the dot is where it should be."""
+        (across, down), (x, y) = self.side, (self.x, self.y)
+        if (across, down) == (0, 0):
+            return ""
+        back = (x - 3 * across, y - 3 * down)
+        ends = [(back[0] + turn * 5 * down, back[1] - turn * 5 * across) for turn in (-1, 1)]
+        return " ".join(f"{a:g},{b:g}" for a, b in [(x + 6 * across, y + 6 * down), *ends])
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ def draw_scatter(
     """
     log = [name for scale, name in ((up, "up"), (across, "across")) if scale.is_log]
     notes = [*([note] if note else []), *([f"logarithmic {' and '.join(log)}"] if log else [])]
+    notes += [f"triangles: {scale.beyond}" for scale in (up, across) if scale.far]
     crosses = sum(spot.is_cross for spot in spots)
     description = f"{up.key} against {across.key}: {len(spots)} trials" + (f", {crosses} failed" if crosses else "")
     return Scatter(

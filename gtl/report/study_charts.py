@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from gtl.config.judged import COSTS
 from gtl.config.space import label
 from gtl.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Mark, Series, draw, short
 from gtl.report.curves import metric_of
 from gtl.report.ranking import Outcome, front
-from gtl.report.scale import MISSING, scale_of, scale_of_metric
+from gtl.report.scale import MISSING, beyond_in_words, scale_of, scale_of_metric, usual
 from gtl.report.scatter import BAR, Bar, Bars, Entry, Parallel, Scatter, Spot, draw_parallel, draw_scatter, span
 from gtl.report.study import Study, Trial, by_metrics, leader, standing
 
@@ -109,8 +111,9 @@ def parallel(board: Board, width: int, row: int) -> Parallel:
             continue
         start, end, absent = span(len(given) < len(values), width)
         ends = (start, end) if direction == "max" else (end, start)
-        scales.append(scale_of_metric(name, given, may_be_log(name), *ends, absent))
-        notes.append("better on the right" + (", logarithmic" if scales[-1].is_log else ""))
+        scales.append(scale_of_metric(name, given, may_be_log(name), *ends, absent, direction))
+        said = ("better on the right", "logarithmic" if scales[-1].is_log else "", scales[-1].beyond)
+        notes.append(", ".join(part for part in said if part))
         columns.append(values)
     places = [
         [scale.place(value) for scale, value in zip(scales, values, strict=True)]
@@ -132,11 +135,12 @@ def by_key(board: Board, key: str, metric: str) -> Scatter | None:
         key, study.space[key], [one.config[key] for one in [*measured, *lost]], LEFT + 8, WIDTH - RIGHT - 8
     )
     floor = HEIGHT - BOTTOM - (LOST if lost else 0)
-    up = scale_of_metric(metric, [one.metrics[metric] for one in measured], may_be_log(metric), floor, TOP)
+    values = [one.metrics[metric] for one in measured]
+    up = scale_of_metric(metric, values, may_be_log(metric), floor, TOP, direction=study.directions[metric])
     spots = [Spot(board.entry(one), across.place(one.config[key]), HEIGHT - BOTTOM - LOST / 2, True) for one in lost]
     for one in measured:
-        x, y = across.place(one.config[key]), up.place(one.metrics[metric])
-        spots.append(Spot(board.entry(one), x, y, one.state == "failed"))
+        x, value = across.place(one.config[key]), one.metrics[metric]
+        spots.append(Spot(board.entry(one), x, up.place(value), one.state == "failed", (0, up.side(value))))
     return draw_scatter(f"{metric} by {name_of(key, study)}", across, up, spots, better(study, metric))
 
 
@@ -148,12 +152,15 @@ def trade_offs(board: Board) -> list[Scatter]:
     ahead = {outcome.trial for outcome in front(ended, study.directions)}
     for up_name, across_name in itertools.combinations(study.directions, 2) if whole else ():
         across, up = (
-            scale_of_metric(name, [one.metrics[name] for one in whole], may_be_log(name), *ends)
+            scale_of_metric(
+                name, [one.metrics[name] for one in whole], may_be_log(name), *ends, direction=study.directions[name]
+            )
             for name, ends in ((across_name, (LEFT + 8, WIDTH - RIGHT - 8)), (up_name, (HEIGHT - BOTTOM, TOP)))
         )
+        pairs = [(one, one.metrics[across_name], one.metrics[up_name]) for one in whole]
         spots = [
-            Spot(board.entry(one), across.place(one.metrics[across_name]), up.place(one.metrics[up_name]))
-            for one in whole
+            Spot(board.entry(one), across.place(x), up.place(y), side=(across.side(x), up.side(y)))
+            for one, x, y in pairs
         ]
         ends = sorted((spot.x, spot.y) for spot, one in zip(spots, whole, strict=True) if one.trial in ahead)
         line = " ".join(f"{x:g},{y:g}" for x, y in ends) if len(study.directions) == 2 else ""
@@ -175,9 +182,24 @@ def curves(board: Board) -> list[Chart]:
         if (lead := board.lead) is not None and lead.best_step is not None:
             marks = [Mark(lead.best_step, f"step {lead.best_step}, the best look of {lead.trial}", kind="lead")]
         metric = metric_of(name)
-        chart = draw(name, series, unit=metric.unit, log=metric.log, marks=marks)
-        drawn += [chart] if chart is not None else []
+        far, within = apart_from(series, study.directions.get(name, ""))
+        chart = draw(name, series, unit=metric.unit, log=metric.log, marks=marks, within=within)
+        notes = [
+            *([metric.unit] if metric.unit else []),
+            *([f"at the edge: {beyond_in_words(far)}"] if far else []),
+        ]
+        drawn += [replace(chart, unit="; ".join(notes))] if chart is not None else []
     return drawn
+
+
+def apart_from(series: Sequence[Series], direction: str) -> tuple[list[float], tuple[float, float] | None]:
+    """Last values of the lines that ended far out, and lowest and highest of all the others; None: none did."""
+    curves = [[value for _, value in one.points if math.isfinite(value)] for one in series]
+    curves = [curve for curve in curves if curve]
+    near = set(usual([curve[-1] for curve in curves], direction))
+    far = [curve[-1] for curve in curves if curve[-1] not in near]
+    others = [value for curve in curves if curve[-1] in near for value in curve]
+    return far, (min(others), max(others)) if far else None
 
 
 def finalists(board: Board) -> Bars | None:

@@ -20,7 +20,7 @@ from gtl.report.command import report
 from gtl.report.importance import FEWEST, SHUFFLES, Importance, importance
 from gtl.report.scale import MISSING, scale_of, scale_of_metric
 from gtl.report.study import leader, read_study, standing
-from gtl.report.study_charts import LEVELS, by_key, make_board, trade_offs
+from gtl.report.study_charts import LEVELS, by_key, curves, make_board, trade_offs
 from gtl.report.study_facts import searched
 from gtl.report.study_reasons import reasons, standings
 from gtl.storage import Store
@@ -72,6 +72,9 @@ ENDED = {
     "ended": "2026-03-01T13:30:00+00:00", "finalists": FINALISTS, "published": ["study@v1-00005", "study@v1-00004"],
     "winner": {"trial": "00005", "text": "00005: ahead of 00004: +0.04 (-0.1 to 0.18)", "tied": ["00004", "00003"]},
 }  # fmt: skip
+
+
+LOWER = {"val_loss": "min"}
 
 
 def make_study(runs: Store, trials: list[dict[str, Any]] | None = None, **changes: Any) -> Store:
@@ -293,6 +296,42 @@ def test_axes_are_logarithmic_where_the_domain_is_and_listed_where_it_is_a_choic
     many = scale_of("seed", Domain(choice=tuple(range(1000, 1040))), [], 0, 300)
     gaps = [b.at - a.at for a, b in zip(many.ticks, many.ticks[1:], strict=False)]
     assert len(many.places) == 40 and min(gaps) >= 4 * 6.2
+
+
+def test_an_axis_ends_before_what_is_far_out_on_its_worse_side(runs: Store) -> None:
+    losses = [0.31, 0.312, 0.314, 0.316, 0.32, 0.324, 0.328, 0.9, 0.97]
+    lower = scale_of_metric("val_loss", losses, True, 200, 0, direction="min")
+    assert lower.far == [0.9, 0.97] and lower.beyond == "2 beyond the end (0.9 to 0.97)"
+    assert lower.place(0.97) == lower.place(0.9) == 0 and lower.place(0.328) == pytest.approx(
+        200 * 0.06 / 1.12, abs=0.1
+    )
+    assert [lower.side(value) for value in (0.31, 0.328, 0.9, MISSING)] == [0, 0, -1, 0]  # up is where places are small
+    across = scale_of_metric("val_loss", losses, True, 0, 200, direction="min")
+    assert (across.place(0.97), across.side(0.97)) == (200, 1)
+    for values, direction in ((losses, "max"), (losses, ""), (losses[2:], "min"), ([1.0] * 8 + [9.0], "min")):
+        whole = scale_of_metric("val_loss", values, True, 200, 0, direction=direction)
+        assert whole.far == [] and whole.beyond == "" and whole.place(max(values)) > 0  # the best is never cut off
+
+
+def test_a_trial_that_diverged_is_an_arrow_at_the_edge(runs: Store) -> None:
+    trials = [make_trial(runs, n, state="finished", metrics={"val_loss": 0.31 + n / 500}) for n in range(8)]
+    trials += [make_trial(runs, 0, trial="00008", state="finished", metrics={"val_loss": 0.97})]
+    folder = make_study(runs, trials, metrics=["val_loss"], directions=LOWER)
+    chart = by_key(make_board(read_study(folder)), "train.learning_rate", "val_loss")
+    assert chart is not None and "triangles: 1 beyond the end (0.97)" in chart.note
+    (far,) = [spot for spot in chart.spots if spot.arrow]
+    assert (far.entry.text[:5], far.y, far.side) == ("00008", chart.top, (0, -1))
+    assert max(spot.y for spot in chart.spots) - min(spot.y for spot in chart.spots if not spot.arrow) > 140
+    for one in trials:
+        one["looks"] = [{"step": 10, "val_loss": 0.5}, {"step": 40, "val_loss": one["metrics"]["val_loss"]}]
+    (lines,) = curves(make_board(read_study(make_study(runs, trials, metrics=["val_loss"], directions=LOWER))))
+    assert lines.unit == "at the edge: 1 beyond the end (0.97)"
+    assert [float(tick.text) for tick in lines.y_ticks] == [0.3, 0.35, 0.4, 0.45, 0.5]  # how the others began is in it
+    (ended,) = [line.parts[0].rpartition(",")[2] for line in lines.lines if line.label == "00008"]
+    assert float(ended) == lines.top
+    page = open_page(folder)
+    assert len(classes(page, "polygon", "spot")) == 2  # by rank too few tell what is far
+    assert "better on the right, 1 beyond the end (0.97)" in told_by(page)
 
 
 def test_equal_listed_values_stand_side_by_side(runs: Store) -> None:
