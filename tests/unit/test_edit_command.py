@@ -50,6 +50,7 @@ def test_it_writes_pictures_with_recipes_and_a_grid(sd: Path, photo: Path, tmp_p
         "seed": 4,
         "steps": 4,
         "guidance": 7.5,
+        "sampler": "model",
         "height": 64,
         "width": 64,
         "model": {

@@ -153,12 +153,13 @@ def test_nothing_is_rounded_before_it_is_placed_and_then_nothing_else_is_kept() 
 def test_what_moves_the_base_is_refused(tuner: str, objective: str) -> None:
     needed: dict[str, dict[str, Any]] = {
         "freeze": {"freeze_depth": 1}, "prompt": {"token": "<dog>", "initializer": "dog"},
+        "distill": {"teacher": "builtin:tiny"},
     }  # fmt: skip
     values = {
         "model": {"source": "builtin:tiny", "quantization": "int8"},
         "data": {"source": "photos"},
         "tuner": {"type": tuner, **needed.get(tuner, {})},
-        "objective": {"type": objective},
+        "objective": {"type": objective, **needed.get(objective, {})},
     }
     if PAIRS[tuner, objective].frozen_base:
         parse_recipe(values)
