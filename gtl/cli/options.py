@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the file.")]
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file (YAML), or its bucket URL.")]
 RegistryUrl = Annotated[str, typer.Option("--registry", envvar="GTL_REGISTRY", help="Folder or bucket URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

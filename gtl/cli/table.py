@@ -254,6 +254,8 @@ def tune(
 
     if cluster is not None and not dry_run:
         raise UserError(f"--cluster: {cluster}: is planned for, not trained on; add --dry-run")
+    if resume and dry_run:
+        raise UserError("--resume: goes on with trials, and --dry-run runs none; leave one of the two out")
     loaded = load_study(study, set_ or ())
     called = check_name(name or Path(study).stem, "study name")
     with Bar() as bar:

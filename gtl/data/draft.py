@@ -57,10 +57,9 @@ train:
   checkpoints: {{every: {every}, keep: 3}}
 evaluate:
   every: {every:<24} # steps between pictures, in runs/{name}/VERSION/samples
-storage:
-  runs: ./runs                    # with several machines: a bucket, s3://bucket/runs
-  cache: ./cache
-  registry: ./registry
+# What it makes goes to ./runs, ./cache and ./registry, or to where GTL_RUNS, GTL_CACHE and GTL_REGISTRY say; with
+# several machines to a bucket:
+# storage: {{runs: s3://bucket/runs, cache: s3://bucket/cache, registry: s3://bucket/adapters}}
 """
 
 

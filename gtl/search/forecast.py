@@ -17,6 +17,7 @@ from gtl.report.facts import duration
 from gtl.report.text import columns
 from gtl.search.record import trial_name
 from gtl.search.room import Room, fill, make_room
+from gtl.search.schedule import check_searcher
 from gtl.search.simulate import Tempo, draws, middle
 from gtl.search.space import configurations
 from gtl.search.trial import Place
@@ -91,6 +92,7 @@ def forecast(study: Study, cluster: str | None = None, *, progress: Progress = q
     Raises:
         UserError: the study, the model, the data or the cluster is not what it has to be.
     """
+    check_searcher(study)
     if cluster is not None:
         return "\n\n".join([space_table(study), trials_table(study), *planned(study, cluster, progress)])
     with session() as here, tempfile.TemporaryDirectory() as folder:

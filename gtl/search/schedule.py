@@ -144,6 +144,18 @@ def counting_looks(kind: type[Bands], every: int) -> type[Bands]:
     return CountingLooks
 
 
+def check_searcher(study: Study) -> None:
+    """Refuse a searcher whose package is not there, before anything is done for its study.
+
+    Raises:
+        UserError: so.
+    """
+    kind = study.searcher.type
+    if kind in INSTALL and importlib.util.find_spec(INSTALL[kind][0]) is None:
+        package, command = INSTALL[kind]
+        raise UserError(f"searcher.type: {kind}: needs the package {package}; {command}")
+
+
 def make_searcher(study: Study) -> Searcher | None:
     """The searcher, with the study's space; None for a random or a grid study, whose `param_space` says it all.
 
@@ -153,9 +165,7 @@ def make_searcher(study: Study) -> Searcher | None:
     config = study.searcher
     if config.type not in INSTALL:
         return None
-    package, command = INSTALL[config.type]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"searcher.type: {config.type}: needs the package {package}; {command}")
+    check_searcher(study)
     if isinstance(config, OptunaSearch):
         return make_optuna(config, study)
     ((metric, mode),) = study.directions.items()

@@ -46,8 +46,10 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
         UserError: the study, the model, the data or the cluster is not what it has to be, or no trial came to anything.
         KeyboardInterrupt: it was stopped; `resume` goes on with it.
     """
+    from gtl.search.schedule import check_searcher
     from gtl.search.trial import Place
 
+    check_searcher(study)
     studies = Store(f"{study.base.storage.runs}/{name}")
     version = unfinished(studies, study) if resume else new_version(dump_study(study))
     folder = studies.sub(version)

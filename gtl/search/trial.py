@@ -153,8 +153,12 @@ class Trial(Trainable):
             reason = " ".join(str(self._failure.__cause__ or self._failure).split())[:500]
             self._run.write(FAILED, reason.encode())
             raise TrialFailed(reason)
-        last = [row for row in read_rows(self._run) if all(name in row for name in self._study.measured)][-1]
-        return {**self._result(last), "done": True}
+        looks = [row for row in read_rows(self._run) if all(name in row for name in self._study.measured)]
+        if not looks:
+            reason = f"its run ended and no look at it has measured {', '.join(self._study.measured)}"
+            self._run.write(FAILED, reason.encode())
+            raise TrialFailed(reason)
+        return {**self._result(looks[-1]), "done": True}
 
     def cleanup(self) -> None:
         """Let the workers save and leave."""

@@ -69,6 +69,7 @@ def stop(*_: object, **__: object) -> None:
         ("train dog.yaml --resume", "--resume: no unfinished run under {here}/runs/dog"),
         ("train dog.yaml", "model.source: {here}/model: no such folder"),
         ("cache dog.yaml", "model.source: {here}/model: no such folder"),
+        ("tune study.yaml --resume --dry-run", "--resume: goes on with trials, and --dry-run runs none"),
         ("report cat", "run 'cat': no such run under {here}/runs, where there is nothing; see --runs"),
         ("report ./pictures", "run ./pictures: no recipe.yaml or study.yaml in it; give the folder of one"),
         ("data check nowhere", "data.source: nowhere: no such folder or file"),

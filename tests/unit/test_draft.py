@@ -34,7 +34,9 @@ def picture(file: str, number: int = 0, size: tuple[int, int] = (64, 64)) -> Non
     Image.new("RGB", size, (number, 99, 30)).save(file)
 
 
-def test_a_subject_without_captions_gets_a_template(here: Path, model: str) -> None:
+def test_a_subject_without_captions_gets_a_template(
+    here: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     for i in range(5):
         picture(f"My Dog/{i}.png", i)
     draft = write_draft("My Dog", model)
@@ -46,6 +48,8 @@ def test_a_subject_without_captions_gets_a_template(here: Path, model: str) -> N
     assert recipe.train.steps == 400
     assert recipe.objective.caption_dropout == 0.0  # type: ignore[union-attr]
     assert "gtl train my-dog.yaml" in draft.file.read_text()
+    monkeypatch.setenv("GTL_RUNS", str(here / "elsewhere"))
+    assert load_recipe(draft.file).storage.runs == str(here / "elsewhere"), "it names no store itself"
 
 
 def test_captions_shapes_and_many_images(here: Path, model: str) -> None:

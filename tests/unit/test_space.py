@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from ray.tune.search.variant_generator import generate_variants
 
 from gtl.config import Study, parse_study
 from gtl.config.load import set_study_key
+from gtl.search.forecast import forecast
 from gtl.search.schedule import make_scheduler, make_searcher
 from gtl.search.space import carried, configurations, keep_inside, mutations, param_space
+from gtl.search.study import tune
 from gtl.types import UserError
 
 BASE: dict[str, Any] = {
@@ -189,9 +192,11 @@ def test_a_searcher_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPat
         (["searcher.type=bohb", "scheduler.type=bohb"],
          "bohb: needs the package hpbandster; pip install hpbandster ConfigSpace"),
     ):  # fmt: skip
-        with pytest.raises(UserError) as caught:
-            make_searcher(study(*overrides))
-        assert str(caught.value) == f"searcher.type: {message}"
+        made = study(*overrides)
+        for ask in (make_searcher, partial(tune, name="x"), forecast, partial(forecast, cluster="1x1xH100")):
+            with pytest.raises(UserError) as caught:
+                ask(made)
+            assert str(caught.value) == f"searcher.type: {message}"
 
 
 def run(scheduler: Any, curves: dict[str, float], steps: range) -> dict[str, int]:
