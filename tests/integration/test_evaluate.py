@@ -101,21 +101,21 @@ def test_an_adapter_beside_the_model_alone(ray_cluster: None, place: Path) -> No
 
 def test_weights_of_a_fusion_are_searched_by_drawing_with_all_at_once(ray_cluster: None, place: Path) -> None:
     family, shelf = open_family(str(place / "model")), Registry(place / "registry")
-    folder = place / "cat"
+    folder = place / "wolf"
     folder.mkdir()
     weights = random_lora(family.load("unet"), "unet", rank=2, seed=9)
     write_lora(weights, folder, config=LoraExport(rank=2, alpha=2))
     base = base_of(family, str(place / "model"))
-    shelf.publish("cat", "v1", folder, Card(name="cat", version="v1", base=base, tuner={"type": "lora"}))
+    shelf.publish("wolf", "v1", folder, Card(name="wolf", version="v1", base=base, tuner={"type": "lora"}))
     recipe = make_recipe(place, metrics=["diversity"])
     own = place / "registry" / "dog" / "v1" / "evaluations"
     before = {file.name for file in own.glob("*.json")}
-    found = search_weights(recipe, ["dog", "cat"], tries=4)
+    found = search_weights(recipe, ["dog", "wolf"], tries=4)
     scores = {weights: evaluation.scores["diversity"].value for weights, evaluation in found.tried}
     assert scores.keys() == {(1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5)}
     assert list(scores.values()) == sorted(scores.values(), reverse=True) and len(set(scores.values())) == 4
-    both, half = evaluate(recipe, [["dog", "cat@v1"], ["dog:0.5", "cat:0.5"]])
-    assert (both.adapter, half.adapter) == ("dog@v1 + cat@v1", "dog@v1:0.5 + cat@v1:0.5")
+    both, half = evaluate(recipe, [["dog", "wolf@v1"], ["dog:0.5", "wolf:0.5"]])
+    assert (both.adapter, half.adapter) == ("dog@v1 + wolf@v1", "dog@v1:0.5 + wolf@v1:0.5")
     assert both.scores["diversity"].value == pytest.approx(scores[1.0, 1.0])
     assert half.scores["diversity"].value == pytest.approx(scores[0.5, 0.5])
     new = {file.name for file in own.glob("*.json")} - before
