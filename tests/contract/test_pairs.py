@@ -34,7 +34,6 @@ OBJECTIVE_CONFIGS = {
     "distill": {"output": 1e-3, "features": 1e-3},
 }  # fmt: skip
 """The teacher of the last one is the model itself, so that all that is to be learned is the task."""
-OBJECTIVE_CONFIGS = {"denoise": {"min_snr_gamma": 5.0}, "autoencode": {}}
 GAN = "gan"
 """The family whose pair of networks no other objective than theirs is for; both are walked in test_gan.py."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
