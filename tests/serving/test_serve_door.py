@@ -92,7 +92,7 @@ def test_an_alias_that_moves_is_followed_by_itself(door: Door, shelf: Path) -> N
 
 def test_more_than_fit_are_refused_and_none_that_was_taken_is_lost(door: Door) -> None:
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda seed: door.ask("ann", seed=seed, num_inference_steps=20), range(12)))
+        answers = list(pool.map(lambda seed: door.ask("ann", seed=seed, num_inference_steps=60), range(12)))
     taken = [answer for answer in answers if answer.status_code == 200]
     refused = [answer for answer in answers if answer.status_code != 200]
     assert {answer.status_code for answer in refused} == {429}
@@ -109,7 +109,7 @@ def test_what_is_not_done_in_time_is_given_up(door: Door) -> None:
         wire.sendall(f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\n{key}\r\n{{".encode())  # and no more
         answer = door.ask("ann", num_inference_steps=200, n=2, size="512x512")
         assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
-        assert time.monotonic() - began > 29
+        assert 29 < time.monotonic() - began < 60
         assert wire.recv(1000).startswith(b"HTTP/1.1 408"), "nor is a body waited for any longer"
     assert door.ask("ann").status_code == 200, "and what was given up is in nobody's way"
 
