@@ -122,7 +122,8 @@ class Checkpoints(Section):
     """Saved states of a run."""
 
     every: Annotated[int, Field(ge=1)] = 200
-    """Steps between two."""
+    """Most steps between two, and most that a kill at any moment costs: a write that takes longer than a step begins
+    earlier."""
     keep: Annotated[int, Field(ge=1)] = 3
     """The newest that stay."""
     best: MetricName | None = None

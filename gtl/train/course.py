@@ -30,7 +30,7 @@ from gtl.train.look import Grid, InTurn, Pictures, Watch, auto_prompts
 from gtl.train.loop import Lane, Learner, Wish
 from gtl.train.mirror import Mirror, mirror_of
 from gtl.train.plan import TrainPlan
-from gtl.train.saver import Saver
+from gtl.train.saver import Cadence, Saver
 from gtl.train.scores import forget_scores
 from gtl.train.track import Tracker, read_rows
 from gtl.train.weights import BEST, CANDIDATES, forget, keep, kept, take
@@ -87,6 +87,7 @@ class Course:
         self._look = make_watch(job, recipe, trainee, engines, plan, images, device, done, self._keep)
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         every = recipe.train.checkpoints.every
+        self._cadence = Cadence(every, done, self._saver)
         self.lane = Lane(recipe.train.seed, every, self._save, self._report, self._look, device, peak, done)
         self.batches = make_loader(images.trained, images.batches, trainee, plan, recipe.data.seed, done, device)
 
@@ -126,13 +127,17 @@ class Course:
 
     def _report(self, row: dict[str, float]) -> Wish | None:
         assert self._tracker is not None
+        step, seconds = int(row["step"]), row.get("step_seconds")
         self._saver.check()
+        self._cadence.hold(step)
         row = self._collapse.seen(row)
         self._tracker.log(row)
         if warning := self._collapse.warning():
             self._notify({"step": row["step"], "said": warning, "of": "collapse"})
         wish = self._notify({**row, "steps": self._plan.steps})
         self._has_enough |= wish == "enough"
+        if wish is None and seconds and self._cadence.is_early(step, seconds):
+            return "save"
         return "stop" if wish == "enough" else wish
 
     def _save(self, step: int) -> None:
@@ -140,6 +145,7 @@ class Course:
             self._tracker.flush()  # first: who goes on from the checkpoint finds the rows that lead to it
         keeps = self._recipe.train.checkpoints.keep
         save(self._engines, self._job, self._plan, step, self._hours(), CHECKPOINTS, keeps, self._saver)
+        self._cadence.begin(step)
 
 
 def make_loader(

@@ -174,7 +174,7 @@ class Lane:
     seed: int
     """Of whatever draws from torch's global generator, such as dropout."""
     save_every: int
-    """Steps between two saves; the last step is saved too."""
+    """Most steps between two saves; the last step is saved too."""
     save: Callable[[int], None]
     """Saves the state after that many steps. Called on every rank at the same step."""
     report: Callable[[dict[str, float]], Wish | None]
@@ -266,7 +266,7 @@ class Lane:
         }
         self._row, self._flops = {}, 0.0
         self._tell({**row, **self.look(done)})
-        if self._agreed_save or done % self.save_every == 0:
+        if self._agreed_save or done - self._saved >= self.save_every:
             self._save_now()
         return self._agreed_stop
 

@@ -35,7 +35,9 @@ class Kill:
     number: int
     """The how many-th of them."""
     saved: int = 0
-    """Not before the checkpoint of this step is whole: it is written beside the steps after it."""
+    """Not before the checkpoint of this step is whole: it may be written beside the steps after it."""
+    patience_s: float = 0.0
+    """Of a write: so long it lets training go on before it dies."""
 
 
 def make_job(
@@ -119,6 +121,7 @@ def arm(kill: Kill, job: Job) -> None:
         if left == 0:
             while kill.saved and not job.run.exists(f"{CHECKPOINTS}/{kill.saved:08d}/{MANIFEST}"):
                 time.sleep(0.01)
+            time.sleep(kill.patience_s)
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kill.where == "step":

@@ -109,6 +109,15 @@ def test_a_kill_costs_the_steps_since_the_last_checkpoint_and_no_other(
     assert series(job)[: len(rows)] == rows, "what was made again is the same"
 
 
+@pytest.mark.parametrize("where", ["write", "commit"])
+def test_a_kill_in_a_long_write_costs_no_more_than_the_steps_between_two(tmp_path: Path, where: str) -> None:
+    """Others could make a dozen steps meanwhile."""
+    job = make_job(tmp_path, LORA, checkpoints={"every": 3}, steps=30)
+    assert go(job, 2, Kill(0, where, 2, patience_s=1.0))[0] == KILLED
+    assert complete(job.run, CHECKPOINTS) == [f"{CHECKPOINTS}/{3:08d}"]
+    assert told(job) == [1, 2, 3, 4, 5, 6], "the second checkpoint, of step 6, was being written"
+
+
 @pytest.mark.parametrize(
     ("workers", "tuner"),
     [
