@@ -14,11 +14,11 @@ from gtl.types import Progress, quiet
 
 KIND = "tuner.type"
 FEWEST = 5
-"""Images below which nothing is said of how far they are: `recall` looks at the third neighbour of each."""
+"""Images below which nothing is said of how far they are: each is looked at with its third neighbour."""
 MANY = 100
 """Images from which whole layers can move without learning them by heart."""
 NEAR = 0.5
-"""Share of the images that the model's own drawings reach, from which they are near."""
+"""Overlap with the model's own drawings from which images are near."""
 EACH = 3
 """Trials that a kind has at least: of fewer the best says little of what it can do."""
 
@@ -30,9 +30,10 @@ class Facts:
     source: str
     """Of several sources the one that is farthest from what the model draws: the others keep what it can."""
     images: int
-    reached: float | None
-    """Share of them that lie among the model's own drawings of their captions: recall (Kynkaanniemi et al. 2019, arXiv
-    1904.06991). None: too few to tell."""
+    overlap: float | None
+    """With the model's own drawings of their captions: the smaller of the shares of the images that lie among the
+    drawings, and of these among the images (recall and precision, Kynkaanniemi et al. 2019, arXiv 1904.06991). None:
+    too few to tell."""
     low: float | None = None
     """Of its 95 % interval."""
     high: float | None = None
@@ -45,16 +46,16 @@ class Facts:
     @property
     def are_near(self) -> bool:
         """Whether the model draws such pictures already; few images of which nothing is known are taken for far."""
-        return self.reached is not None and self.reached >= NEAR
+        return self.overlap is not None and self.overlap >= NEAR
 
     def __str__(self) -> str:
         """For people."""
         start = f"{self.source}: {self.images} images ({'many' if self.are_many else 'few'})"
-        if self.reached is None:
+        if self.overlap is None:
             return f"{start}, too few to tell how far they are from what the model draws; taken for far"
-        share, reach = short(self.reached), interval(self.low, self.high)
+        share, reach = short(self.overlap), interval(self.low, self.high)
         near = "near" if self.are_near else "far"
-        return f"{start}; its own drawings of their captions reach {share} of them ({reach}): {near}"
+        return f"{start}, {near}: with what the model draws of their captions they overlap by {share} ({reach})"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def judged(kind: str, facts: Facts) -> Verdict:
 
 
 def look_at(recipe: Recipe, progress: Progress = quiet) -> Facts:
-    """Draw the captions of the images with the model as it is, and see how many of the images that reaches.
+    """Draw the captions of the images with the model as it is, and see how far the drawings overlap with the images.
 
     What is drawn is in the cache afterwards, for whoever evaluates the model alone.
 
@@ -121,15 +122,16 @@ def look_at(recipe: Recipe, progress: Progress = quiet) -> Facts:
     found = []
     for one in sources:
         data = recipe.data.model_copy(update={"source": one.source, "validation": 0.0})
-        asked = recipe.evaluate.model_copy(update={"prompts": "auto", "metrics": ["recall"]})
+        asked = recipe.evaluate.model_copy(update={"prompts": "auto", "metrics": ["precision", "recall"]})
         alone = recipe.model_copy(update={"data": data, "evaluate": asked})
         number = reference(data, open_model(alone, quiet), recipe.storage.cache, progress).number
         if number < FEWEST:
             found.append(Facts(one.source, number, None))
             continue
-        score = evaluate(alone, progress=progress)[0].scores["recall"]
+        scores = evaluate(alone, progress=progress)[0].scores
+        score = min((scores[name] for name in asked.metrics), key=lambda each: each.value)
         found.append(Facts(one.source, number, score.value, score.low, score.high))
-    return min(found, key=lambda one: -1.0 if one.reached is None else one.reached)
+    return min(found, key=lambda one: -1.0 if one.overlap is None else one.overlap)
 
 
 def narrowed(study: Study, kinds: Collection[str]) -> Study:

@@ -13,12 +13,12 @@ KINDS = ("full", "freeze", "lora", "prompt")
 STRATEGY = Path(__file__).parents[2] / "tune_configs" / "strategy.yaml"
 
 
-def facts(images: int, reached: float | None) -> Facts:
-    return Facts("photos", images, reached, reached, reached)
+def facts(images: int, overlap: float | None) -> Facts:
+    return Facts("photos", images, overlap, overlap, overlap)
 
 
 @pytest.mark.parametrize(
-    ("images", "reached", "tried"),
+    ("images", "overlap", "tried"),
     [
         (24, 0.9, {"lora", "prompt"}),
         (24, 0.1, {"lora", "freeze"}),
@@ -28,8 +28,8 @@ def facts(images: int, reached: float | None) -> Facts:
         (100, 0.5, {"lora", "prompt", "freeze"}),  # both bounds are inside
     ],
 )
-def test_the_four_cases(images: int, reached: float | None, tried: set[str]) -> None:
-    found = advise(facts(images, reached), KINDS, 100)
+def test_the_four_cases(images: int, overlap: float | None, tried: set[str]) -> None:
+    found = advise(facts(images, overlap), KINDS, 100)
     assert [one.kind for one in found] == list(KINDS), "in the order of the study"
     assert {one.kind for one in found if one.is_tried} == tried
     assert len({one.why for one in found}) == len(found)
@@ -61,7 +61,7 @@ def test_a_narrowed_study_draws_the_other_kinds_no_more() -> None:
 
 def test_what_is_known_is_told() -> None:
     assert str(Facts("neon", 24, 0.25, 0.125, 0.5)) == (
-        "neon: 24 images (few); its own drawings of their captions reach 0.25 of them (0.125 to 0.5): far"
+        "neon: 24 images (few), far: with what the model draws of their captions they overlap by 0.25 (0.125 to 0.5)"
     )
     assert str(facts(3, None)).startswith("photos: 3 images (few), too few to tell how far")
 
