@@ -61,6 +61,10 @@ def cut(folder: Path) -> None:
 
 COMPARISONS = (
     Comparison(
+        "freeze", "frozen", "prompt_accuracy",
+        Arm("early blocks and text encoder frozen"), Arm("the same network from random weights", FROM_NOTHING),
+    ),
+    Comparison(
         "lora", "study", "prompt_accuracy",
         Arm("LoRA of a new concept"), Arm("the same network from random weights", FROM_NOTHING),
     ),

@@ -113,6 +113,9 @@ class Study(Section):
     """So many trials train in one forward pass of one process, a pack: those that differ only in LoRA rank, alpha,
     learning rate, schedule, seed and freeze depth. auto: as many as give the most trials an hour, which is measured
     when the study begins; off where that is less than a fifth more."""
+    kinds: Literal["all", "auto"] = "all"
+    """auto: of the values of tuner.type only those that are worth trials for so many images, as far from what the model
+    draws as these are, and for so many trials (`gtl.search.strategy`). The study says which, and why."""
     transfer_rank: bool = False
     """Search at the space's smallest rank alone, then run every other rank once, to its end, with the configuration
     that was best there; trials are of the search, these come on top. The learning rate is carried as it is, and refused
@@ -196,6 +199,13 @@ class Study(Section):
             _ = self.base
         except UserError as error:
             raise UserError(f"set: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> "Study":
+        drawn = self.space.get("tuner.type")
+        if self.kinds == "auto" and (drawn is None or not drawn.is_list):
+            raise ValueError("kinds: auto: chooses among the values of space.tuner.type, which there is no list of")
         return self
 
     @model_validator(mode="after")

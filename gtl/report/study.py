@@ -91,6 +91,8 @@ class Study:
     """Trials that cannot be told from the winner."""
     published: list[str]
     """NAME@VERSION, best first."""
+    advice: Mapping[str, Any] = field(default_factory=dict)
+    """Of `kinds: auto`: what is known of the images, and of each kind whether it was tried, and why."""
 
     @property
     def title(self) -> str:
@@ -133,6 +135,7 @@ def read_study(folder: Store) -> Study:
         {metric: values["directions"][metric] for metric in values["metrics"]}, space, began, closed, hours,
         [read_trial(one) for one in values["trials"]], [Finalist(**one) for one in values["finalists"]],
         winner.get("trial"), winner.get("text", ""), list(winner.get("tied", ())), list(values["published"]),
+        values.get("advice", {}),
     )  # fmt: skip
 
 

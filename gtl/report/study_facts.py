@@ -31,6 +31,12 @@ def summary(board: Board) -> Facts:
         "For": " and ".join(f"the {wanted[mode]} {name}" for name, mode in study.directions.items()),
         "Trials": f"{len(study.trials)}: " + ", ".join(f"{count} {state}" for state, count in counts.items()),
     }  # fmt: skip
+    if study.advice:
+        facts["Images"] = study.advice["images"]
+        facts |= {
+            f"Kind {one['kind']}": f"{'tried' if one['is_tried'] else 'left out'}: {one['why']}"
+            for one in study.advice["kinds"]
+        }
     for name in study.directions if lead is not None else ():
         assert lead is not None
         if name in lead.metrics:

@@ -98,10 +98,13 @@ class Record:
         self.finalists: list[dict[str, Any]] = []
         self.winner: dict[str, Any] | None = None
         self.published: list[str] = []
+        self.advice: dict[str, Any] = {}
+        """Of `kinds: auto`: what is known of the images, and of each kind whether it is tried, and why."""
         if folder.exists(RECORD):
             values = json.loads(folder.read(RECORD))
             self.began, self.hours = values["began"], values["hours"]
             self.trials = {one["trial"]: TrialRecord(**one) for one in values["trials"]}
+            self.advice = values.get("advice", {})
 
     def save(self, hours: float) -> None:
         """Write it; `hours` on the clock since this part began."""
@@ -111,6 +114,7 @@ class Record:
             "directions": self.study.directions, "space": study["space"], "began": self.began, "ended": self.ended,
             "hours": self.hours + hours, "trials": [vars(self.trials[name]) for name in sorted(self.trials)],
             "finalists": self.finalists, "winner": self.winner, "published": self.published,
+            "advice": self.advice,
         }  # fmt: skip
         self.folder.write(RECORD, (json.dumps(values, indent=1) + "\n").encode())
 
@@ -134,7 +138,15 @@ class Record:
             values += [shown(one.metrics[key]) if key in one.metrics else "" for key in self.study.metrics]
             rows.append([name, *values, str(one.steps), f"{one.state}: {one.reason}" if one.reason else one.state])
         text = columns(rows)
+        text = "\n".join([*self.advised(), "", text]) if self.advice else text
         return text if self.winner is None else f"{text}\n\nwinner {self.winner['text']}"
+
+    def advised(self) -> list[str]:
+        """What `kinds: auto` came to, a line for the images and one for each kind."""
+        kinds = [
+            f"{one['kind']}: {'tried' if one['is_tried'] else 'left out'}; {one['why']}" for one in self.advice["kinds"]
+        ]
+        return [self.advice["images"], *kinds]
 
     def finished(self) -> list[Outcome]:
         """The trials that ran to their end, in their order."""

@@ -20,6 +20,7 @@ from gtl.search.choose import Outcome, rank, top, winner
 from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now, trial_name
 from gtl.search.room import Room, fill, make_room
 from gtl.search.space import carried, configurations
+from gtl.search.strategy import KIND, advise, look_at, narrowed
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.launch import Start, begin, open_model, publish
@@ -64,6 +65,8 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
         room = make_room(study, place, cluster)
         fill(study, place, room, progress)
         folder.write(STUDY, dump_study(study).encode())
+        if study.kinds == "auto":
+            study = record.study = advised(study, record, progress)
         for number, values in listed(study):
             trial = trial_name(number)
             record.trials.setdefault(trial, TrialRecord(trial, values, place.run(number).url()))
@@ -76,6 +79,17 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
             record.save(hours())
     page(folder)
     return record
+
+
+def advised(study: Study, record: Record, progress: Progress) -> Study:
+    """The study of those kinds that are worth trials, which its record says; asked once, however often it goes on."""
+    if not record.advice:
+        facts = look_at(study.base, progress)
+        verdicts = advise(facts, study.space[KIND].values, study.num_trials)
+        record.advice = {"images": str(facts), "kinds": [vars(one) for one in verdicts]}
+        for line in record.advised():
+            progress("kinds", 0, 0, line)
+    return narrowed(study, [one["kind"] for one in record.advice["kinds"] if one["is_tried"]])
 
 
 def page(folder: Store) -> None:
