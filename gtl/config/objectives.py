@@ -77,7 +77,8 @@ class DistillObjective(Noising):
     output: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the mean squared distance from the teacher's output."""
     features: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the same of what the sections of a UNet, or the blocks of a transformer, put out, over all added up."""
+    """Weight of the same of what the sections of a UNet, or the blocks of a transformer, put out, over all added up;
+    each in mean squares of the teacher's own, since some are a hundred times as large as others."""
 
     @model_validator(mode="after")
     def _check_teaching(self) -> "DistillObjective":
