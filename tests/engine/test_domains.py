@@ -37,8 +37,7 @@ def test_a_judge_of_single_samples_learns_the_same_on_any_workers(
     assert go(alone, 1) == [0] and go(spread, 2) == [0, 0]
     for name in ("loss", "domain", "mse"):
         assert series(spread, name) == pytest.approx(series(alone, name), rel=2e-4)
-    domain = series(alone, "domain")
-    assert len(set(domain)) == 5 and all(0.1 < value < 1.5 for value in domain)
+    assert len(set(series(alone, "domain"))) == 5
 
 
 @pytest.mark.parametrize(("method", "stage", "tuner"), [("mmd", 2, LORA), ("coral", 3, FULL)])
