@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
-from gtl.config.objectives import AdversarialObjective, DenoiseObjective, Objective
+from gtl.config.objectives import AdversarialObjective, AlignObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import FreezeTuner, FullTuner, LoraTuner, PromptTuner, Tuner
 from gtl.types import Sampler
@@ -301,6 +301,13 @@ class Recipe(Section):
                     f"tuner.initialization: {start}: takes a part of the model's weights, which objective.type: "
                     "consistency has for its teacher; take default"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> "Recipe":
+        if isinstance(self.objective, AlignObjective):
+            source = self.data.source
+            self.objective.check_sources([source] if isinstance(source, str) else [each.source for each in source])
         return self
 
     @model_validator(mode="after")
