@@ -7,6 +7,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from gtl.config.base import ModelSource, Place, Section, type_of
 
+PERCEPTUAL = r"^(builtin:backbone|vgg19:.+)$"
+"""Networks that a distance of pictures can be taken in."""
+
 
 class Timesteps(Section):
     """How training times are drawn, one per sample."""
@@ -127,7 +130,18 @@ class AutoencodeObjective(Section):
     l2: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean squared error."""
     kl: Annotated[float, Field(ge=0)] = 1e-6
-    """Weight of the divergence of the posterior from the standard normal, in nats an image."""
+    """Weight of the divergence of the posterior from the standard normal, in nats an image: beta (Higgins et al. 2017)
+    over the values of a picture."""
+    perceptual: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the distance of features at several depths of a network that sees (Zhang et al. 2018, arXiv 1801.03924,
+    without their learned weights of channels)."""
+    perceptual_network: Annotated[str, Field(pattern=PERCEPTUAL)] = "builtin:backbone"
+    """builtin:backbone knows drawn scenes only. vgg19:FILE: VGG19 with the weights that torchvision publishes."""
+    adversarial: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of what a second network says of the decoded picture, patch by patch, which learns meanwhile to tell them
+    from those of the data (hinge loss, PatchGAN; Esser et al. 2021, arXiv 2012.09841): it makes them sharp."""
+    adversarial_after: Annotated[int, Field(ge=0)] = 0
+    """Steps of the codec before that network begins to learn and to be listened to: it has to draw something first."""
 
     @model_validator(mode="after")
     def _check_reconstruction(self) -> "AutoencodeObjective":
@@ -190,11 +204,6 @@ class AdversarialObjective(Section):
     collapse: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """A run warns when the drawn pictures of a batch are less different from each other than this share of what real
     ones are, over some steps; 0: never."""
-
-    @property
-    def has_penalty(self) -> bool:
-        """Whether the loss holds a gradient, so that its own gradient is a second one."""
-        return self.r1 > 0 or self.gradient_penalty > 0
 
 
 Objective = Annotated[
