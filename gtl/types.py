@@ -83,6 +83,8 @@ class Record:
     """Weight of its loss: 1, or the weight of its source or of the prior."""
     is_class_image: bool = False
     """Drawn by the base model for prior preservation; the others are the subject."""
+    is_target: bool = False
+    """Of the domain that objective.type: align adapts to."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class Item:
     caption: str = ""
     pixels: Tensor | None = None
     """The crop itself, uint8 [3, H, W], where pixels are trained on."""
+    is_target: bool = False
+    """See `Record`."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ COMPARISONS = (
         Arm("the same one from random weights", ("objective={type: denoise}", "model.weights=random"), cut),
     ),
     Comparison(
+        "adapt", "adapt", "prompt_accuracy",
+        Arm("a style of 12 pictures, domains aligned"),
+        Arm("plain fine-tuning on the same pictures", ("objective={type: denoise}",)),
+    ),
+    Comparison(
         "codec", "codec", "val_loss",
         Arm("a codec taught to keep chalk lines"), Arm("the same one from random weights", ("model.weights=random",)),
     ),

@@ -1,10 +1,14 @@
 """Objectives: what the moving weights learn."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gtl.config.base import ModelSource, Section, type_of
+from gtl.config.base import ModelSource, Place, Section, type_of
+
+PERCEPTUAL = r"^(builtin:backbone|vgg19:.+)$"
+"""Networks that a distance of pictures can be taken in."""
 
 
 class Timesteps(Section):
@@ -77,13 +81,44 @@ class DistillObjective(Noising):
     output: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the mean squared distance from the teacher's output."""
     features: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the same of what the sections of a UNet, or the blocks of a transformer, put out, over all added up."""
+    """Weight of the same of what the sections of a UNet, or the blocks of a transformer, put out, over all added up;
+    each in mean squares of the teacher's own, since some are a hundred times as large as others."""
 
     @model_validator(mode="after")
     def _check_teaching(self) -> "DistillObjective":
         if self.output == self.features == 0:
             raise ValueError("output and features are both 0; one of them has to be above, or the teacher says nothing")
         return self
+
+
+class AlignObjective(Noising):
+    """Denoise images of two domains, many of one and few of another, so that what the model makes of them half-way
+    through can't be told apart: what it learns of the many then holds for the few."""
+
+    type: Literal["align"]
+    target: Place
+    """The one of data.source's list that has the images of the domain to adapt to; all others are the source domain.
+    Every batch has both, in the shares that repeats gives them."""
+    method: Literal["dann", "mmd", "coral"] = "dann"
+    """What is small when the domains are alike. dann: how well a small network, which learns too, tells their features
+    apart; its gradient reaches the model reversed (Ganin et al. 2016, arXiv 1505.07818). mmd: the maximum mean
+    discrepancy under five Gaussian kernels (Long et al. 2015, arXiv 1502.02791). coral: how far their covariances are
+    apart (Sun & Saenko 2016, arXiv 1607.01719)."""
+    weight: Annotated[float, Field(gt=0)] = 0.1
+    """Of it beside the denoising loss; of dann that of the reversed gradient at the end of the run, to which it rises
+    from 0 as 2 / (1 + exp(-10 p)) - 1, with p the share of the run that is done."""
+
+    @property
+    def fewest(self) -> int:
+        """Images of each domain that a forward pass has to hold: 0 where each image counts by itself, in a batch 1."""
+        return 0 if self.method == "dann" else 2
+
+    def check_sources(self, given: Sequence[str]) -> None:
+        """Refuse a target that none of the sources is, or all are."""
+        if self.target not in given:
+            raise ValueError(f"objective.target: {self.target}: is none of data.source: {', '.join(given)}")
+        if set(given) == {self.target}:
+            raise ValueError(f"objective.target: {self.target}: is all there is; add the source domain to data.source")
 
 
 class AutoencodeObjective(Section):
@@ -95,7 +130,18 @@ class AutoencodeObjective(Section):
     l2: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean squared error."""
     kl: Annotated[float, Field(ge=0)] = 1e-6
-    """Weight of the divergence of the posterior from the standard normal, in nats an image."""
+    """Weight of the divergence of the posterior from the standard normal, in nats an image: beta (Higgins et al. 2017)
+    over the values of a picture."""
+    perceptual: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the distance of features at several depths of a network that sees (Zhang et al. 2018, arXiv 1801.03924,
+    without their learned weights of channels)."""
+    perceptual_network: Annotated[str, Field(pattern=PERCEPTUAL)] = "builtin:backbone"
+    """builtin:backbone knows drawn scenes only. vgg19:FILE: VGG19 with the weights that torchvision publishes."""
+    adversarial: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of what a second network says of the decoded picture, patch by patch, which learns meanwhile to tell them
+    from those of the data (hinge loss, PatchGAN; Esser et al. 2021, arXiv 2012.09841): it makes them sharp."""
+    adversarial_after: Annotated[int, Field(ge=0)] = 0
+    """Steps of the codec before that network begins to learn and to be listened to: it has to draw something first."""
 
     @model_validator(mode="after")
     def _check_reconstruction(self) -> "AutoencodeObjective":
@@ -159,17 +205,13 @@ class AdversarialObjective(Section):
     """A run warns when the drawn pictures of a batch are less different from each other than this share of what real
     ones are, over some steps; 0: never."""
 
-    @property
-    def has_penalty(self) -> bool:
-        """Whether the loss holds a gradient, so that its own gradient is a second one."""
-        return self.r1 > 0 or self.gradient_penalty > 0
-
 
 Objective = Annotated[
     Annotated[DenoiseObjective, Tag("denoise")]
     | Annotated[AutoencodeObjective, Tag("autoencode")]
     | Annotated[ConsistencyObjective, Tag("consistency")]
     | Annotated[DistillObjective, Tag("distill")]
+    | Annotated[AlignObjective, Tag("align")]
     | Annotated[AdversarialObjective, Tag("adversarial")],
     Discriminator(type_of("denoise")),
 ]

@@ -9,7 +9,13 @@ from pydantic import AfterValidator, Field, model_validator
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
-from gtl.config.objectives import AdversarialObjective, DenoiseObjective, Objective
+from gtl.config.objectives import (
+    AdversarialObjective,
+    AlignObjective,
+    AutoencodeObjective,
+    DenoiseObjective,
+    Objective,
+)
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import FreezeTuner, FullTuner, LoraTuner, PromptTuner, Tuner
 from gtl.types import Sampler
@@ -227,6 +233,13 @@ class Recipe(Section):
         return pair(self.tuner.type, self.objective.type)
 
     @property
+    def max_zero_stage(self) -> int:
+        """The highest ZeRO stage that the pair bears, with what this objective asks for."""
+        codec = self.objective if isinstance(self.objective, AutoencodeObjective) else None
+        # One network runs within the turn of the other, on whole weights.
+        return min(self.pair.max_zero_stage, 2 if codec is not None and codec.adversarial else 3)
+
+    @property
     def needs(self) -> Needs:
         """What training reads, with the parts that the tuner moves."""
         needs = with_trained(self.pair.needs, self.tuner.train or ())
@@ -234,11 +247,10 @@ class Recipe(Section):
 
     def train_of(self, player: str) -> Train:
         """`train` as it is for one of the objective's players."""
-        objective = self.objective
-        if not isinstance(objective, AdversarialObjective) or player != "discriminator":
+        if player != "discriminator":
             return self.train
-        rate = objective.discriminator_learning_rate or self.train.learning_rate
-        return self.train.model_copy(update={"learning_rate": rate, "ema": None})
+        asked = self.objective.discriminator_learning_rate if isinstance(self.objective, AdversarialObjective) else None
+        return self.train.model_copy(update={"learning_rate": asked or self.train.learning_rate, "ema": None})
 
     @property
     def sampler(self) -> Sampler:
@@ -260,7 +272,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_pair(self) -> "Recipe":
-        stage, limit = self.train.zero.stage, self.pair.max_zero_stage
+        stage, limit = self.train.zero.stage, self.max_zero_stage
         if stage != "auto" and stage > limit:
             raise ValueError(
                 f"train.zero.stage: {stage}: {self.tuner.type} with {self.objective.type} bears at most {limit}"
@@ -301,6 +313,13 @@ class Recipe(Section):
                     f"tuner.initialization: {start}: takes a part of the model's weights, which objective.type: "
                     "consistency has for its teacher; take default"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> "Recipe":
+        if isinstance(self.objective, AlignObjective):
+            source = self.data.source
+            self.objective.check_sources([source] if isinstance(source, str) else [each.source for each in source])
         return self
 
     @model_validator(mode="after")

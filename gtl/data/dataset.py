@@ -48,12 +48,13 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of images, captions, weights, crops, encoders and of which images are class images; not of places."""
+        """Hash of images, captions, weights, crops, encoders and of which images are whose; not of places."""
         digest = hashlib.sha256(json.dumps(self._header()).encode())
         for entry in self.entries:
             record = entry.record
             told = [record.sha256, record.captions, record.weight, entry.variants]
-            digest.update(json.dumps([*told, "class"] if record.is_class_image else told).encode())
+            kinds = ["class"] * record.is_class_image + ["target"] * record.is_target
+            digest.update(json.dumps([*told, *kinds]).encode())
         return digest.hexdigest()
 
     def _header(self) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class Dataset:
             geometry=geometry(record.size, found.bucket, cut),
             caption=record.captions[caption] if record.captions else "",
             pixels=pixels,
+            is_target=record.is_target,
         )
 
     @cached_property
@@ -116,7 +118,7 @@ class Dataset:
                 {
                     "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
                     "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
-                    "is_class_image": e.record.is_class_image,
+                    "is_class_image": e.record.is_class_image, "is_target": e.record.is_target,
                 }
                 for e in self.entries
             ]  # fmt: skip
@@ -187,7 +189,7 @@ def read(store: Store, fingerprint: str) -> Dataset:
         Entry(
             Record(
                 row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"],
-                row.get("is_class_image", False),  # unknown to datasets that older versions saved
+                row.get("is_class_image", False), row.get("is_target", False),  # unknown to older versions
             ),
             tuple(row["bucket"]),
             tuple(row["variants"]),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gtl.types import Entry, PlanItem
+from gtl.types import Entry, PlanItem, UserError
 
 Ints = NDArray[np.int64]
 
@@ -29,6 +29,9 @@ class Plan:
     Every batch has exactly `batch_size` items of one bucket; a short remainder is filled with repeats of weight 0. An
     epoch has every entry of the subject exactly once with a weight above 0, and where there are class images, as many
     of them (DreamBooth, arXiv 2208.12242, pairs them so): they go round in order over the epochs, whichever is more.
+
+    Where some entries are of a target domain, they are spread evenly over each bucket's: of any w items in a row of a
+    batch, k of n being the bucket's share of them, floor(w k / n) or one more are.
     """
 
     def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int) -> None:
@@ -49,6 +52,7 @@ class Plan:
             members.setdefault(shape, []).extend(range(len(entries), len(entries) + len(subject)))
         self._num_subject = len(subject)
         self._class_images = np.array(class_images, dtype=np.int64)
+        self._is_target = np.array([entry.record.is_target for entry in entries])
         self._buckets = [np.array(members[bucket], dtype=np.int64) for bucket in sorted(members)]
         self._weights = np.array([entry.record.weight for entry in entries], dtype=np.float64)
         self._num_variants = np.array([len(entry.variants) for entry in entries], dtype=np.uint64)
@@ -79,6 +83,8 @@ class Plan:
         parts: list[Ints] = []
         for bucket in self._buckets:
             shuffled = bucket[np.argsort(bits.random_raw(len(bucket)), kind="stable")]
+            if self._is_target.any():
+                shuffled = spread(shuffled, self._is_target[shuffled])
             parts += [shuffled[i : i + self.batch_size] for i in range(0, len(shuffled), self.batch_size)]
         parts = [parts[i] for i in np.argsort(bits.random_raw(len(parts)), kind="stable")]
         order = np.concatenate(parts)
@@ -92,6 +98,15 @@ class Plan:
             variants=(bits.random_raw(self.num_entries) % self._num_variants).astype(np.int64),
             captions=(bits.random_raw(self.num_entries) % self._num_captions).astype(np.int64),
         )
+
+
+def spread(order: Ints, chosen: NDArray[np.bool_]) -> Ints:
+    """Both kinds in the order that they are in, with the chosen ones at equal distances among the others."""
+    before = np.arange(len(order) + 1) * chosen.sum() // len(order)
+    turns = np.diff(before) > 0
+    mixed = np.empty_like(order)
+    mixed[turns], mixed[~turns] = order[chosen], order[~chosen]
+    return mixed
 
 
 class Place(NamedTuple):
@@ -128,6 +143,39 @@ def num_fills(num_items: int, world: int, micro_batch: int) -> int:
     """Places of all ranks beyond a global batch's items, each of which costs as much as an item."""
     count, size = passes(num_items, world, micro_batch)
     return world * count * size - num_items
+
+
+def check_domains(
+    entries: Sequence[Entry], batch_size: int, fewest: int, world: int = 1, micro_batch: int | None = None
+) -> None:
+    """Refuse batches that do not hold both domains.
+
+    Args:
+        entries: Those that are trained on.
+        batch_size: Images of a global batch.
+        fewest: Of each domain in a batch; with a `micro_batch`, in every one of its parts that is not cut short by the
+            end of an epoch.
+        world: Ranks.
+        micro_batch: Images of a forward pass of one of them, at most.
+
+    Raises:
+        UserError: they do not.
+    """
+    where, size = f"train.batch_size: {batch_size}", batch_size
+    if micro_batch is not None:
+        rows = [row for rank in range(world) for row in places(batch_size, rank, world, micro_batch)]
+        where, size = f"train.micro_batch: {micro_batch}", min(sum(place.is_real for place in row) for row in rows)
+    buckets: dict[tuple[int, int], list[bool]] = {}
+    for entry in entries:
+        buckets.setdefault(entry.bucket, []).append(entry.record.is_target)
+    for (height, width), found in sorted(buckets.items()):
+        targets, of = sum(found), len(found)
+        if size * min(targets, of - targets) // of < fewest:
+            raise UserError(
+                f"{where}: {targets} of {of} images of {width}x{height} pixels are of objective.target, so that not "
+                f"every {size} in a row hold {fewest} of each domain; raise it, give the rarer domain repeats"
+                + (", or set data.buckets: false" if len(buckets) > 1 else "")
+            )
 
 
 def slice_for(items: Sequence[PlanItem], rank: int, world: int, micro_batch: int) -> list[list[PlanItem]]:

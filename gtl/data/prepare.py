@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 def prepare(
     data: Data, family: Family, cache_url: str, *, dtype: str, needs: Needs = ENCODED,
-    prior: tuple[str, str, float] | None = None, prompts: Sequence[str] = (), held_out: bool = False,
-    check: Callable[[], None] | None = None, progress: Progress | None = None,
+    prior: tuple[str, str, float] | None = None, target: str | None = None, prompts: Sequence[str] = (),
+    held_out: bool = False, check: Callable[[], None] | None = None, progress: Progress | None = None,
 ) -> Dataset:  # fmt: skip
     """Scan the sources, choose crops, encode what the cache lacks; without new images or captions this reads no file.
 
@@ -45,6 +45,7 @@ def prepare(
         dtype: fp32 or bf16, of the encoders and of what is stored.
         needs: What of an image and of its captions training reads.
         prior: Folder, prompt and loss weight of class images, learned beside the data.
+        target: The source whose images are marked as those of the domain to adapt to.
         prompts: Are encoded too, when captions are.
         held_out: Of all images, only those that `data.validation` keeps from training.
         check: Is called before anything is encoded, and may raise.
@@ -55,7 +56,7 @@ def prepare(
     """
     tell: Progress = progress or quiet
     cache = Store(cache_url)
-    found = scan_all(data, cache, prior, tell)
+    found = scan_all(data, cache, prior, tell, target)
     if needs.text == "none":
         found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
     check_usable(found, data)
@@ -113,8 +114,10 @@ def sources(data: Data) -> list[Source]:
     return data.source if isinstance(data.source, list) else [Source(source=data.source)]
 
 
-def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress) -> Scan:
-    """The images of every source, and of the prior.
+def scan_all(
+    data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress, target: str | None = None
+) -> Scan:
+    """The images of every source, those of the target marked, and of the prior.
 
     Raises:
         UserError: a source or a caption is not what it has to be.
@@ -127,6 +130,8 @@ def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, pro
     found = Scan()
     for s in sources(data):
         part = scan(s.source, rule, s.weight, cache, look, progress)
+        if s.source == target:
+            part.images = [image._replace(record=replace(image.record, is_target=True)) for image in part.images]
         part.images *= s.repeats
         found.extend(part)
     if prior is not None:

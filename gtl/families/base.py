@@ -151,6 +151,10 @@ class DiffusionFamily(Family, Protocol):
         """The noise path the model was trained on, from its scheduler config."""
         ...
 
+    def middle(self, main: nn.Module) -> tuple[str, int]:
+        """The module half-way through the main part, and the number of channels that it puts out."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape [C, h, w] of one sample's latents."""
         ...

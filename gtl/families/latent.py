@@ -42,7 +42,7 @@ class LatentDiffusion(DiffusersLayout, ABC):
     A family says what its network reads and how prompts become conditions.
     """
 
-    learns: ClassVar[tuple[str, ...]] = ("denoise", "autoencode", "consistency", "distill")
+    learns: ClassVar[tuple[str, ...]] = ("denoise", "autoencode", "consistency", "distill", "align")
     draws: ClassVar[Literal["by denoising", "at once"]] = "by denoising"
     codec: ClassVar[str | None] = "vae"
     critics: tuple[str, ...] = ()

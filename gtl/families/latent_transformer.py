@@ -44,6 +44,17 @@ class LatentTransformer(LatentDiffusion, ABC):
             found += [(f"{stack}.{i}", f"{stack}.{(i + 1) * theirs // mine - 1}") for i in range(mine)]
         return found
 
+    def middle(self, main: nn.Module) -> tuple[str, int]:
+        """The block half-way through those that read the text; as wide as all of them."""
+        readers = self.cross_attentions(main)
+        return readers[len(readers) // 2].rpartition(".")[0], self.width
+
+    @property
+    def width(self) -> int:
+        """Channels of a token between the blocks."""
+        config = self.config(self.main)
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The projections of patches and of text, and the embedding of time and pooled text."""
         return tuple(

@@ -33,6 +33,11 @@ class LatentUNet(LatentDiffusion, ABC):
         theirs = set(unet_sections(larger))
         return [(name, name) for name in unet_sections(main) if name in theirs]
 
+    def middle(self, main: nn.Module) -> tuple[str, int]:
+        """The middle section, or without one the last on the way down; as wide as the lowest resolution."""
+        *_, lowest = (name for name in unet_sections(main) if not name.startswith("up_blocks"))
+        return lowest, int(self.config("unet")["block_out_channels"][-1])
+
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The input convolution and the time embedding."""
         return unet_embedders(main)

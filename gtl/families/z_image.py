@@ -43,6 +43,11 @@ class ZImage(LanguageTransformer):
         _, rows, columns = self.config("transformer")["axes_lens"]
         return int(min(rows, columns)) * self.multiple
 
+    @property
+    def width(self) -> int:
+        """Channels of a token between the blocks."""
+        return int(self.config("transformer")["dim"])
+
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The projections of patches and of text, the embedding of time, and what image and text are padded with."""
         return *super().embedders(main), "x_pad_token", "cap_pad_token"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gtl.objectives.base import Objective
 
 OBJECTIVES = {
+    "align": "gtl.objectives.align:Align",
     "adversarial": "gtl.objectives.adversarial:Adversarial",
     "autoencode": "gtl.objectives.autoencode:Autoencode",
     "consistency": "gtl.objectives.consistency:Consistency",

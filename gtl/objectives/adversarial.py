@@ -140,7 +140,7 @@ class Discriminator(nn.Module):
         logits: Tensor = functional_call(self.network, tensors, (self.augmented(drawn, lots),))
         return logits
 
-    def after_step(self) -> None:
+    def after_step(self, done: int, total: int) -> None:
         """Let an adaptive probability follow how certain the network was of all ranks' real pictures. Collective."""
         asked, certain = self.config.augmentation, self._certain.to(self.raised.device)
         self._certain = torch.zeros(2, dtype=torch.float64)

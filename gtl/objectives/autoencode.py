@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gtl.config.objectives import AutoencodeObjective
+from gtl.objectives.patches import PatchDiscriminator, Patches
+from gtl.objectives.perceptual import Perceptual, open_perceptual
 from gtl.types import Batch, Item, Losses, UserError
 
 if TYPE_CHECKING:
@@ -59,35 +61,83 @@ class Autoencode:
         return {name: torch.stack([sample[name] for sample in samples]) for name in ("pixels", "noise")}
 
     def players(self, parts: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, nn.Module]:
-        """One player, `autoencoder`, over the codec."""
-        return {"autoencoder": Autoencoder(parts[self.codec], self.family, self.config, dtype)}
+        """`autoencoder`, over the codec; and `discriminator`, where one judges what it makes.
+
+        Raises:
+            UserError: the network that sees is not where it is said to be.
+        """
+        codec, config = parts[self.codec], self.config
+        device = next(codec.parameters()).device
+        eyes = open_perceptual(config.perceptual_network).to(device) if config.perceptual else None
+        player = Autoencoder(codec, self.family, config, dtype, eyes)
+        if not config.adversarial:
+            return {"autoencoder": player}
+        judge = PatchDiscriminator(Patches().to(device), player, dtype)
+        player.heed(judge)
+        return {"autoencoder": player, "discriminator": judge}
 
 
 class Autoencoder(nn.Module):
     """A codec and its loss."""
 
+    passed: Tensor
+
     def __init__(
-        self, codec: nn.Module, family: DiffusionFamily, config: AutoencodeObjective, dtype: torch.dtype
-    ) -> None:
+        self, codec: nn.Module, family: DiffusionFamily, config: AutoencodeObjective, dtype: torch.dtype,
+        eyes: Perceptual | None = None,
+    ) -> None:  # fmt: skip
         """Trained weights are fp32 whatever the arithmetic's dtype; other than fp32 it runs under autocast."""
         super().__init__()
         self.codec = codec
         self.family = family
-        self.weights = {"l1": config.l1, "l2": config.l2, "kl": config.kl}
+        self.config = config
+        self.weights = {
+            "l1": config.l1, "l2": config.l2, "kl": config.kl, "perceptual": config.perceptual,
+            "adversarial": config.adversarial,
+        }  # fmt: skip
         self.dtype = dtype
+        self.eyes = eyes
+        self._judge: tuple[PatchDiscriminator, ...] = ()
+        if config.adversarial:
+            self.register_buffer("passed", torch.zeros((), dtype=torch.long))
+            """Steps made."""
 
-    def forward(self, batch: Batch) -> Losses:
-        """The batch's share of the mean loss; parts `l1`, `l2` and `kl` are without their weights."""
+    def heed(self, judge: PatchDiscriminator) -> None:
+        """Listen to a second player; not as a submodule, which this player's engine would take for its own."""
+        self._judge = (judge,)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the second player has begun."""
+        return bool(self._judge) and int(self.passed) >= self.config.adversarial_after
+
+    def decoded(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What the codec makes of the batch's pictures, [B, 3, H, W] in fp32, and the moments in between."""
         pixels = batch.tensors["pixels"]
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             moments = self.family.encode_images(self.codec, pixels)
             # The model's shift and scale, which `decode` takes back, cancel out.
             decoded = self.family.decode(self.codec, self.family.sample_latents(moments, batch.tensors["noise"]))
-        error = (decoded.float() - pixels).flatten(1)
+        return decoded.float(), moments
+
+    def forward(self, batch: Batch) -> Losses:
+        """The batch's share of the mean loss; its parts, `l1`, `l2`, `kl` and so on, are without their weights."""
+        pixels = batch.tensors["pixels"]
+        decoded, moments = self.decoded(batch)
+        error = (decoded - pixels).flatten(1)
         losses = {"l1": error.abs().mean(1), "l2": error.square().mean(1), "kl": divergence(moments)}
+        if self.eyes is not None:
+            losses["perceptual"] = self.eyes(decoded, pixels)
+        if self.is_judged:
+            losses["adversarial"] = -self._judge[0].judge(decoded)
         shares = {name: batch.share(loss) for name, loss in losses.items()}
         total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum(0)
         return Losses(total, {name: share.detach() for name, share in shares.items()})
+
+    def after_step(self, done: int, total: int) -> None:
+        """Count."""
+        if self._judge:
+            self.passed.fill_(done)
 
 
 def divergence(moments: Mapping[str, Tensor]) -> Tensor:

@@ -18,7 +18,9 @@ class Player(Protocol):
     def __call__(self, batch: Batch) -> Losses | None:
         """The batch's losses, or None when this player sits the step out.
 
-        A player that has a method `after_step()` is told of every step that its optimizer made, on all ranks.
+        A player that has a method `after_step(done, total)` is told of every step that its optimizer made, on all
+        ranks, and how many of how many that are. What it has of its own beside the model's parts learns too, and is
+        kept in checkpoints with its buffers, but not published.
         """
         ...
 

@@ -90,8 +90,11 @@ class Denoise:
         """
         encoders = {name: parts[name] for name in self.family.encoders if name in parts}
         self.family = self.family.reading(encoders)
-        main, gamma = parts[self.family.main], self.config.min_snr_gamma
-        return {"denoiser": Denoiser(main, encoders, self.family, gamma, dtype)}
+        return {"denoiser": self.player(parts[self.family.main], encoders, dtype)}
+
+    def player(self, main: nn.Module, encoders: Mapping[str, nn.Module], dtype: torch.dtype) -> Denoiser:
+        """See `players`."""
+        return Denoiser(main, encoders, self.family, self.config.min_snr_gamma, dtype)
 
 
 class Denoiser(nn.Module):

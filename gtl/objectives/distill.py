@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from gtl.config.objectives import DistillObjective
 from gtl.families import denoising, open_family
 from gtl.objectives.denoise import Denoise, Denoiser, conditions_of, mean_square
+from gtl.objectives.features import recorded
 from gtl.types import Batch, Losses, UserError
 
 if TYPE_CHECKING:
@@ -74,11 +73,11 @@ class Student(Denoiser):
             loss, mse, prediction = self.errors(batch)
         with torch.no_grad(), recorded(self.teacher, theirs) as wanted:
             output = mean_square(prediction - self._teach(batch))
-        distance = torch.stack([mean_square(a.float() - b.float()) for a, b in zip(features, wanted, strict=True)])
-        return Losses(
-            batch.share(self.config.task * loss + self.config.output * output + self.config.features * distance.sum(0)),
-            {"mse": batch.share(mse).detach(), "output": batch.share(output).detach()},
-        )
+        distances = (relative(a.float(), b.float()) for a, b in zip(features, wanted, strict=True))
+        distance = sum(distances, torch.zeros_like(output))
+        total = self.config.task * loss + self.config.output * output + self.config.features * distance
+        parts = {"mse": mse, "output": output, "features": distance}
+        return Losses(batch.share(total), {name: batch.share(value).detach() for name, value in parts.items()})
 
     def _teach(self, batch: Batch) -> Tensor:
         """The teacher's prediction, [B, C, h, w], fp32."""
@@ -89,20 +88,9 @@ class Student(Denoiser):
         return prediction[:, : clean.shape[1]].float()
 
 
-@contextmanager
-def recorded(model: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
-    """Within it what some of a model's modules put out, in execution order; text that runs along is part of it."""
-    found: list[Tensor] = []
-
-    def take(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.extend(value for value in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(value))
-
-    hooks = [model.get_submodule(name).register_forward_hook(take) for name in names]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+def relative(mine: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared distance of each sample's features from those wanted, in mean squares of the latter, [B]."""
+    return mean_square(mine - wanted) / mean_square(wanted).clamp(min=torch.finfo(wanted.dtype).tiny)
 
 
 def check_alike(source: str, teacher: DiffusionFamily, student: DiffusionFamily) -> None:

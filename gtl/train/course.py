@@ -273,6 +273,7 @@ def finish(job: Job, recipe: Recipe, trainee: Trainee, engines: Mapping[str, Lea
                 trainee.tuner.export(tensors, folder)
             for file in sorted(path for path in folder.rglob("*") if path.is_file()):
                 job.run.upload(file, f"adapter/{file.relative_to(folder).as_posix()}")
-    last = read_rows(job.run)[-1]
-    result = {**result, "final_loss": last.get("loss", last.get(f"{trainee.family.main}_loss"))}
+    last, first = read_rows(job.run)[-1], next(iter(engines))
+    losses = (last.get(key) for key in ("loss", f"{trainee.family.main}_loss", f"{first}_loss"))
+    result = {**result, "final_loss": next((loss for loss in losses if loss is not None), None)}
     job.run.write(RESULT, json.dumps(result).encode())

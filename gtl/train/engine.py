@@ -51,12 +51,13 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         buffers: Mapping[str, Tensor] | None = None,
         memory: Mapping[str, Tensor] | None = None,
+        aids: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         """Wrap a player. Collective; `torch.distributed` is initialised.
 
         Args:
             player: The module whose forward takes a `Batch` and returns `Losses` or None.
-            parameters: What is trained, by the names that checkpoints use.
+            parameters: What is trained of the model, by the names that checkpoints use.
             train: The recipe's section.
             stage: ZeRO stage, 0 to 3.
             micro_batch: Samples of one forward pass.
@@ -67,6 +68,7 @@ class Engine:
             buffers: What else of the model changes in training, the same on every rank, by the names that checkpoints
                 use. Not at stage 3.
             memory: The same of the player itself, which is no part of the model.
+            aids: What is trained of the player itself: it is in every state and not among the weights.
 
         Raises:
             UserError: the optimizer needs a library that isn't installed, or the disk for train.zero.offload: nvme is
@@ -75,9 +77,10 @@ class Engine:
         self.steps = 0
         self.grad_norm = math.nan
         self.learning_rate = math.nan
-        self._parameters = dict(parameters)
+        self._parameters = {**parameters, **(aids or {})}
+        self._published = list(parameters)
         self._buffers, self._memory = dict(buffers or {}), dict(memory or {})
-        self._after_step: Callable[[], None] = getattr(player, "after_step", lambda: None)
+        self._after_step: Callable[[int, int], None] = getattr(player, "after_step", lambda done, total: None)
         self._train = train
         self._stage = stage
         self._accumulation = accumulation
@@ -85,7 +88,7 @@ class Engine:
         self._device = torch.device(device)
         self._meter = None if train.compile else FlopMeter()
         self._micro_steps = 0
-        self.shapes = {name: whole_shape(parameter) for name, parameter in parameters.items()}
+        self.shapes = {name: whole_shape(parameter) for name, parameter in self._parameters.items()}
         numel = sum(math.prod(shape) for shape in self.shapes.values())
         self.shapes |= {name: tuple(buffer.shape) for name, buffer in self._changing.items()}
         config = make_config(train, stage, micro_batch, accumulation, numel, self._device)
@@ -96,11 +99,11 @@ class Engine:
                 shard(player, dtype, self._device, config)
             else:
                 place(player, dtype, self._device, self._changing.values())
-        self._optimizer = make_optimizer(list(parameters.values()), train)
+        self._optimizer = make_optimizer(list(self._parameters.values()), train)
         with offloading(self._disk, all_large=True):
             self._engine = initialize(player, self._optimizer, config)
         if stage == 0:
-            spare_walks(self._engine, self._optimizer, list(parameters.values()))
+            spare_walks(self._engine, self._optimizer, list(self._parameters.values()))
         self._fragments = find_fragments(self._parameters, self._engine.optimizer, stage)
         self._partitions = distinct(self._fragments)
         if self._disk is not None:  # else the first step makes them, elsewhere
@@ -153,7 +156,7 @@ class Engine:
             weight = 1.0 - ema_decay(train.ema or 0.0, self.steps)
             with torch.no_grad():
                 torch._foreach_lerp_(self._ema, self._partitions, weight)
-        self._after_step()
+        self._after_step(self.steps, self._total_steps)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -209,7 +212,7 @@ class Engine:
         averaged = ema and bool(self._train.ema)
         kind = "ema" if averaged else "weight"
         values = self._ema if averaged else self._partitions
-        weights = {name: kinds[kind] for name, kinds in self._gather({kind: values}).items()}
+        weights = {name: kinds[kind] for name, kinds in self._gather({kind: values}, self._published).items()}
         return weights | copies(self._buffers)
 
     def state(self) -> State:
@@ -254,11 +257,16 @@ class Engine:
             write_moments(self._optimizer, partition, pair, steps)
         self.steps = steps
 
-    def _gather(self, values: Mapping[str, Sequence[Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors by name and kind on rank 0, from one tensor per kind and partition. Collective."""
+    def _gather(
+        self, values: Mapping[str, Sequence[Tensor]], names: Iterable[str] | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors by name and kind on rank 0, from one tensor per kind and partition. Collective.
+
+        Of some parameters, or of all.
+        """
         position = {id(partition): index for index, partition in enumerate(self._partitions)}
         gathered: dict[str, dict[str, Tensor]] = {}
-        for name in self._parameters:
+        for name in self._parameters if names is None else names:
             shape, fragment = self.shapes[name], self._fragments.get(name)
             index = None if fragment is None else position[id(fragment.partition)]
             own = [] if index is None else [column[index] for column in values.values()]

@@ -126,7 +126,7 @@ def forecast(
         less = found.activations - footprint.activations(size, checkpointing=True)
         return Row(stage, offload, found, found.total - less)
 
-    stages = STAGES[: recipe.pair.max_zero_stage + 1]
+    stages = STAGES[: recipe.max_zero_stage + 1]
     rows = [row(stage, False) for stage in stages]
     if on_gpu and recipe.train.optimizer.type == "adamw":
         rows += [row(stage, True) for stage in stages[1:]]

@@ -78,7 +78,7 @@ def halving(run: Store, recipe: Recipe, plan: TrainPlan) -> Iterator[None]:
 
 def no_room(recipe: Recipe) -> str:
     """What helps a run that has no room with any micro-batch."""
-    train, highest = recipe.train, recipe.pair.max_zero_stage
+    train, highest = recipe.train, recipe.max_zero_stage
     more = "" if train.activation_checkpointing else "train.activation_checkpointing: true, "
     more += "" if train.zero.stage == highest else f"train.zero.stage: {highest} on more workers, "
     more += "" if train.zero.offload != "none" else "train.zero.offload: cpu, "

@@ -127,7 +127,7 @@ def lines_of(recipe: Recipe, layout: Layout, memory: Memory, rates: Rates) -> It
     except UserError:
         chosen = None
     share = math.ceil(train.batch_size / workers)
-    for stage in STAGES[: recipe.pair.max_zero_stage + 1]:
+    for stage in STAGES[: recipe.max_zero_stage + 1]:
         zero = train.zero.model_copy(update={"stage": stage})
         fixed = recipe.model_copy(update={"train": train.model_copy(update={"zero": zero})})
         _, size = settle_sizes(fixed, workers, share, memory)

@@ -146,7 +146,7 @@ def settle_sizes(recipe: Recipe, workers: int, share: int, memory: Memory | None
     sizes = micro_batches(share, CPU_MICRO_BATCH if memory is None else GPU_MICRO_BATCH) if asked == "auto" else [
         min(asked, share)
     ]  # fmt: skip
-    bearable = STAGES[1 if offload else 0 : recipe.pair.max_zero_stage + 1]
+    bearable = STAGES[1 if offload else 0 : recipe.max_zero_stage + 1]
     stages = bearable if asked_stage == "auto" else [asked_stage]
     if memory is None:
         return stages[0], sizes[0]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gtl.config import Recipe
-from gtl.config.objectives import DenoiseObjective, PriorPreservation
+from gtl.config.objectives import AlignObjective, DenoiseObjective, PriorPreservation
 from gtl.families import denoising
 from gtl.storage import Store
 from gtl.types import Progress
@@ -30,6 +30,7 @@ def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Pro
     Raises:
         UserError: the data, the model or the cache is not what it has to be, or the recipe does not fit the model.
     """
+    from gtl.data.plan import check_domains
     from gtl.data.prepare import check_sources
     from gtl.data.prepare import prepare as encode
 
@@ -42,6 +43,7 @@ def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Pro
 
     objective, cache = recipe.objective, recipe.storage.cache
     prior = objective.prior if isinstance(objective, DenoiseObjective) else None
+    target = objective.target if isinstance(objective, AlignObjective) else None
     extra = None
     if prior is not None:
         check_sources(recipe.data)
@@ -51,10 +53,13 @@ def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Pro
     prompts = [denoising(family).negative_text(shown.negative_prompt)] if family.encoders else []
     if isinstance(shown.prompts, list):
         prompts += shown.prompts
-    return encode(
-        recipe.data, family, cache, dtype=dtype, needs=recipe.needs, prior=extra, prompts=prompts, check=check,
-        progress=progress,
+    dataset = encode(
+        recipe.data, family, cache, dtype=dtype, needs=recipe.needs, prior=extra, target=target, prompts=prompts,
+        check=check, progress=progress,
     )  # fmt: skip
+    if isinstance(objective, AlignObjective):
+        check_domains(dataset.entries, recipe.train.batch_size, max(objective.fewest, 1))
+    return dataset
 
 
 def draw_class_images(

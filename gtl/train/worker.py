@@ -84,7 +84,9 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     """
     import torch.distributed as dist
 
+    from gtl.config.objectives import AlignObjective
     from gtl.data.dataset import Dataset
+    from gtl.data.plan import check_domains
     from gtl.train.assemble import assemble
     from gtl.train.course import Course, images_of, of_first
     from gtl.train.halve import halving, limit, read_limit
@@ -98,6 +100,9 @@ def run(job: Job, device: torch.device, notify: Notify) -> None:
     check_base(trainee.family, job)
     plan = settle(recipe, trainee.family, device, job.dtype, images.batches.steps_per_epoch)
     plan = limit(plan, recipe, dist.get_world_size(), of_first(lambda: read_limit(job.run), device))
+    if isinstance(recipe.objective, AlignObjective):
+        entries, fewest = images.trained.entries, recipe.objective.fewest
+        check_domains(entries, recipe.train.batch_size, fewest, dist.get_world_size(), plan.micro_batch)
     engines = make_engines(trainee, recipe, plan, device)
 
     def used() -> float:
@@ -154,9 +159,11 @@ def make_engines(trainee: Trainee, recipe: Recipe, plan: TrainPlan, device: torc
         own = {key: parameter for key, parameter in trainee.parameters.items() if id(parameter) in inside}
         buffers = {key: buffer for key, buffer in trainee.buffers.items() if id(buffer) in inside}
         memory = {key: buffer for key, buffer in player.named_buffers(recurse=False)}
+        known = {id(parameter) for parameter in trainee.parameters.values()}
+        aids = {key: p for key, p in player.named_parameters() if p.requires_grad and id(p) not in known}
         engines[name] = Engine(
             player, own, recipe.train_of(name), stage=plan.stage, micro_batch=plan.micro_batch,
             accumulation=plan.accumulation, device=device, total_steps=plan.steps, dtype=trainee.dtype,
-            buffers=buffers, memory=memory,
+            buffers=buffers, memory=memory, aids=aids,
         )  # fmt: skip
     return engines

@@ -31,9 +31,9 @@ TUNER_CONFIGS = {
 }
 OBJECTIVE_CONFIGS = {
     "denoise": {"min_snr_gamma": 5.0}, "autoencode": {}, "consistency": {"solver_steps": 4},
-    "distill": {"output": 1e-3, "features": 1e-3},
+    "distill": {"output": 1e-3, "features": 1e-3}, "align": {"weight": 0.1},
 }  # fmt: skip
-"""The teacher of the last one is the model itself, so that all that is to be learned is the task."""
+"""The teacher of distill is the model itself, so that all that is to be learned is the task."""
 GAN = "gan"
 """The family whose pair of networks no other objective than theirs is for; both are walked in test_gan.py."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
@@ -43,18 +43,29 @@ CASES = [
     *((tuner, "denoise", True) for tuner in ("lora", "full")),
 ]
 """Every pair that moves the model's weights, and again with the text encoders trained too; words are for themselves."""
+
+
+def is_long(model: str, place: int) -> bool:
+    """Of variants all but the first pair; the full tuning of everything; alignment, but by LoRA and of a UNet."""
+    tuner, objective, _ = case = CASES[place]
+    return case == CASES[-1] or (model in VARIANTS and place > 0) or (
+        objective == "align" and tuner != "lora" and model != "sd"
+    )  # fmt: skip
+
+
 WALK = [
-    pytest.param(model, *case, marks=pytest.mark.soak if case == CASES[-1] or (model in VARIANTS and i) else ())
+    pytest.param(model, *case, marks=pytest.mark.soak if is_long(model, i) else ())
     for i, case in enumerate(CASES) for model in MODELS
 ]  # fmt: skip
-"""Of variants the first pair, and of pairs all but the full tuning of everything; the rest is for the long tests."""
 CAPTIONS = ("a photo of a dog", "a photo of a cat")
+FEW = "builtin:scenes?style=neon"
+"""Where the second one is from."""
 TOKEN_LIMITS = {
     "sd3": {"text_encoder_3": 32}, "flux": {"text_encoder_2": 32}, "flux2": {"text_encoder": 144},
     "flux2_klein": {"text_encoder": 144},
 }  # fmt: skip
 """Of models that read the padding too: enough for the captions, and for instructions before them."""
-STEPS = {"denoise": 16, "autoencode": 30, "consistency": 30, "distill": 30}
+STEPS = {"denoise": 16, "autoencode": 30, "consistency": 30, "distill": 30, "align": 30}
 """Of overfitting, by objective."""
 FALLS_TO = 0.6
 """Share of the first loss that overfitting one batch has to reach."""
@@ -74,14 +85,17 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
     family: Any = open_family(str(written(model)))
     family.token_limits = {**family.token_limits, **TOKEN_LIMITS.get(family.name, {})}
     objectives = FLOW_CONFIGS if family.path.prediction == "flow" else OBJECTIVE_CONFIGS
-    train = {"train": [family.main, *family.encoders]} if with_encoders else {}
+    train: dict[str, Any] = {"train": [family.main, *family.encoders]} if with_encoders else {}
+    if (tuner_type, objective_type) == ("freeze", "align"):
+        train = {"freeze_depth": 0.25}  # the middle of a UNet's blocks is behind its middle section
     recipe = parse_recipe({
         "model": {"source": str(family.folder)},
-        "data": {"source": str(tmp_path)},
+        "data": {"source": [{"source": str(tmp_path)}, {"source": FEW}]},
         "tuner": {"type": tuner_type, **TUNER_CONFIGS[tuner_type], **train},
         "objective": {
             "type": objective_type, **objectives[objective_type],
             **({"teacher": str(family.folder)} if objective_type == "distill" else {}),
+            **({"target": FEW} if objective_type == "align" else {}),
         },
     })
     objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
@@ -165,7 +179,10 @@ def fixed_batch(
     geometry = Geometry(original=(height, width), crop=(0, 0), target=(height, width))
     cached = recipe.needs.text == "embeddings"
     items = [
-        Item({key: value[i] for key, value in moments.items()}, *(given if cached else ({}, {})), geometry, text)
+        Item(
+            {key: value[i] for key, value in moments.items()}, *(given if cached else ({}, {})), geometry, text,
+            is_target=i > 0,
+        )
         for i, (text, given) in enumerate(zip(captions, ((dog, null), (cat, null)), strict=True))
     ]
     return draw_batch(objective, items)

@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from gtl.types import Batch, Losses
 from tests.engine.group import CONTEXT
 
 IMAGES = 10
+FEW = "builtin:scenes"
+"""What the source of the target domain is called."""
 TIMEOUT_S = 180
 ROOM = 2
 
@@ -41,17 +43,21 @@ class Kill:
 
 
 def make_job(
-    folder: Path, tuner: dict[str, Any] | None = None, objective: dict[str, Any] | None = None, **train: Any
+    folder: Path, tuner: dict[str, Any] | None = None, objective: dict[str, Any] | None = None, targets: int = 0,
+    **train: Any,
 ) -> Job:  # fmt: skip
-    """A run of the built-in model on random images, which are written to the folder's cache."""
+    """A run of the built-in model on random images, so many of a target domain; they are in the folder's cache."""
     family = open_family("builtin:tiny")
     dataset = write_dataset(Store(folder / "cache"), family, IMAGES)
+    dataset.entries = [
+        replace(entry, record=replace(entry.record, is_target=i < targets)) for i, entry in enumerate(dataset.entries)
+    ]
     dataset.save()
     recipe = parse_recipe({
         "model": {"source": "builtin:tiny"},
         "tuner": tuner or {"type": "lora", "rank": 4},
         "objective": objective or {},
-        "data": {"source": "photos", "resolution": 64},
+        "data": {"source": [{"source": "photos"}, {"source": FEW}], "resolution": 64},
         "train": {"steps": 9, "batch_size": 3, "ema": 0.9, "checkpoints": {"every": 2}, **train},
         "evaluate": {"prompts": []},
         "storage": {place: f"{folder}/{place}" for place in ("runs", "cache", "registry")},

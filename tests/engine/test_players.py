@@ -134,7 +134,7 @@ def plain(model: str, objective: dict[str, Any]) -> tuple[list[dict[str, float]]
             nn.utils.clip_grad_norm_(player.parameters(), 0.5)
             optimizers[name].step()
             if name == "discriminator":
-                player.after_step()
+                player.after_step(step + 1, STEPS)
             row[f"{name}_loss"] = float(loss.detach())
         series.append(row)
     weights = {name: parameter.detach().clone() for name, parameter in trainee.parameters.items()}

@@ -172,7 +172,8 @@ def test_a_wrong_set(override: str, message: str) -> None:
         ("qqq=1", "qqq: unknown key; known keys: model, tuner, objective, data, train, evaluate, storage"),
         ("train.zero.qqq=1", "train.zero.qqq: unknown key; known keys: stage, offload, offload_folder, hpz"),
         ("objective={type: autoencode, klx: 1}", "objective.klx: unknown key; did you mean objective.kl?"),
-        ("objective={type: autoencode, prior: null}", "objective.prior: unknown key; known keys: type, l1, l2, kl"),
+        ("objective={type: autoencode, prior: null}", "objective.prior: unknown key; known keys: type, l1, l2, kl, "
+         "perceptual, perceptual_network, adversarial, adversarial_after"),
         ("objective.l1=1", "objective.l1: unknown key; known keys: type, min_snr_gamma, caption_dropout, offset_noise, "
          "timesteps, prior"),
     ],

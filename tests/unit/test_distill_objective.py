@@ -80,7 +80,8 @@ def sections(unet: nn.Module, noisy: Tensor, batch: Batch) -> tuple[Tensor, list
 
 
 def test_the_loss_is_the_papers(large: Path, small: Path) -> None:
-    """arXiv 2305.15798, section 3.2: the task, the output and the sections, each a mean square."""
+    """arXiv 2305.15798, section 3.2: the task, the output and the sections, each a mean square; a section's in mean
+    squares of the teacher's."""
     student, teacher = (open_family(str(folder)).load("unet") for folder in (small, large))
     family = open_family(str(small))
     batch = batch_of(family)
@@ -95,14 +96,26 @@ def test_the_loss_is_the_papers(large: Path, small: Path) -> None:
     with torch.no_grad():
         (mine, own), (theirs, wanted) = (sections(unet, noisy, batch) for unet in (student, teacher))
     task, output = ((mine - other).square().mean((1, 2, 3)) for other in (noise, theirs))
-    features = sum((a - b).square().mean((1, 2, 3)) for a, b in zip(own, wanted, strict=True))
+    features = sum(
+        (a - b).square().sum((1, 2, 3)) / b.square().sum((1, 2, 3)) for a, b in zip(own, wanted, strict=True)
+    )
     expected = (batch.weight * (0.5 * task + 2.0 * output + 3.0 * features)).sum()
     torch.testing.assert_close(losses.total, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.parts["mse"], (batch.weight * task).sum(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.parts["output"], (batch.weight * output).sum(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.parts["features"], (batch.weight * features).sum(), rtol=1e-5, atol=1e-6)
     losses.total.backward()
     moved = {name.partition(".")[0] for name, value in player.named_parameters() if value.grad is not None}
     assert moved == {"main"}, "the teacher stays"
+
+
+def test_a_teacher_may_be_heard_by_its_output_alone(large: Path, small: Path) -> None:
+    family = open_family(str(small))
+    objective = make_objective(DistillObjective(type="distill", teacher=str(large), features=0), family)
+    (player,) = objective.players({"unet": family.load("unet").requires_grad_(True)}, torch.float32).values()
+    losses = player(batch_of(family))
+    torch.testing.assert_close(losses.total, losses.parts["mse"] + losses.parts["output"])
+    assert losses.parts["features"] == 0
 
 
 def test_blocks_of_a_transformer_are_as_far_through() -> None:

@@ -153,11 +153,11 @@ def test_nothing_is_rounded_before_it_is_placed_and_then_nothing_else_is_kept() 
 def test_what_moves_the_base_is_refused(tuner: str, objective: str) -> None:
     needed: dict[str, dict[str, Any]] = {
         "freeze": {"freeze_depth": 1}, "prompt": {"token": "<dog>", "initializer": "dog"},
-        "distill": {"teacher": "builtin:tiny"},
+        "distill": {"teacher": "builtin:tiny"}, "align": {"target": "builtin:scenes"},
     }  # fmt: skip
     values = {
         "model": {"source": "builtin:tiny", "quantization": "int8"},
-        "data": {"source": "photos"},
+        "data": {"source": [{"source": "photos"}, {"source": "builtin:scenes"}]},
         "tuner": {"type": tuner, **needed.get(tuner, {})},
         "objective": {"type": objective, **needed.get(objective, {})},
     }
