@@ -20,7 +20,7 @@ GENERATORS = {"ConvGenerator": "gtl.families.gan_conv", "ResidualGenerator": "gt
 """Classes of generators -> their module."""
 DISCRIMINATORS = {
     "ConvDiscriminator": "gtl.families.gan_conv", "ResidualDiscriminator": "gtl.families.gan_residual",
-    "VggDiscriminator": "gtl.families.gan_features",
+    "VggDiscriminator": "gtl.families.gan_features", "BackboneDiscriminator": "gtl.families.gan_backbone",
 }  # fmt: skip
 """Classes of discriminators -> their module."""
 LIBRARY = "gtl"

@@ -20,6 +20,7 @@ from gtl.config import Recipe, parse_recipe
 from gtl.config.pairs import PAIRS
 from gtl.families import denoising, open_family
 from gtl.families.base import Family
+from gtl.families.gan_backbone import with_backbone
 from gtl.families.gan_conv import ConvGenerator, PixelNorm
 from gtl.families.gan_features import VggDiscriminator
 from gtl.generate.drawing import check
@@ -374,6 +375,64 @@ def test_weights_that_are_not_vggs_are_refused(vgg: Path, tmp_path: Path) -> Non
     torch.save({**stored, "features.0.weight": torch.zeros(64, 1, 3, 3)}, tmp_path / "grey.pth")
     with pytest.raises(UserError, match=r"features.0.weight has shape \[64, 1, 3, 3\]; VGG19's is \[64, 3, 3, 3\]"):
         network.load_features(tmp_path / "grey.pth")
+
+
+def write_backbone(folder: Path, kind: str) -> nn.Module:
+    """A network of transformers that sees, with random weights."""
+    from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTImageProcessor, ViTModel
+
+    torch.manual_seed(0)
+    if kind == "vit":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+        network: Any = ViTModel(ViTConfig(**sizes, image_size=48, patch_size=8))
+        ViTImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]).save_pretrained(folder)
+    elif kind == "resnet":
+        network = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "num_hidden_layers": 1}
+        network = BertModel(BertConfig(**sizes))
+    network.save_pretrained(folder)
+    return network.eval()
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_a_discriminator_sees_by_any_network_of_transformers(tmp_path: Path, kind: str) -> None:
+    own = write_backbone(tmp_path / kind, kind)
+    network = with_backbone(tmp_path / kind, SIDE).eval()
+    pixels = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    if kind == "vit":
+        seen = (pixels / 2 + 0.5 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(
+            3, 1, 1
+        )
+        seen = nn.functional.interpolate(seen, (48, 48), mode="bilinear", antialias=True)
+        features = own(pixel_values=seen).last_hidden_state.mean(1)
+    else:
+        features = own(pixel_values=pixels).last_hidden_state.mean((2, 3))
+    expected = features @ network.head.weight[0]
+    torch.testing.assert_close(network(pixels), expected, rtol=1e-4, atol=1e-6)
+
+    folder = make_gan(tmp_path / "model")
+    shutil.rmtree(folder / "discriminator")
+    network.save_pretrained(folder / "discriminator")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("ConvDiscriminator", "BackboneDiscriminator"))
+    trainee = trainee_of(recipe_of(
+        folder, tuner={"type": "freeze", "freeze_depth": 0, "discriminator_depth": 0},
+        objective={"type": "adversarial", "loss": "hinge"},
+    ))  # fmt: skip
+    assert any(name.startswith("discriminator.blocks.0.") for name in trainee.parameters)
+    rows = play(trainee, 2)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    part = open_family(str(folder)).load("discriminator").eval()
+    torch.testing.assert_close(part(pixels), network(pixels), msg="it is read again as it was written")
+
+
+def test_networks_that_do_not_see_are_refused(tmp_path: Path) -> None:
+    write_backbone(tmp_path / "bert", "bert")
+    with pytest.raises(UserError, match="bert: BertModel reads input_ids; one is needed that sees"):
+        with_backbone(tmp_path / "bert")
+    with pytest.raises(UserError, match="nothing: no network of transformers"):
+        with_backbone(tmp_path / "nothing")
 
 
 def test_networks_of_different_sides_are_refused(tmp_path: Path) -> None:
