@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gtl.search.trial import Place
 
 FRESH = 1_000_003
-"""Added to the seed of pictures that trials were chosen by, for those that they are confirmed by."""
+"""Added to the seeds of pictures and of noise that trials were chosen by, for those that they are confirmed by."""
 
 
 def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = quiet) -> Record:
@@ -47,14 +47,22 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
         KeyboardInterrupt: it was stopped; `resume` goes on with it.
     """
     from gtl.search.schedule import check_searcher
-    from gtl.search.trial import Place
 
     check_searcher(study)
     studies = Store(f"{study.base.storage.runs}/{name}")
     version = unfinished(studies, study) if resume else new_version(dump_study(study))
-    folder = studies.sub(version)
-    place = Place(study.model_dump(mode="json"), folder.url(), version)
-    record = Record(folder, name, version, study)
+    record = Record(studies.sub(version), name, version, study)
+    run(study, record, progress)
+    page(record.folder)
+    return record
+
+
+def run(study: Study, record: Record, progress: Progress) -> None:
+    """Run what is left of a study, choose, publish; see `tune`."""
+    from gtl.search.trial import Place
+
+    folder = record.folder
+    place = Place(study.model_dump(mode="json"), folder.url(), record.version)
     began = time.monotonic()
 
     def hours() -> float:
@@ -74,8 +82,6 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
             record.ended = now()
         finally:
             record.save(hours())
-    page(folder)
-    return record
 
 
 def page(folder: Store) -> None:
@@ -177,7 +183,7 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
         reasons = dict.fromkeys(one.reason for one in record.trials.values() if one.reason)
         raise UserError(f"no trial ran to its end: {'; '.join(map(str, reasons)) or 'all were stopped'}")
     best = [outcome.trial for outcome in top(finished, study.directions, max(study.confirm.top, study.publish.top, 1))]
-    if study.confirm.top and METRICS[study.measured[0]].needs and study.metrics[0] in METRICS:
+    if study.confirm.top and study.metrics[0] in METRICS:
         found = confirm(study, place, best[: study.confirm.top], cluster, progress)
         won = winner(found, study.metrics[0])
         metric = study.metrics[0]
@@ -186,7 +192,7 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
         order = [outcome.trial for outcome in rank(measured, {metric: study.directions[metric]})]
         record.finalists = [
             {"trial": trial, "metric": metric, "value": scores[trial].value, "low": scores[trial].low,
-             "high": scores[trial].high, "samples": scores[trial].num_fake}
+             "high": scores[trial].high, "samples": scores[trial].num_fake or scores[trial].num_real}
             for trial in order
         ]  # fmt: skip
         record.winner = {"trial": won.trial, "text": str(won), "tied": list(won.tied)}
@@ -204,29 +210,37 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
 def confirm(
     study: Study, place: Place, trials: Sequence[str], cluster: Cluster, progress: Progress
 ) -> dict[str, Evaluation]:
-    """Evaluations of trials' published weights, on seeds that none of them was chosen by."""
+    """Evaluations of trials' published weights, on seeds that none of them was chosen by: of pictures, and of the noise
+    that val_loss is at."""
     from gtl.data.reference import reference
     from gtl.evaluate.run import evaluate_all
     from gtl.generate.spread import Published
 
-    shelf = Registry(f"{place.url}/finalists")
-    chosen = []
+    shelf, base = Registry(f"{place.url}/finalists"), study.base
+    chosen: dict[str, tuple[Published, ...]] = {}
+    steps: dict[str, int] = {}
     for trial in trials:
         start = start_of(place, trial, cluster)
         publish(start, shelf)
         name = f"{start.job.name}@{start.job.version}"
-        chosen.append((Published(shelf.store.root, name, sampler=start.recipe.sampler),))
-    base = study.base
+        chosen[trial] = (Published(shelf.store.root, name, sampler=start.recipe.sampler),)
+        steps[trial] = start.recipe.evaluate.steps
     asked = base.evaluate.model_copy(update={
-        "metrics": [name for name in study.measured if METRICS[name].needs], "seed": base.evaluate.seed + FRESH,
+        "metrics": list(study.measured), "seed": base.evaluate.seed + FRESH,
         "samples": study.confirm.samples or base.evaluate.samples,
     })  # fmt: skip
-    recipe = base.model_copy(update={"evaluate": asked})
-    family = open_model(recipe, progress)
-    images = reference(recipe.data, family, recipe.storage.cache, progress)
-    dtype = choose_resources(recipe, cluster).dtype
-    found = evaluate_all(recipe, shelf, chosen, family, images, dtype, progress)
-    return dict(zip(trials, found, strict=True))
+    family = open_model(base, progress)
+    images = reference(base.data, family, base.storage.cache, progress)
+    dtype = choose_resources(base, cluster).dtype
+    found: dict[str, Evaluation] = {}
+    for number in dict.fromkeys(steps.values()):
+        alike = [trial for trial in trials if steps[trial] == number]
+        recipe = base.model_copy(update={"evaluate": asked.model_copy(update={"steps": number})})
+        found |= zip(alike, evaluate_all(
+            recipe, shelf, [chosen[trial] for trial in alike], family, images, dtype, progress,
+            noise=base.data.seed + FRESH,
+        ), strict=True)  # fmt: skip
+    return {trial: found[trial] for trial in trials}
 
 
 def start_of(place: Place, trial: str, cluster: Cluster) -> Start:
