@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gtl.adapters import Registry
@@ -20,6 +20,7 @@ from gtl.search.choose import Outcome, rank, top, winner
 from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now, trial_name
 from gtl.search.room import Room, fill, make_room
 from gtl.search.space import carried, configurations
+from gtl.search.standing import Audience, Watch
 from gtl.session import Cluster, session
 from gtl.storage import Store
 from gtl.train.launch import Start, begin, open_model, publish
@@ -33,7 +34,9 @@ FRESH = 1_000_003
 """Added to the seeds of pictures and of noise that trials were chosen by, for those that they are confirmed by."""
 
 
-def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = quiet) -> Record:
+def tune(
+    study: Study, name: str, *, resume: bool = False, progress: Progress = quiet, watch: Watch | None = None
+) -> Record:
     """Run a study on the cluster and publish the best of it.
 
     Args:
@@ -41,6 +44,7 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
         name: Of the study, and of what it publishes unless that says another.
         resume: Go on with the newest unfinished study of that name; what is done is not done again.
         progress: Is called as it goes on.
+        watch: Is called with how the trials stand, every few seconds.
 
     Raises:
         UserError: the study, the model, the data or the cluster is not what it has to be, or no trial came to anything.
@@ -52,12 +56,12 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
     studies = Store(f"{study.base.storage.runs}/{name}")
     version = unfinished(studies, study) if resume else new_version(dump_study(study))
     record = Record(studies.sub(version), name, version, study)
-    run(study, record, progress)
+    run(study, record, progress, watch)
     page(record.folder)
     return record
 
 
-def run(study: Study, record: Record, progress: Progress) -> None:
+def run(study: Study, record: Record, progress: Progress, watch: Watch | None) -> None:
     """Run what is left of a study, choose, publish; see `tune`."""
     from gtl.search.trial import Place
 
@@ -77,7 +81,7 @@ def run(study: Study, record: Record, progress: Progress) -> None:
             record.trials.setdefault(trial, TrialRecord(trial, values, place.run(number).url()))
         record.save(hours())
         try:
-            search(study, place, record, room, cluster, progress, hours)
+            search(study, place, record, room, cluster, Audience(progress, watch, hours))
             choose(study, place, record, cluster, progress)
             record.ended = now()
         finally:
@@ -123,10 +127,7 @@ def listed(study: Study) -> list[tuple[int, dict[str, Any]]]:
     return list(enumerate(configurations(study))) if study.searcher.type in ("random", "grid") else []
 
 
-def search(
-    study: Study, place: Place, record: Record, room: Room, cluster: Cluster, progress: Progress,
-    hours: Callable[[], float],
-) -> None:  # fmt: skip
+def search(study: Study, place: Place, record: Record, room: Room, cluster: Cluster, audience: Audience) -> None:
     """Run the trials that are left; where a rate is carried over ranks, first those at the smallest.
 
     Raises:
@@ -134,13 +135,13 @@ def search(
     """
     first, trials = study.at_smallest_rank, record.trials
     if not any(one.carried for one in trials.values()):
-        run_left(first, place, record, list(trials), room, cluster, progress, hours)
+        run_left(first, place, record, list(trials), room, cluster, audience)
         if study.transfer_rank:
             carry(study, place, record)
-            record.save(hours())
+            record.save(audience.hours())
     if added := [name for name, one in trials.items() if one.carried]:
         whole = first.model_copy(update={"scheduler": Fifo(), "searcher": RandomSearch()})
-        run_left(whole, place, record, added, room, cluster, progress, hours)
+        run_left(whole, place, record, added, room, cluster, audience)
 
 
 def carry(study: Study, place: Place, record: Record) -> None:
@@ -154,7 +155,7 @@ def carry(study: Study, place: Place, record: Record) -> None:
 
 def run_left(
     study: Study, place: Place, record: Record, trials: Sequence[str], room: Room, cluster: Cluster,
-    progress: Progress, hours: Callable[[], float],
+    audience: Audience,
 ) -> None:  # fmt: skip
     """Run those of some trials that are left, and what else a searcher asks for.
 
@@ -168,8 +169,8 @@ def run_left(
     if study.searcher.type in ("random", "grid") and not left:
         return
     asked = study.num_trials - sum(one.state in ENDED for one in record.trials.values())
-    with packs_for(study, place, room, cluster, max(asked, len(left)), progress) as packs:
-        run_trials(study, place, record, room, packs, left, progress, hours)
+    with packs_for(study, place, room, cluster, max(asked, len(left)), audience.progress) as packs:
+        run_trials(study, place, record, room, packs, left, audience)
 
 
 def choose(study: Study, place: Place, record: Record, cluster: Cluster, progress: Progress) -> None:
