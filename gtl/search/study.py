@@ -17,6 +17,7 @@ from gtl.config.search import Fifo, RandomSearch
 from gtl.evaluate.result import Evaluation
 from gtl.report.command import write_page
 from gtl.search.choose import Outcome, rank, top, winner
+from gtl.search.claim import claimed
 from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now, trial_name
 from gtl.search.room import Room, fill, make_room
 from gtl.search.space import carried, configurations
@@ -47,16 +48,18 @@ def tune(
         watch: Is called with how the trials stand, every few seconds.
 
     Raises:
-        UserError: the study, the model, the data or the cluster is not what it has to be, or no trial came to anything.
+        UserError: the study, the model, the data or the cluster is not what it has to be, no trial came to anything, or
+            another process runs a study of that name.
         KeyboardInterrupt: it was stopped; `resume` goes on with it.
     """
     from gtl.search.schedule import check_searcher
 
     check_searcher(study)
     studies = Store(f"{study.base.storage.runs}/{name}")
-    version = unfinished(studies, study) if resume else new_version(dump_study(study))
-    record = Record(studies.sub(version), name, version, study)
-    run(study, record, progress, watch)
+    with claimed(studies, progress):
+        version = unfinished(studies, study) if resume else new_version(dump_study(study))
+        record = Record(studies.sub(version), name, version, study)
+        run(study, record, progress, watch)
     page(record.folder)
     return record
 
