@@ -156,7 +156,8 @@ class Study(Section):
         """What is searched before the rate is carried; the study itself where it is not."""
         if not self.transfer_rank:
             return self
-        smallest = Domain(choice=(min(self.space["tuner.rank"].values),))
+        ranks = self.space["tuner.rank"]
+        smallest = Domain(choice=(min(ranks.bounds or ranks.values),))
         return self.model_copy(update={"transfer_rank": False, "space": {**self.space, "tuner.rank": smallest}})
 
     @property

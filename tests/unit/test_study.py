@@ -310,6 +310,10 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "transfer_rank: true: carries the learning rate over ranks; tuner.rank is not in the space"),
         ([*RANKS, "space.tuner.rank={choice: [4]}"],
          "transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid"),
+        ([*RANKS, "space.tuner.rank={randint: [2, 4000000000]}", "set.tuner.alpha=16"],
+         "transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid"),
+        ([*RANKS, "space.tuner.rank={randint: [2, 4000000000]}", "scheduler.type=pbt"],
+         "space.tuner.rank: cannot change in the middle of a run, as pbt does; put it under set, or take asha"),
         ([*RANKS], "transfer_rank: true: with tuner.alpha: auto the best rate moves with the rank; "
          "set it to a number, such as 16"),
         ([*RANKS, "set.tuner.alpha=8", "set.tuner.rslora=true"],
