@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from gtl.cli import main
 from gtl.search import claim
 from gtl.search.claim import DRIVER, Driver, claimed, read, to_json
 from gtl.storage import Store
@@ -103,6 +105,23 @@ def test_a_killed_one_of_this_machine_is_known_to_be_gone_at_once(tmp_path: Path
         mine = read(studies)
         assert mine is not None and mine.pid == os.getpid()
     assert said == [], "nobody had to wait for a count"
+
+
+def test_a_second_command_ends_with_one_line_and_status_2(
+    fast: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"recipe": {"model": {"source": "nowhere"}, "data": {"source": "nowhere"},
+                         "storage": {"runs": str(tmp_path / "runs")}},
+              "space": {"train.learning_rate": {"choice": [1e-3, 1e-4]}}, "metric": "kid"}  # fmt: skip
+    (tmp_path / "rates.yaml").write_text(json.dumps(values))
+    with claimed(Store(tmp_path / "runs" / "rates"), quiet):
+        for more in ([], ["--resume"]):
+            monkeypatch.setattr(sys, "argv", ["gtl", "tune", str(tmp_path / "rates.yaml"), *more])
+            with pytest.raises(SystemExit) as end:
+                main()
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert end.value.code == 2
+            assert last.startswith(f"error: study {tmp_path}/runs/rates: process {os.getpid()} on ")
 
 
 def test_of_another_machine_it_is_seen_whether_it_counts(fast: None, studies: Store) -> None:
