@@ -2,7 +2,8 @@
 
 A file says who, and its count goes up as long as that process lives. A process that was killed leaves the file behind:
 on its own machine that is seen at once, from another when the count has stood still for a while. Which of several that
-come at the same moment is first, `Store.create` decides.
+come at the same moment is first, `Store.create` decides; in a bucket where it cannot, who wrote last stays, and the
+other is interrupted when it counts next.
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def standing(study: Study, record: Record, spent: Spent) -> Standing:
         if one.state == "running"
     )
     best = record.best()
-    leader = best and Contender(best.trial, best.config, best.steps, steps_of(study, best), best.metrics[metric])
+    leader = None
+    if best is not None:
+        leader = Contender(best.trial, best.config, best.steps, steps_of(study, best), best.metrics[metric])
     left = seconds_left(study, record, counts.get("waiting", 0), spent)
     return Standing(metric, tuple(study.space), running, counts, total, leader, left)
 

@@ -22,6 +22,7 @@ from gtl.families import denoising, open_family
 from gtl.generate.spread import Model, Origin, Published
 from gtl.search.record import Record
 from gtl.search.space import configurations
+from gtl.search.standing import Standing
 from gtl.search.study import FRESH, tune
 from gtl.types import UserError, quiet
 from tests.tiny import make_sd, write_pictures
@@ -94,7 +95,11 @@ def test_losses_are_measured_again_at_noise_that_nobody_was_chosen_by(ray_cluste
     held_out = {"data.validation": 0.75, "evaluate.prompts": []}
     study = parse_study(make_values(place, space, 3, searcher={"type": "grid"}, scheduler={"type": "fifo"},
                                     confirm={"top": 2}, set=held_out))  # fmt: skip
-    record = tune(study, "losses")
+    seen: list[Standing] = []
+    record = tune(study, "losses", watch=seen.append)
+    assert (seen[-1].counts, seen[-1].ended, seen[-1].total, seen[-1].running) == ({"finished": 2}, 2, 2, ())
+    assert {one.trial for found in seen for one in found.running} == {"00000", "00001"}
+    assert seen[-1].best is not None and seen[-1].best.value == record.trials["00001"].metrics["val_loss"]
     best, other = record.finalists
     assert (best["trial"], other["trial"]) == ("00001", "00000")
     for one in record.finalists:

@@ -207,6 +207,17 @@ def test_the_best_and_the_worst_draw_the_same_prompts(shown: Store, runs: Store)
     assert not [tag for tag, _ in open_page(make_study(runs, trials, **ENDED)).elements if tag == "img"]
 
 
+def test_losses_that_were_measured_again_are_of_held_out_images(runs: Store) -> None:
+    trials = [make_trial(runs, number) for number in range(8)]
+    for one in trials:
+        one["metrics"] = {"val_loss": one["metrics"]["prompt_accuracy"]} if one["metrics"] else {}
+    again = [{**one, "metric": "val_loss", "samples": 12} for one in FINALISTS]
+    changes = {**ENDED, "metrics": ["val_loss"], "directions": LOWER, "finalists": again}
+    told = told_by(open_page(make_study(runs, trials, **changes)))
+    assert "val_loss; 95 % interval 0.56 to 0.76, of 12 held-out images at fresh noise" in told
+    assert "val_loss, measured again" in told and "pictures on fresh seeds" not in told
+
+
 def test_a_study_that_goes_on_has_a_page_too(runs: Store) -> None:
     trials = [make_trial(runs, number) for number in range(6)]
     trials[4] |= {"state": "running", "steps": 20}
