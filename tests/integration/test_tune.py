@@ -20,6 +20,7 @@ from gtl.config.study import Study
 from gtl.evaluate.held_out import validate
 from gtl.families import denoising, open_family
 from gtl.generate.spread import Model, Origin, Published
+from gtl.search.cost import inference_tflops
 from gtl.search.record import Record
 from gtl.search.space import configurations
 from gtl.search.standing import Standing
@@ -203,6 +204,36 @@ def test_a_rate_is_carried_from_the_smallest_rank_and_what_was_cut_off_goes_on(r
     before = [path.stat().st_mtime_ns for path in results[:2]]
     assert tried(tune(study, "ranks", resume=True)) == expected
     assert [path.stat().st_mtime_ns for path in results[:2]] == before and results[2].exists()
+
+
+@pytest.mark.soak
+def test_quality_is_weighed_against_what_a_picture_takes(ray_cluster: None, place: Path) -> None:
+    """What is taught for few steps is drawn in fewer, in the search and when it is measured again, and costs less."""
+    space = {"objective.type": {"grid": ["denoise", "consistency"]},
+             "evaluate.steps": {"choice": [2], "when": {"objective.type": "consistency"}}}  # fmt: skip
+    study = parse_study(make_values(place, space, 2, searcher={"type": "grid"}, metric=["diversity", "inference_tflops"],
+                                    confirm={"top": 2, "samples": 8}, publish={"top": 2},
+                                    set={"evaluate.beside.samples": 8, "evaluate.steps": 6}))  # fmt: skip
+    record = tune(study, "costs")
+    many, few = record.trials["00000"], record.trials["00001"]
+    assert (many.state, few.state, few.config["evaluate.steps"]) == ("finished", "finished", 2)
+    # The adapters are alike; PNDM makes seven passes of six steps, each of two rows.
+    for name, one in record.trials.items():
+        recipe = study.recipe_of(one.config)
+        version = next(item for item in record.published if item.endswith(name))
+        folder = Registry(place / "registry").fetch(version)
+        assert one.metrics["inference_tflops"] == inference_tflops(recipe, folder) > inference_tflops(recipe)
+    assert 0 < few.metrics["inference_tflops"] < many.metrics["inference_tflops"] / 5
+    assert {one["trial"] for one in record.finalists} == {"00000", "00001"}
+    assert "inference_tflops" in record.table().splitlines()[0]
+    page = record.folder.read("report.html").decode()
+    assert "diversity and inference_tflops" in page and "What goes with inference_tflops" in page
+    steps = [
+        json.loads(file.read_text())["sampling"]["steps"]
+        for name in ("00000", "00001")
+        for file in Path(record.folder.url()).glob(f"finalists/{name}/*/evaluations/*.json")
+    ]
+    assert steps == [6, 2]
 
 
 @pytest.mark.soak

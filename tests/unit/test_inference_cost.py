@@ -143,10 +143,9 @@ def test_steps_and_guidance_are_what_a_picture_is_drawn_with(sd: Path) -> None:
     def cost(steps: int, guidance: float) -> int:
         return flops(recipe(sd, evaluate={"steps": steps, "guidance": guidance}))
 
-    step = cost(9, GUIDANCE) - cost(8, GUIDANCE)
-    assert cost(20, GUIDANCE) - cost(10, GUIDANCE) == 10 * step
-    assert 2 * (cost(9, 1.0) - cost(8, 1.0)) == step, "without guidance there is one row"
-    assert cost(9, 1.0) == cost(9, 0.0) and cost(9, 1.5) == cost(9, 7.5)
+    many = cost(20, GUIDANCE)
+    step, rest = divmod(many - cost(10, GUIDANCE), 10)
+    assert rest == 0 and 2 * (many - cost(20, 1.0)) == 21 * step, "without guidance there is one row"
 
 
 @pytest.mark.parametrize(
@@ -169,10 +168,10 @@ def test_an_adapter_takes_what_it_does_in_an_endpoint(
 
 def test_adapters_in_fewer_layers_take_less(family: DiffusionFamily, sd: Path, tmp_path: Path) -> None:
     costs = []
-    for depth in (0, 0.25, 0.5, 0.75):
+    for depth in (0.5, 0.8):
         asked = recipe(sd, tuner={"type": "lora", "rank": 8, "targets": "all-linear+conv", "freeze_depth": depth})
         costs.append(flops(asked, adapter(asked, family, tmp_path / str(depth))))
-    assert costs[0] > costs[1] > costs[2] > costs[3] > flops(recipe(sd))
+    assert costs[0] > costs[1] > flops(recipe(sd))
 
 
 @pytest.mark.parametrize(
