@@ -211,8 +211,9 @@ def test_quality_is_weighed_against_what_a_picture_takes(ray_cluster: None, plac
     """What is taught for few steps is drawn in fewer, in the search and when it is measured again, and costs less."""
     space = {"objective.type": {"grid": ["denoise", "consistency"]},
              "evaluate.steps": {"choice": [2], "when": {"objective.type": "consistency"}}}  # fmt: skip
-    study = parse_study(make_values(place, space, 2, searcher={"type": "grid"}, metric=["diversity", "inference_tflops"],
-                                    confirm={"top": 2, "samples": 8}, publish={"top": 2},
+    both = ["diversity", "inference_tflops"]
+    study = parse_study(make_values(place, space, 2, searcher={"type": "grid"}, metric=both, publish={"top": 2},
+                                    confirm={"top": 2, "samples": 8},
                                     set={"evaluate.beside.samples": 8, "evaluate.steps": 6}))  # fmt: skip
     record = tune(study, "costs")
     many, few = record.trials["00000"], record.trials["00001"]
