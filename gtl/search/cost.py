@@ -36,7 +36,7 @@ def inference_tflops(recipe: Recipe, adapter: Path | None = None) -> float:
 
     Of every step the forward pass, twice under classifier-free guidance, which what was taught for few steps draws
     without; then the decoder. A low-rank adapter is computed beside the layers it is on, as an endpoint does that has
-    many in a batch; what cannot be in a slot (DoRA, other weights) takes the place of the base's, and costs nothing.
+    many in a batch; what cannot be in a slot (DoRA, other weights) takes the place of the base's and adds nothing.
     Prompts are at their longest. Their encoding is not counted: that is done once for all pictures of a prompt.
 
     Args:
