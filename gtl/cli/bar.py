@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Bar:
@@ -57,7 +61,7 @@ class Bar:
         assert isinstance(bar, progress.Progress)
         bar.update(bar.task_ids[0], completed=done, total=total or None, detail=detail)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -15,6 +15,7 @@ from gtl import __version__
 from gtl.cli import adapters, bench, drawing, jobs, usage
 from gtl.cli.bar import Bar
 from gtl.cli.options import AsJson, RecipeFile, Revision, Set, Variant
+from gtl.cli.study_table import StudyBar
 from gtl.types import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -258,7 +259,7 @@ def tune(
         raise UserError("--resume: goes on with trials, and --dry-run runs none; leave one of the two out")
     loaded = load_study(study, set_ or ())
     called = check_name(name or Path(study).stem, "study name")
-    with Bar() as bar:
+    with StudyBar() as bar:
         if dry_run:
             from gtl.search.forecast import forecast
 
@@ -267,7 +268,9 @@ def tune(
         from gtl.search.study import tune as search
 
         try:
-            record = search(loaded, called, resume=resume, progress=bar)
+            record = search(
+                loaded, called, resume=resume, progress=bar, watch=bar.watch if sys.stderr.isatty() else None
+            )
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
             raise typer.Exit(130) from None

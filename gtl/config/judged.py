@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from gtl.config.recipe import Recipe
     from gtl.config.study import Study
 
-COSTS = ("adapter_bytes", "device_hours")
-"""What a study may weigh beside metrics: bytes of the published weights, and hours of the trial's devices in training.
-Lower is better."""
+COSTS = ("adapter_bytes", "device_hours", "inference_tflops")
+"""What a study may weigh beside metrics: bytes of the published weights, hours of the trial's devices in training, and
+10^12 floating-point operations of drawing a picture (`gtl.search.cost`). Lower is better."""
 SAME_IMAGES = ("data.flip", "data.crops", "data.gpus_per_encoder", "data.max_broken")
 """Keys of `data` that do not decide which images and captions a metric looks at."""
 SAME_LOSS = (
@@ -36,6 +36,8 @@ def check_judged(study: Study) -> None:
             f"metric: {', '.join(study.metrics)}: the cheapest model learns nothing; add a metric of quality"
         )
     for key in study.space:
+        if key == "evaluate.steps" and "inference_tflops" in study.metrics:
+            continue
         for name in study.measured:
             if reason := incomparable(key, name):
                 raise UserError(f"space.{key}: {reason}")
@@ -45,6 +47,8 @@ def check_judged(study: Study) -> None:
 def incomparable(key: str, metric: str) -> str | None:
     """Why trials with several values of a key have numbers that do not compare; None if they do."""
     section = key.partition(".")[0]
+    if key == "evaluate.steps":
+        return "decides what a picture costs too; add inference_tflops to metric, or put it under set"
     if section == "evaluate":
         return "says how a trial is measured, which has to be one way for all; put it under set"
     if section == "storage":

@@ -53,13 +53,14 @@ class Publish(Section):
 class Confirm(Section):
     """The best trials are measured again, on seeds that nobody was chosen by, before one is called the winner.
 
-    The best of many noisy numbers is too good by the noise it was chosen for.
+    The best of many noisy numbers is too good by the noise it was chosen for. Pictures are drawn of other noise;
+    val_loss is of the same held-out images at other noise and other times.
     """
 
     top: Annotated[int, Field(ge=0)] = 3
     """So many; 0: none, and the winner is the best by the study's own numbers, without an interval."""
     samples: Annotated[int, Field(ge=8)] | None = None
-    """Pictures of each. null: the recipe's evaluate.samples."""
+    """Pictures of each. null: the recipe's evaluate.samples. val_loss draws none."""
 
 
 def check_metric(name: str) -> str:
@@ -97,8 +98,11 @@ class Study(Section):
     """Dotted keys of the recipe -> how they are drawn, for example
     tuner.rank: {choice: [4, 8, 16], when: {tuner.type: lora}}."""
     metric: StudyMetric | Annotated[list[StudyMetric], Field(min_length=1)]
-    """What is best, each in its own direction: one metric, or several for a Pareto front, among them costs:
-    adapter_bytes, the size of what is published, and device_hours, of training it. Measured at every look."""
+    """What is best, each in its own direction: one metric, or several for a Pareto front. Measured at every look.
+    Among several may be costs, known when a trial is through: adapter_bytes, the size of what is published;
+    device_hours, of training it; inference_tflops, the 10^12 floating-point operations of drawing a picture as
+    `evaluate` says. These are counted and not timed, so that they do not depend on what else a machine does; with them
+    evaluate.steps may be in the space, for example {choice: [2, 4], when: {objective.type: consistency}}."""
     trials: Annotated[int, Field(ge=1, le=MOST_LISTED)] | None = None
     """At most so many. null: a grid's points; else as many as the budget is good for; else 16. A space with fewer
     configurations has fewer, since none is tried twice."""
@@ -155,7 +159,8 @@ class Study(Section):
         """What is searched before the rate is carried; the study itself where it is not."""
         if not self.transfer_rank:
             return self
-        smallest = Domain(choice=(min(self.space["tuner.rank"].values),))
+        ranks = self.space["tuner.rank"]
+        smallest = Domain(choice=(min(ranks.bounds or ranks.values),))
         return self.model_copy(update={"transfer_rank": False, "space": {**self.space, "tuner.rank": smallest}})
 
     @property

@@ -138,7 +138,7 @@ def check_transfer(study: Study) -> None:
             raise UserError(f"space.{key}: transfer_rank: true: a rate holds for one of them; put it under set")
         if domain.when and key in ("tuner.rank", "train.learning_rate"):
             raise UserError(f"space.{key}.when: transfer_rank: true: every trial has one; leave the condition out")
-    if study.space["tuner.rank"].size in (None, 1):
+    if not study.space["tuner.rank"].is_list or study.space["tuner.rank"].size == 1:
         raise UserError("transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid")
     if len(study.metrics) > 1 or isinstance(study.scheduler, Pbt):
         raise UserError("transfer_rank: true: carries the rate that is best by one metric and for a whole run; "

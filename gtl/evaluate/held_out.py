@@ -69,8 +69,9 @@ class Look(NamedTuple):
 
 
 def validate(
-    recipe: Recipe, models: Sequence[Model], family: DiffusionFamily, dtype: str, progress: Progress
-) -> list[Score]:
+    recipe: Recipe, models: Sequence[Model], family: DiffusionFamily, dtype: str, progress: Progress,
+    noise: int | None = None,
+) -> list[Score]:  # fmt: skip
     """val_loss of each model, on the connected cluster.
 
     Args:
@@ -79,6 +80,7 @@ def validate(
         family: The recipe's opened model.
         dtype: fp32 or bf16, of the frozen weights.
         progress: Is called as it goes on.
+        noise: Seed of the noise and the times. None: the one that looks at a run have.
 
     Raises:
         UserError: an adapter moves what the loss does not depend on, or an image, the model or the cache is not what it
@@ -86,7 +88,8 @@ def validate(
     """
     needs, cache = needs_of(recipe, models, family), recipe.storage.cache
     dataset = prepare(recipe.data, family, cache, dtype=dtype, needs=needs, held_out=True, progress=progress)
-    held_out = HeldOut(cache, dataset.fingerprint, recipe.objective, needs, recipe.data.seed)
+    seed = recipe.data.seed if noise is None else noise
+    held_out = HeldOut(cache, dataset.fingerprint, recipe.objective, needs, seed)
     images = [entry.record.sha256 for entry in dataset.entries[:MAX_IMAGES]]
     kind = recipe.model.quantization
     note = "" if kind is None else f"of whole weights; a run sees those of the base rounded to {kind}"

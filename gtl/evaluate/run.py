@@ -88,9 +88,12 @@ def evaluate(
 
 def evaluate_all(
     recipe: Recipe, shelf: Registry, chosen: Sequence[tuple[Published, ...]], family: Family, images: Reference,
-    dtype: str, progress: Progress, templates: Sequence[str] = (PLAIN,),
+    dtype: str, progress: Progress, templates: Sequence[str] = (PLAIN,), noise: int | None = None,
 ) -> list[Evaluation]:  # fmt: skip
-    """`evaluate` on the connected cluster, of adapters and images that were found and checked."""
+    """`evaluate` on the connected cluster, of adapters and images that were found and checked.
+
+    `noise` is the seed of what val_loss is measured at; None: that of a run's own looks.
+    """
     origin, base = recipe.model, family.fingerprint()
     asked = recipe.evaluate.model_copy(update={"metrics": of_pictures(recipe.evaluate.metrics)})
     samplings = [plan(asked, images, dtype, template) for template in templates]
@@ -101,7 +104,7 @@ def evaluate_all(
         Drawing(recipe.storage.cache, sampling, Model(place, base, adapters, dtype), asked.samples)
         for adapters, sampling in pairings
     ]
-    losses = losses_of(recipe, drawings, family, dtype, progress)
+    losses = losses_of(recipe, drawings, family, dtype, progress, noise)
     if asked.metrics:
         draw(drawings, family, progress)
     found = []
@@ -142,7 +145,7 @@ def check(recipe: Recipe) -> None:
 
 
 def losses_of(
-    recipe: Recipe, drawings: Sequence[Drawing], family: Family, dtype: str, progress: Progress
+    recipe: Recipe, drawings: Sequence[Drawing], family: Family, dtype: str, progress: Progress, noise: int | None
 ) -> list[dict[str, Score]]:
     """The val_loss of each drawing's model, where it is asked for.
 
@@ -153,7 +156,7 @@ def losses_of(
 
     if "val_loss" not in recipe.evaluate.metrics:
         return [{} for _ in drawings]
-    scores = validate(recipe, [drawing.model for drawing in drawings], denoising(family), dtype, progress)
+    scores = validate(recipe, [drawing.model for drawing in drawings], denoising(family), dtype, progress, noise)
     return [{"val_loss": score} for score in scores]
 
 

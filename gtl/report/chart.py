@@ -150,12 +150,14 @@ def draw(
         return None
     steps, values = [step for step, _ in finite], [value for _, value in finite]
     values += [bound for one in series for _, low, high in one.bounds for bound in (low, high)]
-    x = Axis(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1, LEFT, WIDTH - RIGHT)
+    first, last = min(steps), max(steps)
+    x = Axis(first, last, LEFT, WIDTH - RIGHT) if last > first else Axis(first - 1, first + 1, LEFT, WIDTH - RIGHT)
+    marked = [at for at in linear_ticks(first, last, 5) if at == int(at)] if last > first else [first]
     low, high = within or (min(values), max(values))
     y = replace(vertical(low, high, log, zero), clips=within is not None)
     return Chart(
         title, unit, y.log, "; ".join(describe(one) for one in series if not one.faint),
-        [Tick(x.place(at), short(at)) for at in linear_ticks(x.low, x.high, 5) if at == int(at)],
+        [Tick(x.place(at), short(at)) for at in marked],
         [Tick(y.place(at), short(at)) for at in (log_ticks if y.log else linear_ticks)(y.low, y.high)],
         [trace(one, x, y, unit) for one in series],
         [replace(mark, step=x.place(mark.step)) for mark in marks if x.low <= mark.step <= x.high],

@@ -81,11 +81,36 @@ def scale_of(
         return numbers(key, low, high, domain.is_log, start, end, absent)
     labels = list(dict.fromkeys(map(label, [*domain.values, *values])))
     slot = (end - start) / len(labels)
-    most = max(3, int(abs(slot) / CHARACTER) - 1)
-    shown = [text if len(text) <= most else f"{text[: most - 1]}…" for text in labels]
+    shown = brief(labels, max(3, int(abs(slot) / CHARACTER) - 1))
     ticks = [Tick(round(start + (i + 0.5) * slot, 1), text) for i, text in enumerate(shown)]
     places = {text: tick.at for text, tick in zip(labels, ticks, strict=True)}
     return Scale(key, apart(ticks), None, places, abs(slot), absent)
+
+
+def brief(labels: Sequence[str], most: int) -> list[str]:
+    """Labels with so many characters, cut where they can be told apart so; else, as all numbers are, whole.
+
+    Those that then have no room are left out: see `apart`.
+    """
+    for end in (False, True):
+        cut = [text if len(text) <= most else shorten(text, most, end) for text in labels]
+        if len(set(cut)) == len(labels) and not any(map(is_number, labels)):
+            return cut
+    return list(labels)
+
+
+def shorten(text: str, most: int, end: bool) -> str:
+    """The beginning of a text, or its end."""
+    return f"…{text[1 - most :]}" if end else f"{text[: most - 1]}…"
+
+
+def is_number(text: str) -> bool:
+    """Whether a label is one, of which a part is another."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def scale_of_metric(

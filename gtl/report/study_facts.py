@@ -73,7 +73,8 @@ def headline(board: Board) -> Headline | None:
     if again is not None and again.low is not None and again.high is not None:
         reach = interval(again.low, again.high)
         number = short(again.value)
-        unit = f"{again.metric}; 95 % interval {reach}, of {again.samples} pictures on fresh seeds"
+        of = "held-out images at fresh noise" if again.metric == "val_loss" else "pictures on fresh seeds"
+        unit = f"{again.metric}; 95 % interval {reach}, of {again.samples} {of}"
     else:
         number, unit = short(lead.metrics[study.metric]), f"{study.metric} at step {lead.best_step}"
     several = len(study.tied) > 1  # one is the runner-up, of whom the verdict speaks

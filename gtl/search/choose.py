@@ -110,5 +110,5 @@ def winner(evaluations: Mapping[str, Evaluation], metric: str) -> Winner:
 
 
 def difference(other: Evaluation, best: Evaluation, metric: str) -> Difference | None:
-    """The best's score less another's; None if they were made by two extractors."""
-    return next((found for found in compare(other, best) if found.metric == metric), None)
+    """The best's score less another's; None if they were made by two extractors. Trials may differ in their steps."""
+    return next((found for found in compare(other, best, ("steps",)) if found.metric == metric), None)

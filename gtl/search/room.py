@@ -62,6 +62,8 @@ def size_of(resources: Resources) -> float:
 
 def fill(study: Study, place: Place, room: Room, progress: Progress) -> None:
     """Put what trials read into the cache they share, before any of them looks for it."""
+    from gtl.search.cost import inference_tflops
+
     seen: set[str] = set()
     for values in corners(study):
         recipe = place.recipe(study, values)
@@ -69,4 +71,6 @@ def fill(study: Study, place: Place, room: Room, progress: Progress) -> None:
         if key not in seen:
             seen.add(key)
             family = open_model(recipe, progress)
+            if "inference_tflops" in study.metrics:  # where it cannot be counted, that is better known now
+                inference_tflops(recipe)
             prepare(recipe, family, room.resources.dtype, room.resources.gpus_per_worker, progress)

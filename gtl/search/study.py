@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gtl.adapters import Registry
@@ -17,9 +17,11 @@ from gtl.config.search import Fifo, RandomSearch
 from gtl.evaluate.result import Evaluation
 from gtl.report.command import write_page
 from gtl.search.choose import Outcome, rank, top, winner
+from gtl.search.claim import claimed
 from gtl.search.record import ENDED, RECORD, STUDY, Record, TrialRecord, now, trial_name
 from gtl.search.room import Room, fill, make_room
 from gtl.search.space import carried, configurations
+from gtl.search.standing import Audience, Watch
 from gtl.search.strategy import KIND, advise, look_at, narrowed
 from gtl.session import Cluster, session
 from gtl.storage import Store
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
     from gtl.search.trial import Place
 
 FRESH = 1_000_003
-"""Added to the seed of pictures that trials were chosen by, for those that they are confirmed by."""
+"""Added to the seeds of pictures and of noise that trials were chosen by, for those that they are confirmed by."""
 
 
-def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = quiet) -> Record:
+def tune(
+    study: Study, name: str, *, resume: bool = False, progress: Progress = quiet, watch: Watch | None = None
+) -> Record:
     """Run a study on the cluster and publish the best of it.
 
     Args:
@@ -42,20 +46,31 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
         name: Of the study, and of what it publishes unless that says another.
         resume: Go on with the newest unfinished study of that name; what is done is not done again.
         progress: Is called as it goes on.
+        watch: Is called with how the trials stand, every few seconds.
 
     Raises:
-        UserError: the study, the model, the data or the cluster is not what it has to be, or no trial came to anything.
+        UserError: the study, the model, the data or the cluster is not what it has to be, no trial came to anything, or
+            another process runs a study of that name.
         KeyboardInterrupt: it was stopped; `resume` goes on with it.
     """
     from gtl.search.schedule import check_searcher
-    from gtl.search.trial import Place
 
     check_searcher(study)
     studies = Store(f"{study.base.storage.runs}/{name}")
-    version = unfinished(studies, study) if resume else new_version(dump_study(study))
-    folder = studies.sub(version)
-    place = Place(study.model_dump(mode="json"), folder.url(), version)
-    record = Record(folder, name, version, study)
+    with claimed(studies, progress):
+        version = unfinished(studies, study) if resume else new_version(dump_study(study))
+        record = Record(studies.sub(version), name, version, study)
+        run(study, record, progress, watch)
+    page(record.folder)
+    return record
+
+
+def run(study: Study, record: Record, progress: Progress, watch: Watch | None) -> None:
+    """Run what is left of a study, choose, publish; see `tune`."""
+    from gtl.search.trial import Place
+
+    folder = record.folder
+    place = Place(study.model_dump(mode="json"), folder.url(), record.version)
     began = time.monotonic()
 
     def hours() -> float:
@@ -72,13 +87,11 @@ def tune(study: Study, name: str, *, resume: bool = False, progress: Progress = 
             record.trials.setdefault(trial, TrialRecord(trial, values, place.run(number).url()))
         record.save(hours())
         try:
-            search(study, place, record, room, cluster, progress, hours)
+            search(study, place, record, room, cluster, Audience(progress, watch, hours))
             choose(study, place, record, cluster, progress)
             record.ended = now()
         finally:
             record.save(hours())
-    page(folder)
-    return record
 
 
 def advised(study: Study, record: Record, progress: Progress) -> Study:
@@ -131,10 +144,7 @@ def listed(study: Study) -> list[tuple[int, dict[str, Any]]]:
     return list(enumerate(configurations(study))) if study.searcher.type in ("random", "grid") else []
 
 
-def search(
-    study: Study, place: Place, record: Record, room: Room, cluster: Cluster, progress: Progress,
-    hours: Callable[[], float],
-) -> None:  # fmt: skip
+def search(study: Study, place: Place, record: Record, room: Room, cluster: Cluster, audience: Audience) -> None:
     """Run the trials that are left; where a rate is carried over ranks, first those at the smallest.
 
     Raises:
@@ -142,13 +152,13 @@ def search(
     """
     first, trials = study.at_smallest_rank, record.trials
     if not any(one.carried for one in trials.values()):
-        run_left(first, place, record, list(trials), room, cluster, progress, hours)
+        run_left(first, place, record, list(trials), room, cluster, audience)
         if study.transfer_rank:
             carry(study, place, record)
-            record.save(hours())
+            record.save(audience.hours())
     if added := [name for name, one in trials.items() if one.carried]:
         whole = first.model_copy(update={"scheduler": Fifo(), "searcher": RandomSearch()})
-        run_left(whole, place, record, added, room, cluster, progress, hours)
+        run_left(whole, place, record, added, room, cluster, audience)
 
 
 def carry(study: Study, place: Place, record: Record) -> None:
@@ -162,7 +172,7 @@ def carry(study: Study, place: Place, record: Record) -> None:
 
 def run_left(
     study: Study, place: Place, record: Record, trials: Sequence[str], room: Room, cluster: Cluster,
-    progress: Progress, hours: Callable[[], float],
+    audience: Audience,
 ) -> None:  # fmt: skip
     """Run those of some trials that are left, and what else a searcher asks for.
 
@@ -176,8 +186,8 @@ def run_left(
     if study.searcher.type in ("random", "grid") and not left:
         return
     asked = study.num_trials - sum(one.state in ENDED for one in record.trials.values())
-    with packs_for(study, place, room, cluster, max(asked, len(left)), progress) as packs:
-        run_trials(study, place, record, room, packs, left, progress, hours)
+    with packs_for(study, place, room, cluster, max(asked, len(left)), audience.progress) as packs:
+        run_trials(study, place, record, room, packs, left, audience)
 
 
 def choose(study: Study, place: Place, record: Record, cluster: Cluster, progress: Progress) -> None:
@@ -191,7 +201,7 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
         reasons = dict.fromkeys(one.reason for one in record.trials.values() if one.reason)
         raise UserError(f"no trial ran to its end: {'; '.join(map(str, reasons)) or 'all were stopped'}")
     best = [outcome.trial for outcome in top(finished, study.directions, max(study.confirm.top, study.publish.top, 1))]
-    if study.confirm.top and METRICS[study.measured[0]].needs and study.metrics[0] in METRICS:
+    if study.confirm.top and study.metrics[0] in METRICS:
         found = confirm(study, place, best[: study.confirm.top], cluster, progress)
         won = winner(found, study.metrics[0])
         metric = study.metrics[0]
@@ -200,7 +210,7 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
         order = [outcome.trial for outcome in rank(measured, {metric: study.directions[metric]})]
         record.finalists = [
             {"trial": trial, "metric": metric, "value": scores[trial].value, "low": scores[trial].low,
-             "high": scores[trial].high, "samples": scores[trial].num_fake}
+             "high": scores[trial].high, "samples": scores[trial].num_fake or scores[trial].num_real}
             for trial in order
         ]  # fmt: skip
         record.winner = {"trial": won.trial, "text": str(won), "tied": list(won.tied)}
@@ -218,29 +228,37 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
 def confirm(
     study: Study, place: Place, trials: Sequence[str], cluster: Cluster, progress: Progress
 ) -> dict[str, Evaluation]:
-    """Evaluations of trials' published weights, on seeds that none of them was chosen by."""
+    """Evaluations of trials' published weights, on seeds that none of them was chosen by: of pictures, and of the noise
+    that val_loss is at."""
     from gtl.data.reference import reference
     from gtl.evaluate.run import evaluate_all
     from gtl.generate.spread import Published
 
-    shelf = Registry(f"{place.url}/finalists")
-    chosen = []
+    shelf, base = Registry(f"{place.url}/finalists"), study.base
+    chosen: dict[str, tuple[Published, ...]] = {}
+    steps: dict[str, int] = {}
     for trial in trials:
         start = start_of(place, trial, cluster)
         publish(start, shelf)
         name = f"{start.job.name}@{start.job.version}"
-        chosen.append((Published(shelf.store.root, name, sampler=start.recipe.sampler),))
-    base = study.base
+        chosen[trial] = (Published(shelf.store.root, name, sampler=start.recipe.sampler),)
+        steps[trial] = start.recipe.evaluate.steps
     asked = base.evaluate.model_copy(update={
-        "metrics": [name for name in study.measured if METRICS[name].needs], "seed": base.evaluate.seed + FRESH,
+        "metrics": list(study.measured), "seed": base.evaluate.seed + FRESH,
         "samples": study.confirm.samples or base.evaluate.samples,
     })  # fmt: skip
-    recipe = base.model_copy(update={"evaluate": asked})
-    family = open_model(recipe, progress)
-    images = reference(recipe.data, family, recipe.storage.cache, progress)
-    dtype = choose_resources(recipe, cluster).dtype
-    found = evaluate_all(recipe, shelf, chosen, family, images, dtype, progress)
-    return dict(zip(trials, found, strict=True))
+    family = open_model(base, progress)
+    images = reference(base.data, family, base.storage.cache, progress)
+    dtype = choose_resources(base, cluster).dtype
+    found: dict[str, Evaluation] = {}
+    for number in dict.fromkeys(steps.values()):
+        alike = [trial for trial in trials if steps[trial] == number]
+        recipe = base.model_copy(update={"evaluate": asked.model_copy(update={"steps": number})})
+        found |= zip(alike, evaluate_all(
+            recipe, shelf, [chosen[trial] for trial in alike], family, images, dtype, progress,
+            noise=base.data.seed + FRESH,
+        ), strict=True)  # fmt: skip
+    return {trial: found[trial] for trial in trials}
 
 
 def start_of(place: Place, trial: str, cluster: Cluster) -> Start:

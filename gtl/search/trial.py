@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import ray
 from ray.tune import Trainable
 
 from gtl.config import Recipe, Study
+from gtl.config.judged import COSTS
 from gtl.config.load import parse_recipe, parse_study
 from gtl.search.pack import Packs
 from gtl.search.record import trial_name
@@ -26,12 +28,14 @@ from gtl.storage import Store
 from gtl.train.board import Row, Wish
 from gtl.train.checkpoint import complete, step_key
 from gtl.train.job import CHECKPOINTS, RESULT
-from gtl.train.launch import begin, open_model, run_workers
+from gtl.train.launch import Start, begin, open_model, run_workers
 from gtl.train.track import read_rows
 from gtl.types import Progress, quiet
 
 POINTER = "pointer.json"
 """In a checkpoint of Ray Tune's: which run's state is meant. The state itself stays in the run's folder."""
+INFERENCE = "inference.json"
+"""In a run's folder: what drawing a picture with what it published takes, in a study that weighs that."""
 FAILED = "failed"
 """In a run's folder: why the trial came to nothing, in one line."""
 CLEANUP_S = 120.0
@@ -202,18 +206,37 @@ class Trial(Trainable):
                 waits = self._study.measured if self._study.scheduler.type in PAUSING else ()
                 start = replace(start, job=replace(start.job, waits=waits))
                 run_workers(start, quiet, self._relay, None if self._packs is None else self._packs.train)
+                if "inference_tflops" in self._study.metrics:
+                    weigh(start)
         except BaseException as error:  # handed to `step`, which is the actor's own thread
             self._failure = error
         finally:
             self._relay.rows.put(None)
 
 
+def weigh(start: Start) -> None:
+    """Count what a picture takes with what a finished run published, unless that is done."""
+    from gtl.search.cost import inference_tflops
+
+    run = start.job.run
+    if run.exists(INFERENCE):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for key, _, _ in run.list("adapter"):
+            run.download(key, Path(folder, key.removeprefix("adapter/")))
+        found = inference_tflops(start.recipe, Path(folder))
+    run.write(INFERENCE, json.dumps({"inference_tflops": found}).encode())
+
+
 def costs_of(run: Store) -> dict[str, float]:
     """What a finished trial cost, by the names that a study may weigh; infinite before that."""
-    if not run.exists(RESULT):
-        return {"adapter_bytes": float("inf"), "device_hours": float("inf")}
-    size = sum(size for key, size, _ in run.list("adapter") if key.endswith(".safetensors"))
-    return {"adapter_bytes": float(size), "device_hours": float(json.loads(run.read(RESULT))["device_hours"])}
+    costs = dict.fromkeys(COSTS, math.inf)
+    if run.exists(RESULT):
+        costs["adapter_bytes"] = sum(size for key, size, _ in run.list("adapter") if key.endswith(".safetensors"))
+        costs["device_hours"] = json.loads(run.read(RESULT))["device_hours"]
+    if run.exists(INFERENCE):
+        costs |= json.loads(run.read(INFERENCE))
+    return {name: float(cost) for name, cost in costs.items()}
 
 
 def take_over(source: Store, target: Store, step: int) -> None:

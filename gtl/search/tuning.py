@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +25,18 @@ from gtl.search.record import ENDED, Record, TrialRecord, trial_name
 from gtl.search.room import Room
 from gtl.search.schedule import make_scheduler, make_searcher, remember
 from gtl.search.space import TRIAL, param_space
+from gtl.search.standing import Audience, Spent, standing
 from gtl.search.trial import FAILED, Place, Trial, costs_of
 from gtl.storage import Store
 from gtl.train.board import make_board
 from gtl.train.job import RESULT
 from gtl.train.launch import stop_signals
 from gtl.train.track import write_hparams
-from gtl.types import Progress
 
 STATE = "searcher.pkl"
 """In a study's folder: what a searcher has learned."""
+REFRESH_S = 3.0
+"""Between two looks at the records of trials that run, for who watches them."""
 DEATHS = 1
 """Times that a trial goes on from its run's newest checkpoint after the process that drives it died, with its machine
 or without; its workers have train.max_failures of their own."""
@@ -44,7 +47,7 @@ or on a machine with one CPU they would wait for ever."""
 
 def run_trials(
     study: Study, place: Place, record: Record, room: Room, packs: Packs | None, left: Sequence[int],
-    progress: Progress, hours: Callable[[], float],
+    audience: Audience,
 ) -> None:  # fmt: skip
     """Run what is left of a study.
 
@@ -55,8 +58,7 @@ def run_trials(
         room: What the cluster has for them.
         packs: Where they train together, if they do.
         left: Numbers of trials that were begun or are listed, and have not ended.
-        progress: Is called as it goes on.
-        hours: On the clock since this part of the study began.
+        audience: Is told as it goes on.
 
     Raises:
         KeyboardInterrupt: the study was stopped; its trials have saved.
@@ -66,7 +68,7 @@ def run_trials(
     if study.concurrency != "auto":
         concurrency = min(concurrency, study.concurrency)
     with stop_signals(lambda: board.ask.remote("stop")) as seen:
-        teller = Teller(study, place, record, devices, progress, hours, seen, board)
+        teller = Teller(study, place, record, devices, audience, seen, board)
         scheduler = make_scheduler(study, together=concurrency >= study.num_trials)
         remember(scheduler, study, list(record.trials.values()))
         inner = make_searcher(study)
@@ -91,7 +93,7 @@ def run_trials(
                 ),
                 run_config=RunConfig(
                     name="tune", storage_path=Store(place.url).path(), storage_filesystem=Store(place.url).fs,
-                    callbacks=[teller], stop=End(study, record, hours, seen, board), verbose=0,
+                    callbacks=[teller], stop=End(study, record, audience.hours, seen, board), verbose=0,
                     checkpoint_config=CheckpointConfig(checkpoint_frequency=1),  # pointers, of some bytes
                     failure_config=FailureConfig(max_failures=DEATHS),
                 ),
@@ -143,13 +145,15 @@ class Teller(Callback):
     """Keeps the record and tells how far the study is."""
 
     def __init__(
-        self, study: Study, place: Place, record: Record, devices: float, progress: Progress,
-        hours: Callable[[], float], seen: Sequence[int], board: Any,
+        self, study: Study, place: Place, record: Record, devices: float, audience: Audience, seen: Sequence[int],
+        board: Any,
     ) -> None:  # fmt: skip
         """Nothing has happened yet; `seen` are the signals that ask the study to stop, `board` is what trials ask."""
         self._study, self._place, self._record = study, place, record
-        self._devices, self._progress, self._hours, self._seen = devices, progress, hours, seen
+        self._devices, self._audience, self._seen = devices, audience, seen
         self._board = board
+        self._before = steps_made(record), record.device_hours
+        self._began = self._shown = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has begun, or goes on."""
@@ -174,26 +178,50 @@ class Teller(Callback):
         self._board.leave.remote(int(trial.config[TRIAL]))
         self._update(trial, "failed")
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Some of a second has passed: who watches sees the steps that are made between two looks."""
+        if self._audience.watch is None or time.monotonic() - self._shown < REFRESH_S:
+            return
+        for name, one in self._record.trials.items():
+            if one.state == "running":
+                self._read(int(name), one)
+        self._show()
+
     def close(self) -> None:
         """All is over: those that still ran were stopped by the budget."""
         for one in self._record.trials.values():
             if one.state == "running" and not self._seen:
                 one.state = "stopped"
-        self._record.save(self._hours())
+        self._record.save(self._audience.hours())
 
     def _update(self, trial: Any, state: str) -> None:
         number = int(trial.config[TRIAL])
         run, name = self._place.run(number), trial_name(number)
         one = self._record.trials.setdefault(name, TrialRecord(name, {}, run.url()))
         one.config, one.state = self._study.configuration(trial.config), state
-        costs = {key: value for key, value in costs_of(run).items() if key in self._study.metrics}
-        one.read(run, self._study.measured, costs, self._devices)
+        self._read(number, one)
         if state == "failed":
             one.reason = run.read(FAILED).decode() if run.exists(FAILED) else death_of(trial)
         if state in ENDED and one.looks:
             write_hparams(run, one.config, self._study.measured)
-        self._record.save(self._hours())
+        self._record.save(self._audience.hours())
         self._tell()
+        self._show()
+
+    def _read(self, number: int, one: TrialRecord) -> None:
+        run = self._place.run(number)
+        costs = {key: value for key, value in costs_of(run).items() if key in self._study.metrics}
+        one.read(run, self._study.measured, costs, self._devices)
+
+    def _show(self) -> None:
+        if self._audience.watch is None:
+            return
+        self._shown, record, (steps, device_hours) = time.monotonic(), self._record, self._before
+        spent = Spent(
+            steps_made(record) - steps, record.device_hours - device_hours, self._shown - self._began,
+            record.hours + self._audience.hours(),
+        )  # fmt: skip
+        self._audience.watch(standing(self._study, record, spent))
 
     def _tell(self) -> None:
         states = [one.state for one in self._record.trials.values()]
@@ -204,7 +232,12 @@ class Teller(Callback):
             name = self._study.metrics[0]
             shown = ", ".join(f"{key} {short(v) if isinstance(v, float) else v}" for key, v in best.config.items())
             parts.append(f"best {name} {short(best.metrics[name])} ({best.trial}: {shown})")
-        self._progress("trials", done, self._record.study.num_trials, "  ".join(parts))
+        self._audience.progress("trials", done, self._record.study.num_trials, "  ".join(parts))
+
+
+def steps_made(record: Record) -> int:
+    """Of all trials."""
+    return sum(one.steps for one in record.trials.values())
 
 
 def death_of(trial: Any) -> str:

@@ -33,6 +33,8 @@ FORMULAS = {
     # What torch's own counter knows of GPUs only.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+    # What adds a slot's update in place, see `gtl.adapters.slot_layers`.
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
 }
 """Operator -> operations of a call."""
 

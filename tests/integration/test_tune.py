@@ -17,10 +17,15 @@ from gtl.adapters import Registry
 from gtl.config import load_study
 from gtl.config.load import parse_study
 from gtl.config.study import Study
+from gtl.evaluate.held_out import validate
+from gtl.families import denoising, open_family
+from gtl.generate.spread import Model, Origin, Published
+from gtl.search.cost import inference_tflops
 from gtl.search.record import Record
 from gtl.search.space import configurations
-from gtl.search.study import tune
-from gtl.types import UserError
+from gtl.search.standing import Standing
+from gtl.search.study import FRESH, tune
+from gtl.types import UserError, quiet
 from tests.tiny import make_sd, write_pictures
 
 DIVERGING = 1e30
@@ -45,7 +50,8 @@ def make_values(place: Path, space: dict[str, Any], steps: int, **asked: Any) ->
             "evaluate": {"every": 1, "steps": 2, "samples": 8, "prompts": ["a photo of a dog"]},
             "storage": {name: str(place / name) for name in ("runs", "cache", "registry")},
         },
-        "space": space, "metric": "val_loss", "pack": "off", **asked,  # or it would depend on the load who trains alone
+        "space": space, "metric": "val_loss", "confirm": {"top": 0},
+        "pack": "off", **asked,  # or it would depend on the load who trains alone
     }  # fmt: skip
 
 
@@ -83,6 +89,43 @@ def test_a_study_ends_with_the_best_in_the_registry(ray_cluster: None, place: Pa
     assert load_study(record.folder.url("study.yaml")) == study
     with pytest.raises(UserError, match="^--resume: no unfinished study under"):
         tune(study, "grid", resume=True)
+
+
+def test_losses_are_measured_again_at_noise_that_nobody_was_chosen_by(ray_cluster: None, place: Path) -> None:
+    space = {"train.learning_rate": {"grid": [1e-7, 2e-2]}}
+    held_out = {"data.validation": 0.75, "evaluate.prompts": []}
+    study = parse_study(make_values(place, space, 3, searcher={"type": "grid"}, scheduler={"type": "fifo"},
+                                    confirm={"top": 2}, set=held_out))  # fmt: skip
+    seen: list[Standing] = []
+    record = tune(study, "losses", watch=seen.append)
+    assert (seen[-1].counts, seen[-1].ended, seen[-1].total, seen[-1].running) == ({"finished": 2}, 2, 2, ())
+    assert {one.trial for found in seen for one in found.running} == {"00000", "00001"}
+    assert seen[-1].best is not None and seen[-1].best.value == record.trials["00001"].metrics["val_loss"]
+    best, other = record.finalists
+    assert (best["trial"], other["trial"]) == ("00001", "00000")
+    for one in record.finalists:
+        assert (one["metric"], one["samples"]) == ("val_loss", 9)
+        assert one["low"] < one["value"] < one["high"]
+        before = record.trials[one["trial"]].metrics["val_loss"]
+        assert one["value"] != before and one["value"] == pytest.approx(before, rel=0.2)
+    assert best["value"] < other["value"]
+    assert record.winner is not None
+    said = record.winner["text"]
+    assert said.startswith("00001: val_loss ") and (", better than 00000: -" in said or ", not to be told from" in said)
+    assert record.table().endswith(f"winner {said}")
+    assert record.published == [f"losses@{record.version}-00001"]
+    page = record.folder.read("report.html").decode()
+    assert "of 9 held-out images at fresh noise" in page and "val_loss, measured again" in page
+
+    # The finalists' numbers are those of that noise; the looks' are those of the recipe's own.
+    recipe, family = study.base, denoising(open_family(str(place / "model")))
+    adapter = Published(f"{record.folder.url()}/finalists", f"00001@{record.version}")
+    model = Model(Origin(recipe.model.source), family.fingerprint(), (adapter,))
+    own, fresh = (
+        validate(recipe, [model], family, "fp32", quiet, noise)[0].value for noise in (None, recipe.data.seed + FRESH)
+    )
+    assert fresh == pytest.approx(best["value"], rel=1e-6)
+    assert own == pytest.approx(record.trials["00001"].looks[-1]["val_loss"], rel=1e-5)
 
 
 def test_poor_trials_are_stopped_and_their_places_are_free(ray_cluster: None, place: Path) -> None:
@@ -161,6 +204,37 @@ def test_a_rate_is_carried_from_the_smallest_rank_and_what_was_cut_off_goes_on(r
     before = [path.stat().st_mtime_ns for path in results[:2]]
     assert tried(tune(study, "ranks", resume=True)) == expected
     assert [path.stat().st_mtime_ns for path in results[:2]] == before and results[2].exists()
+
+
+@pytest.mark.soak
+def test_quality_is_weighed_against_what_a_picture_takes(ray_cluster: None, place: Path) -> None:
+    """What is taught for few steps is drawn in fewer, in the search and when it is measured again, and costs less."""
+    space = {"objective.type": {"grid": ["denoise", "consistency"]},
+             "evaluate.steps": {"choice": [2], "when": {"objective.type": "consistency"}}}  # fmt: skip
+    both = ["diversity", "inference_tflops"]
+    study = parse_study(make_values(place, space, 2, searcher={"type": "grid"}, metric=both, publish={"top": 2},
+                                    confirm={"top": 2, "samples": 8},
+                                    set={"evaluate.beside.samples": 8, "evaluate.steps": 6}))  # fmt: skip
+    record = tune(study, "costs")
+    many, few = record.trials["00000"], record.trials["00001"]
+    assert (many.state, few.state, few.config["evaluate.steps"]) == ("finished", "finished", 2)
+    # The adapters are alike; PNDM makes seven passes of six steps, each of two rows.
+    for name, one in record.trials.items():
+        recipe = study.recipe_of(one.config)
+        version = next(item for item in record.published if item.endswith(name))
+        folder = Registry(place / "registry").fetch(version)
+        assert one.metrics["inference_tflops"] == inference_tflops(recipe, folder) > inference_tflops(recipe)
+    assert 0 < few.metrics["inference_tflops"] < many.metrics["inference_tflops"] / 5
+    assert {one["trial"] for one in record.finalists} == {"00000", "00001"}
+    assert "inference_tflops" in record.table().splitlines()[0]
+    page = record.folder.read("report.html").decode()
+    assert "diversity and inference_tflops" in page and "What goes with inference_tflops" in page
+    steps = [
+        json.loads(file.read_text())["sampling"]["steps"]
+        for name in ("00000", "00001")
+        for file in Path(record.folder.url()).glob(f"finalists/{name}/*/evaluations/*.json")
+    ]
+    assert steps == [6, 2]
 
 
 @pytest.mark.soak

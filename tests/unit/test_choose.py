@@ -121,6 +121,11 @@ def test_too_few_samples_make_no_clear_winner() -> None:
     assert "(none)" in str(found)
 
 
+def test_trials_may_differ_in_the_steps_of_their_pictures() -> None:
+    found = winner({"a": evaluation([1] * 16, steps=25), "b": evaluation([0] * 16, steps=2)}, "prompt_accuracy")
+    assert (found.trial, found.is_clear) == ("a", True)
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     one, other = evaluation([1] * 16), evaluation([0] * 16, seed=8)
     with pytest.raises(UserError, match="differ in seed; evaluate both with one recipe"):

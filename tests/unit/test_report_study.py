@@ -16,6 +16,7 @@ from PIL import Image
 from gtl.cli import main
 from gtl.config.space import Domain
 from gtl.images import save_png
+from gtl.report.chart import Series, Tick, draw
 from gtl.report.command import report
 from gtl.report.importance import FEWEST, SHUFFLES, Importance, importance
 from gtl.report.scale import MISSING, scale_of, scale_of_metric
@@ -206,6 +207,17 @@ def test_the_best_and_the_worst_draw_the_same_prompts(shown: Store, runs: Store)
     assert not [tag for tag, _ in open_page(make_study(runs, trials, **ENDED)).elements if tag == "img"]
 
 
+def test_losses_that_were_measured_again_are_of_held_out_images(runs: Store) -> None:
+    trials = [make_trial(runs, number) for number in range(8)]
+    for one in trials:
+        one["metrics"] = {"val_loss": one["metrics"]["prompt_accuracy"]} if one["metrics"] else {}
+    again = [{**one, "metric": "val_loss", "samples": 12} for one in FINALISTS]
+    changes = {**ENDED, "metrics": ["val_loss"], "directions": LOWER, "finalists": again}
+    told = told_by(open_page(make_study(runs, trials, **changes)))
+    assert "val_loss; 95 % interval 0.56 to 0.76, of 12 held-out images at fresh noise" in told
+    assert "val_loss, measured again" in told and "pictures on fresh seeds" not in told
+
+
 def test_a_study_that_goes_on_has_a_page_too(runs: Store) -> None:
     trials = [make_trial(runs, number) for number in range(6)]
     trials[4] |= {"state": "running", "steps": 20}
@@ -296,6 +308,25 @@ def test_axes_are_logarithmic_where_the_domain_is_and_listed_where_it_is_a_choic
     many = scale_of("seed", Domain(choice=tuple(range(1000, 1040))), [], 0, 300)
     gaps = [b.at - a.at for a, b in zip(many.ticks, many.ticks[1:], strict=False)]
     assert len(many.places) == 40 and min(gaps) >= 4 * 6.2
+
+
+def test_labels_that_have_no_room_are_told_apart_or_left_out() -> None:
+    def texts(values: list[Any], width: float) -> list[str]:
+        return [tick.text for tick in scale_of("key", Domain(choice=tuple(values)), [], 0, width).ticks]
+
+    rates = [1e-4, 2e-4, 3.5e-4, 5e-4, 7.5e-4, 1e-3, 2e-3]
+    assert texts(rates, 304) == ["0.0001", "0.0002", "0.0005", "0.001", "0.002"], "a part of a number is another one"
+    assert texts(rates, 900) == ["0.0001", "0.0002", "0.00035", "0.0005", "0.00075", "0.001", "0.002"]
+    assert texts(["attention", "feed_forward"], 140) == ["attention", "feed_forw…"]
+    assert texts(["down_blocks.0", "down_blocks.1"], 120) == ["…locks.0", "…locks.1"]
+    assert texts(["all-linear+conv", "all-linear-conv"], 60) == ["all-linear+conv"]
+
+
+def test_looks_after_one_step_stand_in_the_middle_of_an_axis_with_that_step() -> None:
+    chart = draw("val_loss", [Series("a", [(200.0, 0.5)]), Series("b", [(200.0, 0.25)])])
+    assert chart is not None
+    assert chart.x_ticks == [Tick((chart.left + chart.right) / 2, "200")]
+    assert [dot.x for line in chart.lines for dot in line.dots] == [(chart.left + chart.right) / 2] * 2
 
 
 def test_an_axis_ends_before_what_is_far_out_on_its_worse_side(runs: Store) -> None:

@@ -238,7 +238,7 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         # metrics
         (["metric=kidd"], "metric: 'kidd': no such metric; there are val_loss, fid, kid, inception_score, clip_score, "
          "cmmd, precision, recall, density, coverage, diversity, prompt_accuracy, memorization, and the costs "
-         "adapter_bytes, device_hours"),
+         "adapter_bytes, device_hours, inference_tflops"),
         (["metric=[kid, kid]"], "metric: [kid, kid]: should name each metric once"),
         (["metric=adapter_bytes"], "metric: adapter_bytes: the cheapest model learns nothing; add a metric of quality"),
         (["metric=val_loss"], "metric: val_loss: needs images that are held out; set data.validation, such as 0.05"),
@@ -249,6 +249,10 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         (["set={tuner.type: full, objective.type: autoencode}"],
          "metric: kid: is of pictures of prompts, and autoencode draws none"),
         (["space={evaluate.guidance: {uniform: [1, 9]}}"],
+         "space.evaluate.guidance: says how a trial is measured, which has to be one way for all; put it under set"),
+        (["space={evaluate.steps: {choice: [4, 25]}}"],
+         "space.evaluate.steps: decides what a picture costs too; add inference_tflops to metric, or put it under set"),
+        (["space={evaluate.guidance: {uniform: [1, 9]}}", "metric=[kid, inference_tflops]"],
          "space.evaluate.guidance: says how a trial is measured, which has to be one way for all; put it under set"),
         (["space={storage.runs: {choice: [a, b]}}"],
          "space.storage.runs: says where things are kept, which all trials share; put it under set"),
@@ -306,6 +310,10 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "transfer_rank: true: carries the learning rate over ranks; tuner.rank is not in the space"),
         ([*RANKS, "space.tuner.rank={choice: [4]}"],
          "transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid"),
+        ([*RANKS, "space.tuner.rank={randint: [2, 4000000000]}", "set.tuner.alpha=16"],
+         "transfer_rank: true: needs ranks listed, two or more; give space.tuner.rank choice or grid"),
+        ([*RANKS, "space.tuner.rank={randint: [2, 4000000000]}", "scheduler.type=pbt"],
+         "space.tuner.rank: cannot change in the middle of a run, as pbt does; put it under set, or take asha"),
         ([*RANKS], "transfer_rank: true: with tuner.alpha: auto the best rate moves with the rank; "
          "set it to a number, such as 16"),
         ([*RANKS, "set.tuner.alpha=8", "set.tuner.rslora=true"],
@@ -336,6 +344,11 @@ def test_a_mistake_is_one_line(overrides: list[str], message: str) -> None:
         [*RANKS, "set.tuner.initialization=random_b"],
         ["scheduler.type=pbt", "trials=4"],
         ["scheduler.type=fifo", "set.evaluate.every=300"],
+        [
+            "metric=[kid, inference_tflops]",
+            "space={objective.type: {grid: [denoise, consistency]}, "
+            "evaluate.steps: {choice: [2, 4], when: {objective.type: consistency}}}",
+        ],
     ],
 )
 def test_what_goes_together_passes(overrides: list[str]) -> None:
@@ -362,6 +375,8 @@ def test_several_metrics_are_not_stopped_early_by_default() -> None:
     made = study("metric=[prompt_accuracy, adapter_bytes]")
     assert (made.scheduler, made.measured) == (Fifo(), ("prompt_accuracy",))
     assert made.directions == {"prompt_accuracy": "max", "adapter_bytes": "min"}
+    costs = study("metric=[kid, adapter_bytes, device_hours, inference_tflops]")
+    assert (costs.measured, set(costs.directions.values())) == (("kid",), {"min"})
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
