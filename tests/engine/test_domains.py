@@ -27,7 +27,9 @@ def series(job: Job, name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-@pytest.mark.parametrize(("stage", "tuner"), [(0, LORA), (2, FULL), (3, LORA)])
+@pytest.mark.parametrize(
+    ("stage", "tuner"), [(0, LORA), (3, LORA), pytest.param(2, FULL, marks=pytest.mark.soak)]
+)  # fmt: skip
 def test_a_judge_of_single_samples_learns_the_same_on_any_workers(
     tmp_path: Path, stage: int, tuner: dict[str, Any]
 ) -> None:
@@ -40,7 +42,9 @@ def test_a_judge_of_single_samples_learns_the_same_on_any_workers(
     assert len(set(series(alone, "domain"))) == 5
 
 
-@pytest.mark.parametrize(("method", "stage", "tuner"), [("mmd", 2, LORA), ("coral", 3, FULL)])
+@pytest.mark.parametrize(
+    ("method", "stage", "tuner"), [("mmd", 2, LORA), pytest.param("coral", 3, FULL, marks=pytest.mark.soak)]
+)
 def test_a_statistic_is_of_each_forward_pass_whoever_runs_it(
     tmp_path: Path, method: str, stage: int, tuner: dict[str, Any]
 ) -> None:
@@ -60,7 +64,7 @@ def test_too_small_a_forward_pass_is_refused(tmp_path: Path, capfd: pytest.Captu
     assert "train.micro_batch: 2: 5 of 10 images of 64x64 pixels are of objective.target" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 3])
 def test_the_judge_is_in_checkpoints_and_not_in_what_is_published(tmp_path: Path, stage: int) -> None:
     straight, killed = (run_of(tmp_path / name, "dann", LORA, zero={"stage": stage}) for name in ("straight", "killed"))
     assert go(straight, 2) == [0, 0]
