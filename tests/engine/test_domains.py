@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load
 
 from gtl.train.checkpoint import MANIFEST, latest
 from gtl.train.job import CHECKPOINTS, Job
+from gtl.train.worker import run
+from gtl.types import UserError
+from tests.engine.group import Group
 from tests.engine.runs import FEW, Kill, go, learned, make_job
 
 LORA = {"type": "lora", "rank": 4}
@@ -59,9 +63,15 @@ def test_a_statistic_is_of_each_forward_pass_whoever_runs_it(
     assert sum(value == 0 for value in series(alone, "domain")) == 2, "in five steps of an epoch of two"
 
 
-def test_too_small_a_forward_pass_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert go(run_of(tmp_path, "mmd", LORA, batch_size=8, micro_batch=2), 1) == [1]
-    assert "train.micro_batch: 2: 5 of 10 images of 64x64 pixels are of objective.target" in capfd.readouterr().err
+def mistake(job: Job) -> str:
+    with pytest.raises(UserError) as caught:
+        run(job, torch.device("cpu"), lambda row: None)
+    return str(caught.value)
+
+
+def test_too_small_a_forward_pass_is_refused(tmp_path: Path, solo: Group) -> None:
+    (said,) = solo.run(mistake, run_of(tmp_path, "mmd", LORA, batch_size=8, micro_batch=2))
+    assert said.startswith("train.micro_batch: 2: 5 of 10 images of 64x64 pixels are of objective.target, so that not ")
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.soak), 3])
