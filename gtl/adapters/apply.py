@@ -59,10 +59,10 @@ def reader_of(folder: Path) -> Reader:
     Raises:
         UserError: there is none.
     """
-    for marker, reader in READERS.items():
-        if (folder / marker).is_file() or any(folder.glob(f"*/{marker}")):
-            return reader
-    raise UserError(f"{folder}: no adapter in it; expected one of {', '.join(READERS)}")
+    found = [m for m in READERS if (folder / m).is_file() or any(folder.glob(f"*/{m}"))]
+    if not found:
+        raise UserError(f"{folder}: no adapter in it; expected one of {', '.join(READERS)}")
+    return PIVOTAL if {PEFT_CONFIG, EMBEDS} <= set(found) else READERS[found[0]]
 
 
 def apply_lora(parts: Mapping[str, nn.Module], folder: Path, name: str, scale: float) -> None:
@@ -151,6 +151,18 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was
 
 
+def apply_pivotal(parts: Mapping[str, nn.Module], folder: Path, name: str, scale: float) -> None:
+    """`apply` for a LoRA and the word that was learned with it, which has no scale."""
+    fitting_lora(parts, folder)
+    apply_word(parts, folder, name, 1.0)
+    apply_lora(parts, folder, name, scale)
+
+
+def moved_by_pivotal(parts: Mapping[str, nn.Module], folder: Path) -> set[str]:
+    """`moved` for a LoRA with a word."""
+    return moved_by_lora(parts, folder) | moved_by_word(parts, folder)
+
+
 class Reader(NamedTuple):
     """How artefacts of one kind are read."""
 
@@ -165,3 +177,7 @@ READERS = {
     EMBEDS: Reader("prompt", apply_word, moved_by_word),
 }
 """Readers by the file that marks their kind."""
+PIVOTAL = Reader("pivotal", apply_pivotal, moved_by_pivotal)
+"""Of a folder that has both a LoRA's files and a word's."""
+WORDY: tuple[Kind, ...] = ("prompt", "pivotal")
+"""Kinds that have a word."""

@@ -15,7 +15,7 @@ from gtl.types import Sampler, UserError
 if TYPE_CHECKING:
     from gtl.families.base import Family
 
-Kind = Literal["lora", "delta", "prompt"]
+Kind = Literal["lora", "delta", "prompt", "pivotal"]
 """lora: low-rank updates, as PEFT and as diffusers read them. delta: new values of base weights. prompt: a word."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "deepspeed", "ray")
 

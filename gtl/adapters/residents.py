@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from gtl.adapters.apply import apply, kind_of
+from gtl.adapters.apply import WORDY, apply, kind_of
 from gtl.adapters.formats import MAIN_PARTS
 from gtl.adapters.merge import merge
 from gtl.adapters.sharing import fits
@@ -159,22 +159,23 @@ class Residents:
                 return Loaded(key, self._stack(tensors, key), {}, None)
             except UserError as error:  # layers or ranks that the slots have not
                 reason = str(error)
-        words = tuple(adapter for adapter in adapters if kind_of(adapter[0]) == "prompt")
-        others = tuple(adapter for adapter in adapters if adapter not in words)
+        kinds = [kind_of(folder) for folder, _ in adapters]
+        words = tuple(adapter for adapter, kind in zip(adapters, kinds, strict=True) if kind in WORDY)
+        others = tuple(adapter for adapter, kind in zip(adapters, kinds, strict=True) if kind != "prompt")
         with _MERGING:
             return Loaded(adapters, {}, self._merge(others), reason, self._words(words))
 
     def _words(self, adapters: Adapters) -> tuple[Word, ...]:
         """The words in adapters, after a try whether the encoders take all of them."""
         fresh = {part: shadow(module) for part, module in self._plain.items()} if adapters else {}
-        for folder, scale in adapters:
-            apply(fresh, folder, scale=scale)
+        for number, (folder, scale) in enumerate(adapters):
+            apply(fresh, folder, f"adapter{number}", scale)
         return tuple(read_word(folder) for folder, _ in adapters)
 
     def _merge(self, adapters: Adapters) -> dict[str, Tensor]:
         """The weights that adapters change, with all of them in."""
         fresh = {part: shadow(module) for part, module in self._plain.items()}
-        changed = merge(fresh, adapters)
+        changed = merge(fresh, adapters, beside_words=True)
         weights = {}
         for name in sorted(changed):
             part, _, parameter = name.partition(".")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gtl.adapters.apply import kind_of
+from gtl.adapters.apply import WORDY, kind_of
 from gtl.adapters.card import Card
 from gtl.adapters.formats import PEFT_CONFIG
 from gtl.types import UserError
 
 DORA = "it is a DoRA, which rescales whole weights of the base"
 
-WORD = "it is a prompt, whose word the base's encoders have to know"
+WORD = "it is a {}, whose word the base's encoders have to know"
 
 
 def fits(adapter: Card | Path) -> str | None:
@@ -28,8 +28,8 @@ def fits(adapter: Card | Path) -> str | None:
     else:
         kind = kind_of(adapter)
         dora = any(uses_dora(file) for file in (*adapter.glob(PEFT_CONFIG), *adapter.glob(f"*/{PEFT_CONFIG}")))
-    if kind == "prompt":
-        return WORD
+    if kind in WORDY:
+        return WORD.format(kind)
     if kind != "lora":
         return f"it is a {kind}, which replaces weights of the base"
     return DORA if dora else None

@@ -17,7 +17,9 @@ class Needs:
     live: tuple[str, ...] = ()
     """Frozen or trained components that must run inside the training process, beside the objective's own part."""
     word: str | None = None
-    """What every caption has to contain."""
+    """What captions have to contain."""
+    everywhere: bool = True
+    """Every one of them; False: some."""
 
 
 @dataclass(frozen=True)

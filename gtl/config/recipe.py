@@ -242,8 +242,10 @@ class Recipe(Section):
     @property
     def needs(self) -> Needs:
         """What training reads, with the parts that the tuner moves."""
-        needs = with_trained(self.pair.needs, self.tuner.train or ())
-        return replace(needs, word=self.tuner.token) if isinstance(self.tuner, PromptTuner) else needs
+        needs, tuner = with_trained(self.pair.needs, self.tuner.train or ()), self.tuner
+        if isinstance(tuner, LoraTuner) and tuner.token is not None:
+            return replace(needs, text="tokens", word=tuner.token, everywhere=False)
+        return replace(needs, word=tuner.token) if isinstance(tuner, PromptTuner) else needs
 
     def train_of(self, player: str) -> Train:
         """`train` as it is for one of the objective's players."""
@@ -307,6 +309,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_teacher(self) -> "Recipe":
         if self.objective.type == "consistency" and isinstance(self.tuner, LoraTuner):
+            if self.tuner.token is not None:
+                raise ValueError(f"tuner.token: {self.tuner.token!r}: the teacher of consistency can't read it")
             start = self.tuner.initialization
             if start.startswith(("pissa", "olora")):
                 raise ValueError(

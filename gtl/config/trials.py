@@ -105,6 +105,8 @@ def unpacked(study: Study) -> str | None:
         return f"tuner.type: {tuner.type}: is a word in the text encoders, which all share"
     if not isinstance(tuner, LoraTuner):
         return f"tuner.type: {tuner.type}: moves the model's own weights, which all share"
+    if tuner.token is not None:
+        return f"tuner.token: {tuner.token}: is a word in the text encoders, which all share"
     if tuner.dora:
         return "tuner.dora: true: rescales the model's own weights, which all share"
     if tuner.dropout:

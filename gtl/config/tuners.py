@@ -43,6 +43,22 @@ def check_parts(parts: list[str]) -> list[str]:
     return parts
 
 
+Token = Annotated[str, Field(max_length=64, pattern=r"^[^\sA-Z]+$")]
+"""A word, for example <dog>, in lower case and without spaces. The model must not know it yet."""
+Vectors = Annotated[int, Field(ge=1, le=32)]
+"""Of a word; a prompt has room for as many tokens fewer."""
+Initializer = Annotated[str, Field(pattern=r"\S")]
+"""A text of at most as many tokens as a word has vectors, whose vectors it starts from, in order, over and over."""
+
+
+def check_start(init: str | None, initializer: str | None) -> None:
+    """Refuse a word that begins nowhere, or at two places."""
+    if init is None and initializer is None:
+        raise ValueError("initializer: missing; say in known words what it is, such as dog")
+    if init is not None and initializer is not None:
+        raise ValueError(f"initializer: {initializer!r}: gives the initial vectors, and so does init: {init}; keep one")
+
+
 Parts = Annotated[list[str], Field(min_length=1), AfterValidator(check_parts)]
 """Parts of the model by their folders' names, such as unet and text_encoder."""
 
@@ -76,7 +92,22 @@ class LoraTuner(Section):
     about the learning rate, whatever the rank, as full tuning does. pissa and olora start from the base weight's
     principal part, which pissa_niter_16 finds by 16 rounds of subspace iteration, much faster in large layers."""
     init: Init | None = None
-    """Continue from a published LoRA of the same rank and layers."""
+    """Continue from a published LoRA of the same rank and layers, which has the same word if there is one."""
+    token: Token | None = None
+    """A new word that is learned with the adapters (pivotal tuning, for GANs Roich et al. 2021, arXiv 2106.05744): of
+    the text encoders its vectors move, beside train. Some captions have to contain it. null: none."""
+    vectors: Vectors = 1
+    """Of the word."""
+    initializer: Initializer | None = None
+    """Of the word: a text of at most as many tokens as vectors, whose vectors it starts from, over and over."""
+
+    @model_validator(mode="after")
+    def _check_word(self) -> "LoraTuner":
+        if self.token is not None:
+            check_start(self.init, self.initializer)
+        elif self.vectors != 1 or self.initializer is not None:
+            raise ValueError("token: missing; vectors and initializer are of the word that it names")
+        return self
 
     @model_validator(mode="after")
     def _check_rank(self) -> "LoraTuner":
@@ -175,23 +206,18 @@ class PromptTuner(Section):
 
     train: ClassVar[None] = None
     type: Literal["prompt"] = "prompt"
-    token: Annotated[str, Field(max_length=64, pattern=r"^[^\sA-Z]+$")]
+    token: Token
     """The word, for example <dog>, in lower case and without spaces. The model must not know it yet."""
-    vectors: Annotated[int, Field(ge=1, le=32)] = 1
+    vectors: Vectors = 1
     """How many vectors it has; a prompt has room for as many tokens fewer."""
-    initializer: Annotated[str, Field(pattern=r"\S")] | None = None
+    initializer: Initializer | None = None
     """A text of at most as many tokens as vectors, whose vectors it starts from, in order, over and over."""
     init: Init | None = None
     """Continue from a published word of the same name and number of vectors."""
 
     @model_validator(mode="after")
     def _check_start(self) -> "PromptTuner":
-        if self.init is None and self.initializer is None:
-            raise ValueError("initializer: missing; say in known words what it is, such as dog")
-        if self.init is not None and self.initializer is not None:
-            raise ValueError(
-                f"initializer: {self.initializer!r}: gives the initial vectors, and so does init: {self.init}; keep one"
-            )
+        check_start(self.init, self.initializer)
         return self
 
 

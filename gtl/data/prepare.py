@@ -205,7 +205,7 @@ def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
     Raises:
         UserError: there are some.
     """
-    check_word(found, needs.word)
+    check_word(found, needs.word, needs.everywhere)
     captionless = [located.record.uri for located in found.images if not located.record.captions]
     if captionless and needs.text != "none":
         raise UserError(
@@ -214,8 +214,8 @@ def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
         )
 
 
-def check_word(found: Scan, word: str | None) -> None:
-    """Refuse captions of the subject that lack the word: nothing could be learned from their images.
+def check_word(found: Scan, word: str | None, everywhere: bool = True) -> None:
+    """Refuse captions of the subject that lack the word, of which their images could teach nothing; or if all do.
 
     Raises:
         UserError: there are some.
@@ -226,7 +226,8 @@ def check_word(found: Scan, word: str | None) -> None:
         (caption, image.record.uri)
         for image in found.images if not image.record.is_class_image for caption in image.record.captions
     ]  # fmt: skip
-    if lacking := [(caption, uri) for caption, uri in captions if word not in caption]:
+    lacking = [(caption, uri) for caption, uri in captions if word not in caption]
+    if lacking and (everywhere or len(lacking) == len(captions)):
         caption, uri = lacking[0]
         raise UserError(
             f"tuner.token: {word!r}: {len(lacking)} of {len(captions)} captions do not contain it, the first: "

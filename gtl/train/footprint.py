@@ -105,7 +105,7 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
         UserError: the parts' configs do not fit together.
     """
     family, parts, whole = trainee.family, trainee.parts, nn.ModuleList(trainee.players.values())
-    moving = {id(parameter) for parameter in trainee.parameters.values()}
+    moving = {id(parameter) for parameter in whole.parameters() if parameter.requires_grad}  # a player's own, too
     adapters = moving if recipe.pair.frozen_base else set()
     parameters = {name: dict(part.named_parameters()) for name, part in parts.items()}
 
@@ -129,7 +129,7 @@ def measure(recipe: Recipe, trainee: Trainee, device: str = "cpu") -> Footprint:
     counts = {name: numel(own.values()) for name, own in parameters.items()}
     listed = tuple(block(names) for names in blocks)
     frozen = sum(nbytes(tensor) for key, tensor in tensors.items() if key not in moving)
-    trained = sum(parameter.numel() for parameter in trainee.parameters.values())
+    trained = sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
     holders = sum(bool(module._parameters) for module in whole.modules())
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the noise path's tables
     pretend(whole, mode)

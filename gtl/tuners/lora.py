@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 from gtl.adapters.apply import fitting_lora, kind_of
 from gtl.adapters.formats import A, B, LoraExport, split_name, write_lora
 from gtl.config.tuners import LoraTuner
+from gtl.families import denoising
 from gtl.families.targets import has_ending
 from gtl.tuners.base import trained_parts
 from gtl.tuners.depth import frozen_prefixes, is_under
+from gtl.tuners.prompt import Prompt
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Lora:
         """Nothing is loaded yet."""
         self.config = config
         self.family = family
+        self.word = None if config.token is None else Prompt(config, denoising(family))
         self._initial: dict[str, Tensor] = {}
         """What the adapters started from, where that was taken out of the base weight."""
 
@@ -59,7 +62,7 @@ class Lora:
             self._initial = {key: value.detach().cpu().clone() for key, value in trainable.items()}
         if init is not None:
             self._continue_from(parts, trainable, init)
-        return trainable
+        return trainable if self.word is None else trainable | self.word.add(parts, init)
 
     def initial(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
         """What `apply` would return, of parts that stay as they are and may be on meta; in CPU memory.
@@ -119,6 +122,10 @@ class Lora:
     def export(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write the adapters as PEFT and as diffusers read them, for the base model as it was published."""
         config = self.config
+        if self.word is not None:
+            vectors = {name: value for name, value in tensors.items() if ".lora_" not in name}
+            self.word.export(vectors, folder)
+            tensors = {name: value for name, value in tensors.items() if name not in vectors}
         export = LoraExport(config.rank, config.resolved_alpha, config.rslora, config.dora, config.dropout)
         if config.initialization.startswith(PRINCIPAL):
             tensors = relative(tensors, self._initial)
@@ -137,8 +144,10 @@ class Lora:
             raise UserError(f"tuner.init: {self.config.init}: {error}") from None
 
     def _take(self, parts: dict[str, nn.Module], trainable: dict[str, nn.Parameter], init: Path) -> None:
-        if (kind := kind_of(init)) != "lora":
-            raise UserError(f"it is a {kind}; lora continues from a lora")
+        wanted = "lora" if self.word is None else "pivotal"
+        if (kind := kind_of(init)) != wanted:
+            named = "lora" if self.word is None else "lora with a word"
+            raise UserError(f"it is a {kind}; {named} continues from a {wanted}")
         weights = fitting_lora(parts, init)
         if differing := sorted(weights.tensors.keys() ^ trainable.keys()):
             whose = "only it has" if differing[0] in weights.tensors else "it has not"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gtl.adapters.apply import kind_of
+from gtl.adapters.apply import WORDY, kind_of
 from gtl.adapters.words import Word, fitting_word, write_word
-from gtl.config.tuners import PromptTuner
+from gtl.config.tuners import LoraTuner, PromptTuner
 from gtl.families.word_table import add_word, table_of
 from gtl.families.words import check_new
 from gtl.types import UserError
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
 
 class Prompt:
-    """One word, of as many vectors in every text encoder, in front of a model that stays as it is."""
+    """One word, of as many vectors in every text encoder, in front of a model that stays as it is, or not."""
 
-    def __init__(self, config: PromptTuner, family: DiffusionFamily) -> None:
-        """Nothing is loaded yet.
+    def __init__(self, config: PromptTuner | LoraTuner, family: DiffusionFamily) -> None:
+        """Nothing is loaded yet. Of a LoRA's settings it is the word's.
 
         Raises:
             UserError: the model's text encoders cannot learn words.
         """
+        self.token = str(config.token)
         if not family.learns_words:
+            key = "tuner.type: prompt" if isinstance(config, PromptTuner) else f"tuner.token: {config.token!r}"
             raise UserError(
-                f"tuner.type: prompt: {family.name}: its text encoders cannot learn words; models can whose encoders "
+                f"{key}: {family.name}: its text encoders cannot learn words; models can whose encoders "
                 "are all CLIP's, such as sd and sdxl"
             )
         self.config = config
@@ -42,26 +44,30 @@ class Prompt:
         Raises:
             UserError: the model knows the word, the initializer is longer than the word, or `init` is another word.
         """
-        import torch
-
         for module in parts.values():
             module.requires_grad_(False)
+        return self.add(parts, init)
+
+    def add(self, parts: Mapping[str, nn.Module], init: Path | None) -> dict[str, nn.Parameter]:
+        """`apply` to parts that are frozen already, or stay as they are."""
+        import torch
+
         for tokenizer in self.family.tokenizers.values():
             try:
-                check_new(tokenizer, self.config.token)
+                check_new(tokenizer, self.token)
             except UserError as error:
                 raise UserError(f"tuner.token: {error}") from None
         starts = self._initial(parts) if init is None else self._continued(parts, init)
         trainable: dict[str, nn.Parameter] = {}
         for part, start in starts.items():
-            name = add_word(parts[part], self.config.token, start.detach().to(torch.float32, copy=True))
+            name = add_word(parts[part], self.token, start.detach().to(torch.float32, copy=True))
             trainable[f"{part}.{name}"] = vectors = parts[part].get_parameter(name)
             vectors.requires_grad_(True)
         return trainable
 
     def export(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Write the word as diffusers reads it."""
-        write_word(Word(self.config.token, {name.partition(".")[0]: value for name, value in tensors.items()}), folder)
+        write_word(Word(self.token, {name.partition(".")[0]: value for name, value in tensors.items()}), folder)
 
     def _initial(self, parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """Vectors [vectors, D] of the initializer, for each encoder."""
@@ -84,14 +90,14 @@ class Prompt:
             UserError: it is another, or of another number of vectors.
         """
         config, where = self.config, f"tuner.init: {self.config.init}"
-        if (kind := kind_of(init)) != "prompt":
+        if (kind := kind_of(init)) not in WORDY:
             raise UserError(f"{where}: it is a {kind}; prompt continues from a prompt")
         try:
             word = fitting_word(parts, init)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         for vectors in word.vectors.values():
-            if (word.token, len(vectors)) != (config.token, config.vectors):
+            if (word.token, len(vectors)) != (self.token, config.vectors):
                 raise UserError(
                     f"{where}: it is {word.token!r} of {len(vectors)} vectors; tuner.token is {config.token!r}, and "
                     f"tuner.vectors {config.vectors}"

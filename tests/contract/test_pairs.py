@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gtl.adapters import apply
+from gtl.adapters.apply import kind_of
 from gtl.adapters.merge import merge
 from gtl.config import Recipe, parse_recipe
 from gtl.config.pairs import PAIRS
+from gtl.config.tuners import LoraTuner
 from gtl.families import FAMILIES, open_family
 from gtl.families.base import Conditions, DiffusionFamily
 from gtl.objectives import OBJECTIVES, make_objective
@@ -161,6 +163,50 @@ def test_a_word_overfits_one_batch_and_publishes_what_it_learned(
     assert torch.equal(predict(family, fresh, batch), trained)
     with pytest.raises(UserError, match="it is a word beside the model's weights, and cannot be merged into them"):
         merge(fresh, ((tmp_path / "adapter", 1.0),))
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl", "sd3"])
+def test_a_word_and_an_adapter_learn_at_once(tmp_path: Path, written: Callable[[str], Path], model: str) -> None:
+    family = open_family(str(written(model)))
+    recipe = parse_recipe({
+        "model": {"source": str(family.folder)},
+        "data": {"source": str(tmp_path)},
+        "tuner": {"type": "lora", **TUNER_CONFIGS["lora"], **TUNER_CONFIGS["prompt"]},
+    })
+    assert recipe.needs.text == "tokens" and recipe.needs.word == "<dog>" and not recipe.needs.everywhere
+    if not family.learns_words:
+        with pytest.raises(UserError, match="tuner.token: '<dog>': sd3: its text encoders cannot learn words"):
+            make_tuner(recipe.tuner, family)
+        return
+    objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
+    live = live_parts(recipe, family, objective)
+    parts = {part: family.load(part) for part in live}
+    trainable = tuner.apply(parts, seed=0)
+    words = {name for name in trainable if ".lora_" not in name}
+    assert {name.partition(".")[0] for name in words} == set(family.encoders)
+    assert {name.partition(".")[0] for name in trainable.keys() - words} == {family.main}
+    (player,) = objective.players(parts, torch.float32).values()
+    batch = fixed_batch(family, recipe, ("a photo of <dog>", "a cat on the beach"), objective)
+    started = {name: trainable[name].detach().clone() for name in words}
+    losses = overfit(player, list(trainable.values()), batch, STEPS["denoise"])
+    assert losses[-1] < FALLS_TO * losses[0]
+    assert all(not torch.equal(trainable[name], value) for name, value in started.items())
+
+    folder = tmp_path / "adapter"
+    tuner.export({key: value.detach().clone() for key, value in trainable.items()}, folder)
+    assert kind_of(folder) == "pivotal"
+    fresh = {part: family.load(part) for part in live}
+    apply(fresh, folder)
+    trained = predict(family, parts, batch)
+    torch.testing.assert_close(predict(family, fresh, batch), trained, rtol=1e-4, atol=1e-5)
+    plain = {part: family.load(part) for part in live}
+    with pytest.raises(UserError, match="it has a word beside the model's weights, and cannot be merged into them"):
+        merge(plain, ((folder, 1.0),))
+    again = {part: family.load(part) for part in live}
+    options = {**TUNER_CONFIGS["lora"], "token": "<dog>", "vectors": 4, "init": "dog"}
+    goes_on = make_tuner(LoraTuner.model_validate(options), family)
+    continued = goes_on.apply(again, seed=1, init=folder)
+    assert all(torch.equal(value, trainable[name]) for name, value in continued.items())
 
 
 def fixed_batch(

@@ -16,6 +16,8 @@ from gtl.families import open_family
 from gtl.objectives import make_objective
 from gtl.objectives.align import Aligned, Reversal, coral, mmd
 from gtl.objectives.features import pooled, recorded
+from gtl.train.assemble import outline
+from gtl.train.footprint import measure
 from gtl.types import Batch, Entry, Geometry, Item, Record, UserError
 
 TARGET = "builtin:scenes?style=neon&count=12"
@@ -232,3 +234,16 @@ def test_a_model_that_is_frozen_up_to_its_middle_is_refused() -> None:
     player.main.requires_grad_(False)
     with pytest.raises(UserError, match=r"^tuner.freeze_depth: nothing that moves is in front of mid_block"):
         player(batch)
+
+
+def test_a_plan_counts_the_network_that_judges() -> None:
+    family = open_family("builtin:tiny")
+    trained = {}
+    for method in ("dann", "mmd"):
+        recipe = parse_recipe({
+            "model": {"source": "builtin:tiny"}, "data": {"source": SOURCES, "resolution": 64},
+            "objective": {"type": "align", "target": TARGET, "method": method},
+        })  # fmt: skip
+        trained[method] = measure(recipe, outline(recipe, "fp32", family)).trained
+    _, width = family.middle(family.load("unet", device="meta"))  # type: ignore[attr-defined]
+    assert trained["dann"] - trained["mmd"] == width * 256 + 256 + 256 + 1

@@ -260,18 +260,22 @@ def test_one_that_draws_for_many_knows_the_word_for_those_who_ask(family: Diffus
     exported(family, tmp_path / "dog")
     parts = load_parts(family, [], device="cpu", dtype=torch.float32)
     lora = write_random_lora(parts["unet"], tmp_path / "lora")
+    exported(family, tmp_path / "both")
+    write_random_lora(parts["unet"], tmp_path / "both")
     targets = {part: family.encoder_targets(parts[part], "all-linear") for part in family.encoders}
     targets["unet"] = family.lora_targets(parts["unet"], "all-linear")
     residents = Residents(parts, targets, slots=3, rank=4)
     engine = Engine(family, parts, max_batch=8, residents=residents)
     request = Request("a photo of <dog>", 64, 64, seed=3, steps=2, guidance=1.0)
     dog, with_lora = ((tmp_path / "dog", 1.0),), ((tmp_path / "dog", 1.0), (lora, 1.0))
-    asked: list[Adapters] = [(), dog, ((lora, 1.0),), with_lora, ()]
+    at_once, at_half = ((tmp_path / "both", 1.0),), ((tmp_path / "both", 0.5),)
+    asked: list[Adapters] = [(), dog, ((lora, 1.0),), with_lora, (), at_once, at_half]
+    seated_alone = (dog, with_lora, at_once, at_half)
     pictures = []
     for adapters in asked:
         loaded = residents.read(adapters) if adapters else None
         seat = BASE if loaded is None else residents.seat(adapters, loaded)
-        assert seat is not None and (seat.company == (adapters if adapters in (dog, with_lora) else ()))
+        assert seat is not None and (seat.company == (adapters if adapters in seated_alone else ()))
         engine.add(request, seat)
         while len(engine):
             for output in engine.step():
@@ -281,10 +285,35 @@ def test_one_that_draws_for_many_knows_the_word_for_those_who_ask(family: Diffus
         alone = torch.tensor(list(image.tobytes())).view(64, 64, 3).permute(2, 0, 1) / 255
         assert (picture - alone).abs().max() < 2e-4 + 0.5 / 255
     assert torch.equal(pictures[0], pictures[4]) and not torch.equal(pictures[0], pictures[1])
+    torch.testing.assert_close(pictures[5], pictures[3])
+    assert not torch.allclose(pictures[6], pictures[5]), "its LoRA has a scale, its word has none"
     with pytest.raises(UserError, match="'<dog>' is a word of another adapter already"):
         residents.read((*dog, *dog))
     with pytest.raises(UserError, match="scale 2: the word '<dog>' has none; take 1"):
         residents.read(((tmp_path / "dog", 2.0),))
+
+
+def test_a_word_that_is_learned_with_a_lora_is_of_its_tuner(family: DiffusionFamily, tmp_path: Path) -> None:
+    def recipe_of(**tuner: Any) -> Any:
+        return parse_recipe({"model": {"source": "org/name"}, "data": {"source": "s3://b"}, "tuner": tuner})
+
+    needs = recipe_of(token=TOKEN, initializer="dog").needs
+    assert needs == Needs(images="latents", text="tokens", word=TOKEN, everywhere=False)
+    check_word(scanned("a photo of <dog>", "a cat"), TOKEN, everywhere=False)
+    with pytest.raises(UserError, match="tuner.token: '<dog>': 2 of 2 captions do not contain it"):
+        check_word(scanned("a cat", "a dog"), TOKEN, everywhere=False)
+    for tuner, message in (
+        ({"token": TOKEN}, "initializer: missing; say in known words what it is, such as dog"),
+        ({"token": TOKEN, "init": "old", "initializer": "dog"}, "gives the initial vectors, and so does init: old"),
+        ({"vectors": 2}, "token: missing; vectors and initializer are of the word that it names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recipe_of(**tuner)
+    lora = make_tuner(LoraTuner(rank=2), family)
+    lora.export(lora.apply({"unet": family.load("unet")}, 0), tmp_path)
+    both = make_tuner(LoraTuner(rank=2, token=TOKEN, init="old"), family)
+    with pytest.raises(UserError, match="^tuner.init: old: it is a lora; lora with a word continues from a pivotal$"):
+        both.apply({"unet": family.load("unet"), **encoders_of(family)}, 0, tmp_path)
 
 
 def write_random_lora(unet: nn.Module, folder: Path) -> Path:

@@ -178,7 +178,7 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "space: learning_rate: no such key of a recipe; did you mean train.learning_rate?"),
         (["space={tuner.rnk: {choice: [1]}}"], "space: tuner.rnk: no such key of a recipe; did you mean tuner.rank?"),
         (["space={weight: {choice: [1]}}"],
-         "space: weight: no such key of a recipe; did you mean objective.prior.weight?"),
+         "space: weight: no such key of a recipe; did you mean objective.prior.weight or objective.weight?"),
         (["space={tuner.rank: {choce: [1]}}"], "space.tuner.rank.choce: unknown key; did you mean "
          "space.tuner.rank.choice?"),
         (["space={tuner.rank: 4}"], "space.tuner.rank: 4: should be a section with the keys grid, choice, uniform, "
@@ -289,6 +289,8 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "pack: 4: tuner.type: full: moves the model's own weights, which all share; take auto or off"),
         (["pack=4", "set.tuner.dora=true"],
          "pack: 4: tuner.dora: true: rescales the model's own weights, which all share; take auto or off"),
+        (["pack=4", "set.tuner.token=<dog>", "set.tuner.initializer=dog"],
+         "pack: 4: tuner.token: <dog>: is a word in the text encoders, which all share; take auto or off"),
         (["pack=4", "set.tuner.dropout=0.1"],
          "pack: 4: tuner.dropout: 0.1: is drawn for the whole batch, so a trial would depend on others; "
          "take auto or off"),
