@@ -9,6 +9,7 @@ from gtl.families.base import Conditions
 from gtl.families.latent import encode_tokens_of, unstack
 from gtl.families.latent_unet import LatentUNet
 from gtl.families.targets import ADDED, find_targets
+from gtl.families.unet import unet_cross_attentions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,7 +32,9 @@ class DeepFloyd(LatentUNet):
     """
 
     name: ClassVar[str] = "deepfloyd"
-    learns: ClassVar[tuple[str, ...]] = ("denoise", "consistency", "distill")
+    # Not consistency: at the noisy end of its schedule a guess of the noise says nothing of the picture, since what is
+    # left of the signal is a few thousandths of a per cent.
+    learns: ClassVar[tuple[str, ...]] = ("denoise", "distill")
     codec: ClassVar[str | None] = None
     classes: Mapping[str, tuple[str, str]] = {
         "unet": ("diffusers", "UNet2DConditionModel"),
@@ -39,6 +42,17 @@ class DeepFloyd(LatentUNet):
     }
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     token_limits: Mapping[str, int] = {"text_encoder": TOKENS}
+
+    def build(self, part: str) -> nn.Module:
+        """The part from its config, with whatever weights the surrounding device context gives.
+
+        What leaves the UNet's attentions is laid out anew, plane by plane: torch's group normalisation on CPUs crashes
+        in the backward pass of pixels that lie together and want no gradient, as behind blocks that are frozen.
+        """
+        module = super().build(part)
+        for name in unet_cross_attentions(module) if part == self.main else ():
+            module.get_submodule(name).register_forward_hook(lay_out)
+        return module
 
     @property
     def latent_scale(self) -> int:
@@ -86,3 +100,8 @@ class DeepFloyd(LatentUNet):
         num = self.latent_channels
         noise = super().guide(unconditional[:, :num], conditional[:, :num], scale)
         return torch.cat([noise, conditional[:, num:]], dim=1)
+
+
+def lay_out(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    """A module's output, contiguous."""
+    return output.contiguous()

@@ -42,8 +42,6 @@ class DeepFloydUpscaler(DeepFloyd):
     """
 
     name: ClassVar[str] = "deepfloyd_upscaler"
-    # A consistent student would be asked to do without noise what the small picture's own noise leaves open.
-    learns: ClassVar[tuple[str, ...]] = ("denoise", "distill")
     optional: ClassVar[frozenset[str]] = frozenset({READER})
 
     def check_index(self) -> None:
