@@ -666,7 +666,8 @@ def test_export_loads_in_the_pipeline(case: Case, tmp_path: Path) -> None:
     for part in set(case.family.classes) - {case.family.main}:
         assert_same(getattr(pipeline, part), case.parts[part])
     assert pipeline.scheduler.config == case.pipeline.scheduler.config
-    for part in (*([case.family.codec] if case.family.codec else []), *case.family.encoders):  # tokenizers and their templates of chats are beside the encoders
+    codec = [case.family.codec] if case.family.codec else []
+    for part in (*codec, *case.family.encoders):  # tokenizers and their templates of chats are beside the encoders
         assert open_family(str(tmp_path)).fingerprint(part) == case.family.fingerprint(part)
 
 

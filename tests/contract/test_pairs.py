@@ -47,8 +47,10 @@ WALK = [
     pytest.param(model, *case, marks=pytest.mark.soak if case == CASES[-1] or (model in VARIANTS and i) else ())
     for i, case in enumerate(CASES) for model in MODELS if case[1] in family_class(MODELS[model][0]).learns
 ]  # fmt: skip
-"""Of variants the first pair, and of pairs all but the full tuning of everything; the rest is for the long tests. What a
-family does not learn is refused in `make_objective`."""
+"""Of variants the first pair, and of pairs all but the full tuning of everything; the rest is for the long tests.
+
+What a family does not learn `make_objective` refuses.
+"""
 CAPTIONS = ("a photo of a dog", "a photo of a cat")
 TOKEN_LIMITS = {
     "sd3": {"text_encoder_3": 32}, "flux": {"text_encoder_2": 32}, "flux2": {"text_encoder": 144},
