@@ -23,7 +23,6 @@ HALF = 1 / 255
 class Steps(Protocol):
     """A path in whole steps."""
 
-    alphas_cumprod: Tensor
     num_train_timesteps: int
 
     def alphas(self, t: Tensor) -> Tensor:
@@ -56,9 +55,9 @@ def variance_loss(path: Steps, clean: Tensor, noisy: Tensor, prediction: Tensor,
     before = path.alphas((t - 1).clamp(min=0)).view(shape).masked_fill(is_last, 1.0)
     beta = 1 - now / before
     # The last step back has no width; its lower bound is that of the one before.
-    zero, one = path.alphas_cumprod[:2].tolist()
+    zero, one = (path.alphas(torch.full_like(t, step)).view(shape) for step in (0, 1))
     narrowest = (1 - zero) / (1 - one) * (1 - one / zero)
-    posterior = ((1 - before) / (1 - now) * beta).masked_fill(is_last, narrowest)
+    posterior = torch.where(is_last, narrowest, (1 - before) / (1 - now) * beta)
     upper, lower = beta.log(), posterior.log()
     share = (share + 1) / 2
     log_variance = share * upper + (1 - share) * lower

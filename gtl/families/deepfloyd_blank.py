@@ -79,11 +79,12 @@ def make_encoder(number: int) -> nn.Module:
 
 def write_tokenizer(folder: Path, words: Iterable[str]) -> int:
     """Write a Unigram tokenizer in T5's files; how many tokens it has."""
-    from transformers import T5TokenizerFast
+    import transformers
 
+    make: Any = getattr(transformers, "T5TokenizerFast")  # noqa: B009 - its stubs do not have the name
     known = {f"\u2581{word}": -2.0 for word in words} | {chr(code): -8.0 for code in range(33, 127)}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *known.items()]
-    tokenizer: Any = T5TokenizerFast(vocab=pieces, model_max_length=512)
+    tokenizer = make(vocab=pieces, model_max_length=512)
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 
