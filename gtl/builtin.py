@@ -2,6 +2,7 @@
 
     python -m gtl.builtin
     python -m gtl.builtin gan
+    python -m gtl.builtin cascade       # untrained: what the recipes gtl/recipes/demo/cascade*.yaml begin at
 
 Every stage leaves its result in the work folder and a run saves as it goes, so the same command goes on after an
 interruption at any moment.
@@ -87,7 +88,15 @@ def replace(out: Path, write: Callable[[Path], None]) -> Path:
     return write_once(out, write)
 
 
-MODELS = {"tiny": make, "gan": make_gan}
+def make_cascade(work: Path, out: Path, overrides: Sequence[str], progress: Progress) -> Path:
+    """`make` for the two stages of a cascade with random weights, which no package has: that is all there is of it."""
+    from gtl.families.deepfloyd_blank import write_cascade
+
+    write_cascade(out, vocabulary())
+    return out
+
+
+MODELS = {"tiny": make, "gan": make_gan, "cascade": make_cascade}
 
 
 def vocabulary() -> set[str]:
@@ -195,11 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gtl.builtin", description="Make a built-in model from nothing.")
     parser.add_argument("model", choices=MODELS, nargs="?", default="tiny")
     parser.add_argument("--work", type=Path, default=Path("out/builtin"), help="keeps what is done (%(default)s)")
-    parser.add_argument("--out", type=Path, help="the model (where the package has it)")
+    parser.add_argument("--out", type=Path, help="the model (where the package has it; a cascade: ./cascade)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all recipes")
     given = parser.parse_args()
     try:
-        out = given.out or builtin_folder(given.model)
+        out = given.out or (Path("cascade") if given.model == "cascade" else builtin_folder(given.model))
         print(MODELS[given.model](given.work.absolute(), out.absolute(), given.set, Lines()))
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -29,15 +29,24 @@ def generate(
     workers: Annotated[
         str | None, typer.Option(metavar="N|auto", help="Draw on a Ray cluster, a GPU each; here when left out.")
     ] = None,
+    upscaler: Annotated[str | None, typer.Option(
+        metavar="MODEL", help="Second stage of a cascade, which enlarges what the model draws to width and height.",
+    )] = None,
+    upscaler_adapter: Annotated[list[str] | None, typer.Option(metavar="NAME[@VERSION|@ALIAS][:SCALE]")] = None,
+    upscaler_guidance: Annotated[float, typer.Option(help="Of the second stage.")] = 4.0,
     registry: RegistryUrl = "./registry",
-) -> None:
+) -> None:  # fmt: skip
     """Draw pictures with a base model and any adapters of the registry."""
-    from gtl.generate.command import run
+    from gtl.generate.command import Enlarged, run
+    from gtl.types import UserError
 
+    if upscaler is None and upscaler_adapter:
+        raise UserError(f"--upscaler-adapter: {upscaler_adapter[0]}: there is no --upscaler that it would be for")
+    second = None if upscaler is None else Enlarged(upscaler, upscaler_adapter or [], upscaler_guidance, variant)
     with Bar() as bar:
         paths = run(out=out, model=model, revision=revision, variant=variant, adapters=adapter or [], prompt=prompt,
                     prompts=prompts, negative_prompt=negative_prompt, seed=seed, steps=steps, guidance=guidance,
-                    width=width, height=height, count=count, registry=registry, workers=workers,
+                    width=width, height=height, count=count, registry=registry, workers=workers, upscaler=second,
                     progress=bar)  # fmt: skip
     for path in paths:
         print(path)

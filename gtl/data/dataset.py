@@ -24,6 +24,8 @@ PIXELS = "pixels"
 """Name of a crop's tensor in a space of pixels."""
 PIXEL_SPACE = f"images-{PIXELS}-uint8"
 """The space of crops that no codec has encoded: they are the same for every model."""
+BYTE_SPACE = "images-identity-uint8"
+"""The space of moments of models that have no codec and denoise pixels: their bytes, whatever the dtype."""
 
 
 @dataclass(frozen=True)

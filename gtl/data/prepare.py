@@ -12,7 +12,7 @@ from gtl.config.recipe import Data, Source
 from gtl.data.buckets import MAX_ASPECT, Size, bucket_sizes, choose_bucket, variant_key, variants
 from gtl.data.cache import prompt_key
 from gtl.data.captions import CaptionRule
-from gtl.data.dataset import PIXEL_SPACE, PIXELS, Cuts, Dataset, choose_held_out
+from gtl.data.dataset import BYTE_SPACE, PIXEL_SPACE, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
 from gtl.data.sources import Broken, File, Located, Scan, list_source, scan, uri_of
@@ -91,8 +91,9 @@ def prepare(
 
 def spaces(family: Family, dtype: str, needs: Needs) -> tuple[str, str | None]:
     """Names of the cache's spaces of images and of prompts, which say what made the tensors in them."""
-    codec = PIXELS if family.codec is None else family.fingerprint(family.codec)[:16]
-    images = PIXEL_SPACE if needs.images == "pixels" else f"images-{codec}-{dtype}"
+    images = PIXEL_SPACE if needs.images == "pixels" else BYTE_SPACE
+    if needs.images == "latents" and family.codec is not None:
+        images = f"images-{family.fingerprint(family.codec)[:16]}-{dtype}"
     if needs.text != "embeddings":
         return images, None
     return images, f"prompts-{family.fingerprint(*family.encoders)[:16]}-{dtype}"

@@ -31,6 +31,8 @@ class NoisePath(Protocol):
     """Times that samplers place their steps among."""
     shift: float
     """Shift towards noise with which the model was trained, see `gtl.config.objectives.Timesteps`; 1 is none."""
+    ranges_variance: bool
+    """Whether a model predicts, beside, where its variance is between its bounds; see `gtl.diffusion.variance`."""
 
     def time(self, u: Tensor) -> Tensor:
         """Times of shares u in [0, 1] of the way to noise, in the model's own units; any shape."""
@@ -71,8 +73,11 @@ class VariancePreserving:
 
     shift = 1.0
 
-    def __init__(self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> None:
+    def __init__(
+        self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon", ranges_variance: bool = False
+    ) -> None:  # fmt: skip
         """`alphas_cumprod` [T] are the a_t."""
+        self.ranges_variance = ranges_variance
         self.alphas_cumprod = alphas_cumprod
         self.num_train_timesteps = len(alphas_cumprod)
         self.prediction: Prediction = prediction
@@ -99,7 +104,7 @@ class VariancePreserving:
 
     def snr(self, t: Tensor) -> Tensor:
         """a_t / (1 - a_t)."""
-        alpha = self._alphas(t)
+        alpha = self.alphas(t)
         return alpha / (1 - alpha)
 
     def denoised(self, noisy: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
@@ -133,14 +138,15 @@ class VariancePreserving:
         """Without the copies on devices."""
         return {**self.__dict__, "_on_device": {}}
 
-    def _alphas(self, t: Tensor) -> Tensor:
+    def alphas(self, t: Tensor) -> Tensor:
+        """The a_t at these steps."""
         # A copy per device: copying the table in every step would make the GPU wait.
         if t.device not in self._on_device:
             self._on_device[t.device] = self.alphas_cumprod.to(t.device)
         return self._on_device[t.device][t]
 
     def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self._alphas(t)
+        alpha = self.alphas(t)
         shape = (-1, *[1] * (like.ndim - 1))
         return (alpha**0.5).to(like.dtype).view(shape), ((1 - alpha) ** 0.5).to(like.dtype).view(shape)
 
@@ -149,6 +155,7 @@ class RectifiedFlow:
     """x_t = (1 - s) x_0 + s noise with s = t / T in [0, 1]; the network predicts noise - x_0."""
 
     prediction: Prediction = "flow"
+    ranges_variance = False
 
     def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
         """T is `num_train_timesteps`."""
@@ -220,7 +227,7 @@ def path_of(config: Mapping[str, Any]) -> NoisePath:
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     # DDPM's table, since some samplers change theirs to keep their own arithmetic finite.
     ddpm = DDPMScheduler(**{key: resolved[key] for key in keys if key in resolved})
-    return VariancePreserving(ddpm.alphas_cumprod, prediction)
+    return VariancePreserving(ddpm.alphas_cumprod, prediction, resolved.get("variance_type") == "learned_range")
 
 
 def make_scheduler(config: Mapping[str, Any]) -> Any:

@@ -23,6 +23,8 @@ FAMILIES: dict[str, str] = {
     "z_image": "gtl.families.z_image:ZImage",
     "pixart": "gtl.families.pixart:PixArt",
     "sana": "gtl.families.sana:Sana",
+    "deepfloyd": "gtl.families.deepfloyd:DeepFloyd",
+    "deepfloyd_upscaler": "gtl.families.deepfloyd_upscaler:DeepFloydUpscaler",
     "gan": "gtl.families.gan:Gan",
 }
 """Families by name, imported when opened."""
@@ -40,6 +42,8 @@ PIPELINES: dict[str, str] = {
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "SanaPipeline": "sana",
+    "IFPipeline": "deepfloyd",
+    "IFSuperResolutionPipeline": "deepfloyd_upscaler",
     "GanPipeline": "gan",
 }
 """Family by the pipeline class that model_index.json names."""

@@ -155,6 +155,14 @@ class DiffusionFamily(Family, Protocol):
         """The module half-way through the main part, and the number of channels that it puts out."""
         ...
 
+    @property
+    def enlarges(self) -> int | None:
+        """How many times larger than the picture that it is given its own is; None: it is given none.
+
+        Where it is given one it is an `EnlargingFamily`, and draws nothing by itself.
+        """
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape [C, h, w] of one sample's latents."""
         ...
@@ -215,6 +223,13 @@ class DiffusionFamily(Family, Protocol):
         """Conditions that depend on the crop (SDXL's time ids); {} for most models."""
         ...
 
+    def picture_conditions(self, clean: Tensor, rng: torch.Generator) -> Conditions:
+        """Conditions that training makes of the sample itself, latents [C, h, w], and of what is drawn for them.
+
+        {} for most models, for which nothing is drawn; see `EnlargingFamily`.
+        """
+        ...
+
     def guidance_conditions(self, scale: float) -> Conditions:
         """Conditions that tell a distilled model the scale of its guidance; {} for most models.
 
@@ -224,7 +239,10 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
-        """Classifier-free guidance away from one prediction [B, C, h, w] to and beyond another; scale [B, 1, 1, 1]."""
+        """Classifier-free guidance away from one prediction, as of `predict`, to and beyond another.
+
+        scale [B, 1, 1, 1]. A variance is not guided: it is the other's.
+        """
         ...
 
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
@@ -232,7 +250,10 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """The network's raw output for noisy latents [B, C, h, w] at times t [B], in the model's own time units."""
+        """The network's raw output for noisy latents [B, C, h, w] at times t [B], in the model's own time units.
+
+        [B, C, h, w], or [B, 2 C, h, w] of a model whose sampler reads the variance that it predicts beside.
+        """
         ...
 
     def decode(self, codec: nn.Module | None, latents: Tensor) -> Tensor:
@@ -241,6 +262,26 @@ class DiffusionFamily(Family, Protocol):
 
     def sampler(self, steps: int, height: int, width: int, kind: Sampler = "model") -> Any:
         """A fresh diffusers scheduler with its timesteps set for images of this size."""
+        ...
+
+
+class EnlargingFamily(DiffusionFamily, Protocol):
+    """A family that draws a picture with the details that a smaller one lacks: a later stage of a cascade.
+
+    It is shown the small picture with noise of its own, and told how much (noise conditioning augmentation, Ho et al.
+    2021, arXiv 2106.15282): what an earlier stage draws is not quite what training's small pictures are.
+    """
+
+    def enlarging(self, small: Tensor, height: int, width: int, rng: torch.Generator) -> Conditions:
+        """Conditions of a request, unbatched, for enlarging a picture [3, h, w] in [-1, 1]; `rng` draws its noise."""
+        ...
+
+    def lent(self, first: DiffusionFamily) -> EnlargingFamily:
+        """The family as it reads prompts by the first stage's text encoder and tokenizer, its own or none.
+
+        Raises:
+            UserError: it was made for another encoder.
+        """
         ...
 
 

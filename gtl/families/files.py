@@ -19,7 +19,7 @@ from gtl.types import UserError
 INDEX = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")
 """Names of weight files: diffusers' and transformers'."""
-EXTRAS = ("safety_checker", "feature_extractor", "image_encoder")
+EXTRAS = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 """Components that take no part in training or drawing."""
 WEIGHTS = re.compile(rf"({'|'.join(STEMS)})(-\d+-of-\d+)?(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors")
 

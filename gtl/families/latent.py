@@ -14,6 +14,7 @@ from gtl.families.words import spell_out, teach
 from gtl.types import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from gtl.diffusion.path import NoisePath
@@ -64,6 +65,11 @@ class LatentDiffusion(DiffusersLayout, ABC):
     @property
     def max_size(self) -> int | None:
         """None: any size."""
+        return None
+
+    @property
+    def enlarges(self) -> int | None:
+        """None: it draws from noise and text."""
         return None
 
     @functools.cached_property
@@ -201,6 +207,10 @@ class LatentDiffusion(DiffusersLayout, ABC):
         return empty
 
     def size_conditions(self, geometry: Geometry) -> Conditions:
+        """None."""
+        return {}
+
+    def picture_conditions(self, clean: Tensor, rng: torch.Generator) -> Conditions:
         """None."""
         return {}
 

@@ -25,6 +25,8 @@ CROSS = _with_attention(
     ("ff.net.0.proj", "ff.net.2", "ff.conv_inverted", "ff.conv_point"),
 )
 """In transformer blocks that attend to the image, and then to the text."""
+ADDED = _with_attention((*CROSS["attention"], "add_k_proj", "add_v_proj"), ())
+"""In attentions that have the text's keys and values beside the image's own, with no feed-forward after them."""
 JOINT = _with_attention(
     (
         *CROSS["attention"], "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",

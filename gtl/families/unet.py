@@ -14,7 +14,7 @@ HEAD = ("conv_norm_out", "conv_out")
 
 
 def unet_blocks(unet: nn.Module) -> list[tuple[str, ...]]:
-    """Every ResNet and every transformer block in execution order, see `Family.blocks`."""
+    """Every ResNet and every transformer block, or attention alone, in execution order, see `Family.blocks`."""
     blocks: list[list[str]] = []
     for name in unet_sections(unet):
         section = unet.get_submodule(name)
@@ -26,11 +26,17 @@ def unet_blocks(unet: nn.Module) -> list[tuple[str, ...]]:
             if attention is None:
                 continue
             layers = unet.get_submodule(attention)
+            if not hasattr(layers, "transformer_blocks"):  # DeepFloyd IF's attend to the image and the text at once
+                blocks.append([attention])
+                continue
             blocks[-1] += [f"{attention}.{child}" for child in ("norm", "proj_in") if _has_weights(layers, child)]
             blocks += [[block] for block in _children(layers, attention, "transformer_blocks")]
             blocks[-1].append(f"{attention}.proj_out")
-        for sampler in ("downsamplers", "upsamplers"):
-            blocks[-1] += _children(section, name, sampler)
+        for sampler in (*_children(section, name, "downsamplers"), *_children(section, name, "upsamplers")):
+            if hasattr(unet.get_submodule(sampler), "conv1"):  # a ResNet too, in DeepFloyd IF
+                blocks.append([sampler])
+            else:
+                blocks[-1].append(sampler)
     return [tuple(block) for block in blocks]
 
 
@@ -38,7 +44,8 @@ def unet_embedders(unet: nn.Module) -> tuple[str, ...]:
     """What runs before the first block."""
     sections = {name.partition(".")[0] for name in unet_sections(unet)}
     return tuple(
-        name for name, child in unet.named_children()
+        name
+        for name, child in unet.named_children()
         if name not in sections and name not in HEAD and next(child.parameters(), None) is not None
     )
 

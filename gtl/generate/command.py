@@ -22,6 +22,7 @@ from gtl.types import DTYPES, GUIDANCE, STEPS, Progress, Sampler, UserError, sam
 if TYPE_CHECKING:
     from gtl.adapters.card import Base
     from gtl.families.base import Family
+    from gtl.generate.cascade import Upscaler
     from gtl.generate.edit import Edit
     from gtl.generate.request import Request
 
@@ -44,6 +45,23 @@ class Adapter(NamedTuple):
         return f"{self.name}:{self.scale:g}"
 
 
+class Enlarged(NamedTuple):
+    """By which model pictures are enlarged, and how."""
+
+    model: str
+    adapters: Sequence[str] = ()
+    guidance: float = 4.0
+    """The default of diffusers' pipeline: a picture that is there already leaves less to the prompt."""
+    variant: str | None = None
+
+
+class Opened(NamedTuple):
+    """That, once it is found."""
+
+    stage: Upscaler
+    recipe: dict[str, Any]
+
+
 def run(
     *,
     out: str | Path,
@@ -62,13 +80,15 @@ def run(
     count: int = 1,
     registry: str = "./registry",
     workers: int | str | None = None,
+    upscaler: Enlarged | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Draw `count` pictures of every prompt into `out`; returns the files, the grid last.
 
     Picture i of a prompt has seed `seed` + i. Every PNG carries what it was made with. Of several pictures there is a
     grid too, one row a prompt. With `workers`, a number or "auto", they are drawn on a Ray cluster;
-    see `spread`. Steps and guidance that are left out are what suits the adapters.
+    see `spread`. Steps and guidance that are left out are what suits the adapters. With an `upscaler` width and height
+    are those of the large picture.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
@@ -85,19 +105,45 @@ def run(
     family, fingerprint = open_model(origin, chosen)
     if lines is None:
         lines = read_prompts(None, None) if family.encoders else [Prompt(prompt="")]
-    high, wide = family.default_size
+    second = None if upscaler is None else open_upscaler(upscaler, shelf, steps)
+    high, wide = (family if second is None else second.stage.family).default_size
     requests = make_requests(
         lines, count, seed, negative_prompt=negative_prompt, **sampling_of(chosen, steps, guidance),
         height=high if height is None else height, width=wide if width is None else width,
     )  # fmt: skip
     for request in requests:
-        check_options(request, family)
+        check_options(request, family, second=None if second is None else second.stage)
     recipe = recipe_of(origin, fingerprint, chosen)
     columns = count if len(lines) > 1 else None
+    if second is not None:
+        if number is not None:
+            raise UserError(f"--workers: {workers}: a cascade is drawn here; leave it out")
+        recipe |= {"upscaler": second.recipe}
+        return draw_here(family, requests, chosen, out, recipe, columns, progress, second=second.stage)
     if number is None:
         return draw_here(family, requests, chosen, out, recipe, columns, progress)
     published = tuple(Published(shelf.store.root, adapter.name, adapter.scale, adapter.sampler) for adapter in chosen)
     return draw_on_cluster(Model(origin, fingerprint, published), requests, number, out, recipe, columns, progress)
+
+
+def open_upscaler(asked: Enlarged, shelf: Registry, steps: int | None) -> Opened:
+    """The stage that enlarges.
+
+    Raises:
+        UserError: the model or an adapter is wrong; `--upscaler` is named.
+    """
+    from gtl.generate.cascade import Upscaler
+
+    try:
+        chosen = find_adapters(shelf, asked.adapters)
+        origin = Origin(absolute_if_local(asked.model), variant=asked.variant)
+        family, fingerprint = open_model(origin, chosen)
+        adapters = tuple((adapter.folder, adapter.scale) for adapter in chosen)
+        stage = Upscaler(family, adapters, **sampling_of(chosen, steps, asked.guidance))
+        stage.enlarging()
+    except UserError as error:
+        raise UserError(f"--upscaler {asked.model}: {error}") from None
+    return Opened(stage, {**recipe_of(origin, fingerprint, chosen), "guidance": asked.guidance})
 
 
 def recipe_of(origin: Origin, fingerprint: str, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -200,12 +246,18 @@ def make_requests(lines: Sequence[Prompt], count: int, seed: int, **shared: Any)
     return requests
 
 
-def check_options(request: Request, family: Family, edit: Edit | None = None) -> None:
-    """`drawing.check`, with the field named as an option."""
+def check_options(
+    request: Request, family: Family, edit: Edit | None = None, second: Upscaler | None = None
+) -> None:  # fmt: skip
+    """`drawing.check`, or `check_cascade`, with the field named as an option."""
+    from gtl.generate.cascade import check_cascade
     from gtl.generate.drawing import check
 
     try:
-        check(request, family, edit)
+        if second is None:
+            check(request, family, edit)
+        else:
+            check_cascade(request, family, second)
     except UserError as error:
         raise UserError(f"--{error}") from None
 
@@ -233,6 +285,7 @@ def writing(out: Path) -> Iterator[None]:
 def draw_here(
     family: Family, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
     recipe: Mapping[str, Any], columns: int | None, progress: Progress | None, edit: Edit | None = None,
+    second: Upscaler | None = None,
 ) -> list[Path]:  # fmt: skip
     """Draw in this process and save."""
     import torch
@@ -243,7 +296,9 @@ def draw_here(
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     recipe = {**recipe, "dtype": str(dtype).removeprefix("torch.")}
     folders = [(adapter.folder, adapter.scale) for adapter in adapters]
-    drawn = generate(family, requests, folders, device=device, dtype=dtype, edit=edit, progress=progress)
+    drawn = generate(
+        family, requests, folders, device=device, dtype=dtype, edit=edit, upscaler=second, progress=progress
+    )
     files = ((index, encode_png(image, {**dataclasses.asdict(requests[index]), **recipe})) for index, image in drawn)
     return save(files, requests, out, recipe, columns)
 

@@ -23,7 +23,7 @@ from gtl.types import Geometry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gtl.families.base import Conditions, DiffusionFamily
+    from gtl.families.base import Conditions, DiffusionFamily, EnlargingFamily
 
 DECODE_BATCH = 4
 """Decoding is the peak of memory, so its batches have a bound of their own."""
@@ -80,8 +80,14 @@ class State:
         scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
         return scaled
 
+    def mean(self, prediction: Tensor) -> Tensor:
+        """A prediction [1, C, h, w] without the variance that may be in further channels."""
+        return prediction[:, : self.latents.shape[1]]
+
     def advance(self, prediction: Tensor) -> bool:
-        """Take one step with the model's output [1, C, h, w]; whether it was the last."""
+        """Take one step with the model's output, see `DiffusionFamily.predict`; whether it was the last."""
+        if not str(self.scheduler.config.get("variance_type")).startswith("learned"):
+            prediction = self.mean(prediction)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         extra = {"generator": self.generator} if takes_generator else {}
         self.latents = self.scheduler.step(prediction, self.timestep, self.latents, **extra, return_dict=False)[0]
@@ -104,6 +110,18 @@ class Output:
     """Which estimate it is, from 0; None: it is the picture, and the request is through."""
     edit: Edit | None = None
     """What it began at."""
+    generator: torch.Generator | None = None
+    """Of a picture that is through, as it left it: what goes on from here draws on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Small:
+    """What a request enlarges."""
+
+    picture: Tensor
+    """[3, h, w] in [-1, 1]."""
+    generator: torch.Generator
+    """Draws on where the small picture left it, rather than its noise once more."""
 
 
 class Engine:
@@ -164,7 +182,8 @@ class Engine:
 
     @torch.inference_mode()
     def add(
-        self, request: Request, seat: Seat = BASE, previews: Sequence[int] = (), edit: Edit | None = None
+        self, request: Request, seat: Seat = BASE, previews: Sequence[int] = (), edit: Edit | None = None,
+        small: Small | None = None,
     ) -> int:  # fmt: skip
         """Take a request in; its handle comes back with what is drawn.
 
@@ -173,12 +192,13 @@ class Engine:
             seat: Of its adapters, which it leaves when it is through, cancelled or refused.
             previews: After which steps an estimate of the picture is wanted, counted from where it begins.
             edit: What to begin at, if it is not noise.
+            small: What to enlarge, for a family that does.
 
         Raises:
             UserError: the family cannot draw it; see `check`.
         """
         try:
-            state = self._begin(request, seat, previews, edit)
+            state = self._begin(request, seat, previews, edit, small)
         except BaseException:
             self._leave(seat)
             raise
@@ -199,21 +219,29 @@ class Engine:
             codec = self.parts[self.family.codec] if self.family.codec else None
             return replace(edit, moments=encode(edit, self.family, codec, self.device))
 
-    def _begin(self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None) -> State:
-        check(request, self.family, edit)
+    def _begin(
+        self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None, small: Small | None
+    ) -> State:
+        check(request, self.family, edit, enlarges=small is not None)
         scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = torch.Generator().manual_seed(request.seed) if small is None else small.generator
         guided = self.family.classifier_free and request.guidance > 1
         edit = None if edit is None else self.encode(edit, request)
         start = begin(edit, request, self.family, scheduler, generator, self.device)
+        family, size = cast("EnlargingFamily", self.family), (request.height, request.width)
+        given = {} if small is None else family.enlarging(small.picture, *size, generator)
+
+        def completed(conditions: Conditions) -> Conditions:
+            return self._completed({**conditions, **given}, request)
+
         return State(
             handle=next(self._handles),
             request=request,
             scheduler=scheduler,
             generator=generator,
             latents=start.latents,
-            conditions=self._completed(self._encoded(request.prompt, seat), request),
-            negative=self._completed(self._negative(request.negative_prompt, seat), request) if guided else None,
+            conditions=completed(self._encoded(request.prompt, seat)),
+            negative=completed(self._negative(request.negative_prompt, seat)) if guided else None,
             seat=seat,
             previews=previews,
             edit=edit,
@@ -248,7 +276,7 @@ class Engine:
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
                 self.cancel(state.handle)
-                outputs.append(Output(state.handle, state.request, state.latents, edit=state.edit))
+                outputs.append(Output(state.handle, state.request, state.latents, None, state.edit, state.generator))
             elif estimate is not None:
                 number = state.previews.index(state.steps_done)
                 outputs.append(Output(state.handle, state.request, estimate, number, state.edit))
@@ -257,7 +285,9 @@ class Engine:
     def _estimate(self, state: State, prediction: Tensor) -> Tensor:
         """The picture that a prediction stands for, before the sampler makes its step."""
         t = state.timestep.to(self.device).view(1)
-        return self.family.path.denoised(state.model_input(), prediction, t if t.is_floating_point() else t.long())
+        return self.family.path.denoised(
+            state.model_input(), state.mean(prediction), t if t.is_floating_point() else t.long()
+        )
 
     @torch.inference_mode()
     def decode(self, outputs: Sequence[Output]) -> list[Tensor]:

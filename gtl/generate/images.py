@@ -11,6 +11,7 @@ from PIL import Image
 
 from gtl.adapters import apply
 from gtl.adapters.base import model_parts
+from gtl.generate.cascade import check_cascade, open_cascade
 from gtl.generate.drawing import Drawer, check, open_drawer
 from gtl.types import UserError, quiet
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.families.base import Family
+    from gtl.generate.cascade import Upscaler
     from gtl.generate.edit import Edit
     from gtl.generate.request import Request
     from gtl.types import Progress
@@ -32,23 +34,32 @@ def generate(
     dtype: torch.dtype = torch.float32,
     max_batch: int = 4,
     edit: Edit | None = None,
+    upscaler: Upscaler | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Image.Image]]:
     """Draw the requests; yields (position in `requests`, picture) as they are done, not always in order.
 
     `adapters` are published folders with their scales, all active at once; `edit` is what all requests begin at, if it
-    is not noise. Nothing is loaded before the first request is asked for and none at all when one of them is refused.
+    is not noise; `upscaler` enlarges what is drawn to the size that is asked for. Nothing is loaded before the first
+    request is asked for and none at all when one of them is refused.
 
     Raises:
         UserError: a request, an adapter or the model's files are wrong.
     """
     for request in requests:
-        check(request, family, edit)
+        if upscaler is None:
+            check(request, family, edit)
+        else:
+            check_cascade(request, family, upscaler)
     if not requests:
         return
     (progress or quiet)("load", 0, 0)
     parts = load_parts(family, adapters, device=device, dtype=dtype)
-    yield from draw(open_drawer(family, parts, device, dtype, max_batch), requests, progress, edit)
+    drawer: Drawer = (
+        open_drawer(family, parts, device, dtype, max_batch) if upscaler is None
+        else open_cascade(family, parts, upscaler, device, dtype, max_batch)
+    )  # fmt: skip
+    yield from draw(drawer, requests, progress, edit)
 
 
 def draw(

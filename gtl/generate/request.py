@@ -45,12 +45,19 @@ def sampled_by(request: Request, sampler: Sampler, family: Family) -> Request:
     return replace(request, sampler=sampler, guidance=guidance)
 
 
-def check(request: Request, family: DiffusionFamily, edit: Edit | None = None) -> None:
-    """Refuse what the family cannot draw, or not from there.
+def check(
+    request: Request, family: DiffusionFamily, edit: Edit | None = None, *, enlarges: bool = False
+) -> None:  # fmt: skip
+    """Refuse what the family cannot draw, or not from there; `enlarges` if it is given a smaller picture.
 
     Raises:
         UserError: names the field, its value and what is allowed.
     """
+    if family.enlarges is not None and not enlarges:
+        raise UserError(
+            f"model: a model of family {family.name} only enlarges pictures; draw with its first stage as the model, "
+            "and with it as the upscaler of `gtl generate`"
+        )
     most = family.path.num_train_timesteps - 1  # some schedulers start one time later
     if request.sampler == "lcm":
         most = min(most, LCM_STEPS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from gtl.config.objectives import Noising
 from gtl.diffusion.timesteps import draw_times
+from gtl.diffusion.variance import Steps, variance_loss
 from gtl.diffusion.weighting import check_min_snr, min_snr
 from gtl.types import Batch, Item, Losses
 
@@ -71,8 +72,10 @@ class Denoise:
         tokens = {} if conditions else self.family.tokenize(["" if dropped else item.caption])[0]
         conditions |= self.family.size_conditions(item.geometry)
         conditions |= self.family.guidance_conditions(1.0)
+        clean = self.family.sample_latents(moments, posterior[None])[0]
+        conditions |= self.family.picture_conditions(clean, rng)
         return {
-            "clean": self.family.sample_latents(moments, posterior[None])[0],
+            "clean": clean,
             "noise": noise + self.config.offset_noise * offset,
             "t": self.path.time(u)[0],
             **{CONDITION + name: value for name, value in conditions.items()},
@@ -114,20 +117,22 @@ class Denoiser(nn.Module):
         self.dtype = dtype
 
     def forward(self, batch: Batch) -> Losses:
-        """The batch's share of the mean loss; part `mse` is the same without min-SNR weights."""
+        """The batch's share of the mean loss; part `mse` is without min-SNR weights, and without a variance's term."""
         loss, mse, _ = self.errors(batch)
         return Losses(batch.share(loss), {"mse": batch.share(mse).detach()})
 
     def errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Of samples the loss [B], the same without min-SNR weights [B], and the prediction [B, C, h, w] in fp32."""
+        """Of samples the loss [B], the mean squared error alone [B], and the prediction [B, C, h, w] in fp32."""
         clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
         noisy, target = self.path.add_noise(clean, noise, t), self.path.target(clean, noise, t)
         with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             prediction = self.family.predict(self.main, noisy, t, self._conditions(batch.tensors))
         # A model that also predicts its variance (arXiv 2102.09672) does so in further channels.
-        prediction = prediction[:, : target.shape[1]].float()
+        prediction, share = prediction.float().tensor_split([target.shape[1]], dim=1)
         mse = mean_square(prediction - target)
         loss = mse if self.min_snr_gamma is None else mse * min_snr(self.path, t, self.min_snr_gamma)
+        if share.shape[1] and self.path.ranges_variance:
+            loss = loss + variance_loss(cast(Steps, self.path), clean, noisy, prediction, share, t)
         return loss, mse, prediction
 
     def _conditions(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

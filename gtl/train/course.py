@@ -18,12 +18,14 @@ from gtl.data.dataset import Dataset
 from gtl.data.loader import Loader
 from gtl.data.plan import Plan
 from gtl.evaluate.validation import Validation
+from gtl.families import denoising
 from gtl.storage import Store, explained
 from gtl.train.assemble import Trainee
 from gtl.train.best import best_of
 from gtl.train.checkpoint import latest, load, prune, step_key
 from gtl.train.checkpoint import save as write_checkpoint
 from gtl.train.collapse import collapse_of
+from gtl.train.enlarged import Enlarged, enlarged_of
 from gtl.train.flops import peak_flops
 from gtl.train.job import CHECKPOINTS, RESULT, Job, Notify
 from gtl.train.look import Grid, InTurn, Pictures, Watch, auto_prompts
@@ -171,7 +173,7 @@ def make_watch(
         seed=recipe.data.seed,
     )  # fmt: skip
     shown, scoring, best = recipe.evaluate, None, best_of(recipe)
-    grid: Grid | Mirror | None = None
+    grid: Grid | Mirror | Enlarged | None = None
     rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
     measured = ("val_loss", *recipe.at_looks.metrics)
     seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
@@ -180,7 +182,10 @@ def make_watch(
     )  # fmt: skip
     if not recipe.pair.draws and shown.prompts != []:
         grid = mirror_of(pictures, held_out, trained)
-    if recipe.pair.draws:
+    enlarges = trainee.family.draws == "by denoising" and denoising(trainee.family).enlarges is not None
+    if recipe.pair.draws and enlarges:
+        grid = enlarged_of(pictures, held_out, trained) if shown.prompts != [] else None
+    elif recipe.pair.draws:
         prompts = auto_prompts(held_out, trained, trainee.family) if shown.prompts == "auto" else shown.prompts
         size = max(recipe.data.resolution // trainee.family.multiple, 1) * trainee.family.multiple
         grid = Grid(pictures, prompts, size) if prompts else None

@@ -10,7 +10,7 @@ from gtl.config import Recipe
 from gtl.config.objectives import AlignObjective, DenoiseObjective, PriorPreservation
 from gtl.families import denoising
 from gtl.storage import Store
-from gtl.types import Progress
+from gtl.types import Progress, UserError
 
 if TYPE_CHECKING:
     from gtl.data.dataset import Dataset
@@ -41,6 +41,7 @@ def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Pro
 
         outline(recipe, dtype, family)
 
+    check_drawn(recipe, family)
     objective, cache = recipe.objective, recipe.storage.cache
     prior = objective.prior if isinstance(objective, DenoiseObjective) else None
     target = objective.target if isinstance(objective, AlignObjective) else None
@@ -60,6 +61,21 @@ def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Pro
     if isinstance(objective, AlignObjective):
         check_domains(dataset.entries, recipe.train.batch_size, max(objective.fewest, 1))
     return dataset
+
+
+def check_drawn(recipe: Recipe, family: Family) -> None:
+    """Refuse to measure pictures, or to learn from pictures, of a model that draws none by itself.
+
+    Raises:
+        UserError: names the key.
+    """
+    if family.draws != "by denoising" or denoising(family).enlarges is None:
+        return
+    why = f"a model of family {family.name} only enlarges pictures, and has none of its own"
+    if metrics := recipe.at_looks.metrics:
+        raise UserError(f"evaluate.beside.metrics: {metrics[0]}: {why}; leave it to val_loss")
+    if isinstance(recipe.objective, DenoiseObjective) and recipe.objective.prior is not None:
+        raise UserError(f"objective.prior: {recipe.objective.prior.prompt!r}: {why}; leave it out")
 
 
 def draw_class_images(

@@ -2,14 +2,16 @@
 
 import copy
 import importlib
+import inspect
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from gtl.types import Geometry, UserError
 from tests.tiny import (
     absent,
     as_asked,
+    make_deepfloyd,
+    make_deepfloyd_upscaler,
     make_flux,
     make_flux2,
     make_flux2_klein,
@@ -61,6 +65,8 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         folder, transformer_config={"qk_norm": "rms_norm_across_heads"},
         scheduler_config={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     )),
+    "deepfloyd": ("deepfloyd", make_deepfloyd),
+    "deepfloyd-upscaler": ("deepfloyd_upscaler", make_deepfloyd_upscaler),
 }
 """Models under test: family, and what writes one."""
 FIRST = {family: model for model, (family, _) in reversed(MODELS.items())}
@@ -95,6 +101,8 @@ class Facts:
     """Pixels a side of a latent."""
     framed: bool = False
     """Whether its pipeline puts an instruction in front of prompts."""
+    variance: bool = False
+    """Whether the variance is among its predictions."""
     grouped: bool = False
     """Whether its pipeline returns the prompt's before the negative prompt's, rather than in turns."""
 
@@ -107,6 +115,10 @@ UNET = Facts(
     ("conv_in", "conv_in", "time_embedding.linear_1"), 4, ATTENTION, FEED_FORWARD,
     ("encoder_hidden_states", "text_embeds"), attention_to_text="attn2",
 )  # fmt: skip
+PIXELS = Facts(
+    frozenset({"ResnetBlock2D", "Attention"}), UNET.head, UNET.before, 3, (*ATTENTION, ".add_k_proj", ".add_v_proj"),
+    (), ("encoder_hidden_states",), attention_to_text="attentions", multiple=2, scale=1, variance=True,
+)  # fmt: skip
 FLUX2 = Facts(
     frozenset({"Flux2TransformerBlock", "Flux2SingleTransformerBlock"}), frozenset({"norm_out", "proj_out"}),
     ("time_guidance_embed.timestep_embedder.linear_1", "double_stream_modulation_img.linear", "context_embedder"), 16,
@@ -117,6 +129,8 @@ FLUX2 = Facts(
 FACTS: Mapping[str, Facts] = {
     "flux2": FLUX2,
     "flux2_klein": FLUX2,
+    "deepfloyd": PIXELS,
+    "deepfloyd_upscaler": replace(PIXELS, multiple=4),
     "sd": UNET,
     "sdxl": UNET,
     "sd3": Facts(
@@ -160,6 +174,13 @@ SHIFTS = {
 """Of flow models: towards noise, at the size they were made for."""
 SIZE = (64, 64)
 """(height, width) of the pictures here."""
+
+
+def size_of(family: Any) -> tuple[int, int]:
+    """That of pictures that are learned: as wide as latents, or nearly, where there is no codec to make them so."""
+    return SIZE if family.codec else (16, 16)
+
+
 PROMPTS = ["a photo of a dog", "", "Ünïcode 雪, " + "red boat " * 300]
 
 
@@ -283,7 +304,8 @@ def inputs(case: Case, num: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     conditions = family.encode_prompts(case.parts, PROMPTS)
     geometry = Geometry(SIZE, (0, 0), SIZE)
     more = {**family.size_conditions(geometry), **family.guidance_conditions(3.5)}
-    conditions = [{**c, **more} for c in conditions]
+    rng = torch.Generator().manual_seed(1)
+    conditions = [{**c, **more, **family.picture_conditions(random(*shape, seed=2), rng)} for c in conditions]
     t = family.path.time(torch.tensor([0.0, 0.4, 0.99]))
     return random(num, *shape), t, family.collate([conditions[i % 3] for i in range(num)])
 
@@ -321,8 +343,12 @@ def test_embedders_blocks_and_head_cover_each_parameter_once(case: Case) -> None
 
 
 def test_images_encode_as_in_the_pipeline(case: Case) -> None:
-    family, vae = case.family, case.pipeline.vae
+    family = case.family
     pixels = random(2, 3, *SIZE).clamp(-1, 1)
+    if family.codec is None:
+        check_pixels(family, pixels)
+        return
+    vae = case.pipeline.vae
     moments = family.encode_images(case.parts["vae"], pixels)
     if case.family_name == "sana":
         latents = vae.encode(pixels).latent
@@ -337,6 +363,18 @@ def test_images_encode_as_in_the_pipeline(case: Case) -> None:
     theirs = from_vae(case, posterior.sample(generator=torch.Generator().manual_seed(1)))
     shift, scaling = statistics(case)
     torch.testing.assert_close(family.sample_latents(moments, noise), (theirs - shift) * scaling)
+
+
+def check_pixels(family: Any, pixels: Tensor) -> None:
+    """Every byte comes back as what diffusers' pipelines make of it, in bf16 too, in which the cache is filled."""
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    exact = torch.from_numpy(values.numpy().astype("float32") / 127.5 - 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        moments = family.encode_images(None, exact.to(dtype))
+        assert moments.keys() == {"mean"} and torch.equal(moments["mean"], values)
+    assert torch.equal(family.sample_latents(moments, torch.full(exact.shape, torch.nan)), exact)
+    assert torch.equal(family.decode(None, exact), exact)
+    assert family.encode_images(None, pixels)["mean"].shape[1:] == family.latent_shape(*SIZE)
 
 
 def from_vae(case: Case, latents: Tensor) -> Tensor:
@@ -360,6 +398,8 @@ def statistics(case: Case) -> tuple[Any, Any]:
 
 def test_latents_decode_as_in_the_pipeline(case: Case) -> None:
     """In double precision: what the order of sums rounds differs from one processor to the next."""
+    if case.family.codec is None:
+        return  # see `check_pixels`
     latents = random(2, *case.family.latent_shape(*SIZE)).double()
     ours, their = (copy.deepcopy(vae).double() for vae in (case.parts["vae"], case.pipeline.vae))
     shift, scaling = statistics(case)
@@ -435,7 +475,7 @@ def test_prompts_encode_as_in_the_pipeline(case: Case) -> None:
 def test_predict_row_by_row(case: Case) -> None:
     noisy, t, conditions = inputs(case)
     together = case.family.predict(case.main, noisy, t, conditions)
-    assert together.shape == noisy.shape
+    assert together.shape == (3, noisy.shape[1] * (1 + case.facts.variance), *noisy.shape[2:])
     for i in range(3):
         row = {name: value[i : i + 1] for name, value in conditions.items()}
         alone = case.family.predict(case.main, noisy[i : i + 1], t[i : i + 1], row)
@@ -481,22 +521,29 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     family = case.family
     height, width = SIZE
     sampler = family.sampler(4, height, width)
-    start = random(1, *family.latent_shape(height, width))
+    generator = torch.Generator().manual_seed(0)  # also of what some samplers draw at every step
+    start = torch.randn(1, *family.latent_shape(height, width), generator=generator)
     latents = start * getattr(sampler, "init_noise_sigma", 1.0)
     sizes = family.size_conditions(Geometry((height, width), (0, 0), (height, width)))
     conditions = {**family.encode_prompts(case.parts, PROMPTS[:1])[0], **sizes, **family.guidance_conditions(1.0)}
+    small = random(3, 16, 16, seed=3)
+    if family.enlarges is not None:
+        conditions |= family.enlarging(small, height, width, generator)
     conditions = family.collate([conditions])
     for t in sampler.timesteps:
         scaled = sampler.scale_model_input(latents, t) if hasattr(sampler, "scale_model_input") else latents
         prediction = family.predict(case.main, scaled, t[None], conditions)
-        latents = sampler.step(prediction, t, latents).prev_sample
-    pixels = family.decode(case.parts["vae"], latents)
+        draws = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
+        latents = sampler.step(prediction, t, latents, **draws).prev_sample
+    pixels = family.decode(case.parts.get("vae"), latents)
     case.pipeline.set_progress_bar_config(disable=True)
     # The same noise as `start`, in whichever shape the pipeline keeps it.
     image = case.pipeline(
         prompt=PROMPTS[0], **guidance_of(case.pipeline, 1.0), num_inference_steps=4, height=height, width=width,
         generator=torch.Generator().manual_seed(0), output_type="pt", **as_asked(case.pipeline),
+        **({} if family.enlarges is None else {"image": small[None]}),
     ).images
+    image = image if family.codec else (image / 2 + 0.5).clamp(0, 1)  # theirs for pixels leaves them as they are
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
     assert family.sampler(4, height, width) is not sampler
 
@@ -567,6 +614,11 @@ def number_of_targets(case: Case) -> dict[str, int]:
     if case.family_name == "pixart":
         # 2 attentions of 4 layers and a feed-forward of 2 in each of 3 blocks.
         return {"attention": 24, "attention+ff": 30, "all-linear": 30, "all-linear+conv": 30}
+    if case.facts.variance:
+        # 4 attentions of 6 layers, or of 4 where they see the text alone; 10 ResNets, of which 2 are samplers, with a
+        # time projection, two convolutions and 5 shortcuts in all.
+        num = 4 * (4 if case.family.config("unet").get("only_cross_attention") else 6)
+        return {"attention": num, "attention+ff": num, "all-linear": num + 10, "all-linear+conv": num + 35}
     if case.family_name == "sana":
         # 2 attentions of 4 layers in each of 3 blocks, and a feed-forward of 2 convolutions and one by channels.
         return {"attention": 24, "attention+ff": 30, "all-linear": 24, "all-linear+conv": 30}
@@ -581,11 +633,14 @@ def number_of_targets(case: Case) -> dict[str, int]:
 def test_explicit_lora_targets(case: Case) -> None:
     _, one, two = case.facts.before
     readers = case.family.cross_attentions(case.main)
-    assert {name.rpartition(".")[2] for name in readers} == {case.facts.attention_to_text}
-    queries = [name for name, _ in case.main.named_modules() if name.endswith(f"{case.facts.attention_to_text}.to_q")]
+    # Where they have no name but a number, they go by that of their list.
+    assert {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in readers} == {case.facts.attention_to_text}
+    ending = rf"{case.facts.attention_to_text}(\.\d+)?\.to_q$"
+    queries = [name for name, _ in case.main.named_modules() if re.search(ending, name)]
     # Z-Image's refiners attend, too, and FLUX.2's single blocks have one layer for queries and all else.
     assert {f"{name}.to_q" for name in readers} == set(queries) or case.family_name.startswith(("z_image", "flux2"))
-    found = case.family.lora_targets(case.main, [one, f"{case.facts.attention_to_text}.to_q", two])
+    asked = sorted({re.search(ending, name)[0] for name in queries})  # type: ignore[index]
+    found = case.family.lora_targets(case.main, [one, *asked, two])
     assert found[:2] == [one, two] and set(found[2:]) == set(queries)
 
 
@@ -595,7 +650,7 @@ def test_explicit_lora_targets(case: Case) -> None:
 )
 def test_a_target_that_matches_nothing_is_named(case: Case, ending: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
-        case.family.lora_targets(case.main, ["to_k", ending])
+        case.family.lora_targets(case.main, ["to_q", ending])
     message = str(caught.value)
     hint = hint.format(first=case.facts.before[0])
     assert message.startswith(f"tuner.targets: {ending!r}: no linear or convolution layer's name ends so; {hint}")
@@ -611,7 +666,8 @@ def test_export_loads_in_the_pipeline(case: Case, tmp_path: Path) -> None:
     for part in set(case.family.classes) - {case.family.main}:
         assert_same(getattr(pipeline, part), case.parts[part])
     assert pipeline.scheduler.config == case.pipeline.scheduler.config
-    for part in ("vae", *case.family.encoders):  # tokenizers and their templates of chats are beside the encoders
+    codec = [case.family.codec] if case.family.codec else []
+    for part in (*codec, *case.family.encoders):  # tokenizers and their templates of chats are beside the encoders
         assert open_family(str(tmp_path)).fingerprint(part) == case.family.fingerprint(part)
 
 
@@ -942,8 +998,11 @@ def test_cross_attentions_and_only_they_read_the_condition(case: Case) -> None:
     assert set(found) == attentions_that_read_text(case)
     if case.family.main != "unet":
         return
-    width = {case.main.get_submodule(f"{name}.to_k").in_features for name in found}
+    key = "add_k_proj" if case.facts is not UNET else "to_k"
+    width = {case.main.get_submodule(f"{name}.{key}").in_features for name in found}
     assert width == {case.main.config.cross_attention_dim}
+    if case.facts is not UNET:
+        return  # they attend to the image too, or to the text alone
     others = [name for name, _ in case.main.named_modules() if name.endswith("attn1")]
     assert len(others) == len(found) and not set(others) & set(found)
 

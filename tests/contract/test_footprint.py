@@ -25,7 +25,7 @@ from gtl.train.place import place
 from gtl.train.quantize import FORMATS, QuantizedLinear
 from gtl.tuners.depth import is_under
 from gtl.types import Batch
-from tests.contract.test_families import MODELS, SIZE, VARIANTS
+from tests.contract.test_families import MODELS, VARIANTS, size_of
 from tests.contract.test_pairs import fixed_batch
 
 TUNERS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def is_usual(model: str, tuner: str, dtype: str) -> bool:
 def make_recipe(family: DiffusionFamily, tuner: str, *parts: str) -> Recipe:
     return parse_recipe({
         "model": {"source": str(family.folder)},
-        "data": {"source": "photos", "resolution": SIZE[0]},
+        "data": {"source": "photos", "resolution": size_of(family)[0]},
         "tuner": {"type": tuner, **TUNERS[tuner], **({"train": parts} if parts else {})},
         "objective": {"type": "denoise", "caption_dropout": 0},  # all captions of a batch are equally long
     })

@@ -34,7 +34,12 @@ class Model:
             **self.family.size_conditions(Geometry(SIZE, (0, 0), SIZE)),
             **self.family.guidance_conditions(3.5),
         }
-        self.conditions = [{**each, **more} for each in self.family.encode_prompts(encoders, PROMPTS)]
+        rng = torch.Generator().manual_seed(1)
+        picture = torch.randn(self.family.latent_shape(*SIZE), generator=rng)
+        self.conditions = [
+            {**each, **more, **self.family.picture_conditions(picture, rng)}
+            for each in self.family.encode_prompts(encoders, PROMPTS)
+        ]
         rng = torch.Generator().manual_seed(0)
         self.noisy = torch.randn(4, *self.family.latent_shape(*SIZE), generator=rng)
         self.target = torch.randn(self.noisy.shape, generator=rng)
