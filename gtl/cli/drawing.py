@@ -51,7 +51,12 @@ def edit(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     prompt: Annotated[str, typer.Option()],
     mask: Annotated[Path | None, typer.Option(
-        help="Of the image's size; what is transparent in it, or else white, is drawn anew, and the rest stays.",
+        help="Of the image's size; what is transparent in it, or else white, is drawn anew, and the rest stays. "
+        "Without one, what is transparent in the image is.",
+    )] = None,
+    extend: Annotated[str | None, typer.Option(
+        metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw so many pixels beyond the image's edges, or one number for all "
+        "four, and some more if the model needs them; the image's own pixels stay.",
     )] = None,
     strength: Annotated[float, typer.Option(help="How far to go from the image: the share of the steps taken.")] = 0.8,
     model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
@@ -73,9 +78,9 @@ def edit(
     from gtl.generate.edit_command import run
 
     with Bar() as bar:
-        paths = run(image, out=out, prompt=prompt, mask=mask, strength=strength, model=model, revision=revision,
-                    variant=variant, adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
-                    guidance=guidance, width=width, height=height, count=count, registry=registry,
-                    progress=bar)  # fmt: skip
+        paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength, model=model,
+                    revision=revision, variant=variant, adapters=adapter or [], negative_prompt=negative_prompt,
+                    seed=seed, steps=steps, guidance=guidance, width=width, height=height, count=count,
+                    registry=registry, progress=bar)  # fmt: skip
     for path in paths:
         print(path)

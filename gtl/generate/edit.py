@@ -70,6 +70,11 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
         raise UserError("mask: marks nothing; expected something to be drawn anew, or no mask")
 
 
+def marks(mask: Image) -> bool:
+    """Whether it marks anything."""
+    return any(mask.histogram()[HALF:])
+
+
 def size_text(image: Image) -> str:
     """Width and height."""
     return f"{image.width}x{image.height}"
