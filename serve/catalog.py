@@ -52,6 +52,8 @@ class Chosen(NamedTuple):
     """Whether they have to be merged into the weights."""
     sampler: Sampler = "model"
     """That they were taught for."""
+    edits: bool = False
+    """Whether one was taught to edit an image that it is shown."""
 
     @property
     def title(self) -> str:
@@ -159,6 +161,7 @@ class Catalog:
         wanted += [(one.name, one.scale, "adapters") for one in adapters]
         chosen: dict[str, float] = {}
         samplers: list[Sampler] = []
+        edits = False
         for reference, scale, field in wanted:
             entry = self._find(base, reference)
             if entry is None:
@@ -169,9 +172,10 @@ class Catalog:
                 raise invalid(field, f"{entry.name} is given twice; give it once, with the scale you want")
             chosen[entry.name] = scale
             samplers.append(entry.card.sampler)
+            edits |= entry.card.edits
         hot = {entry.name for entry in (self._find(base, name) for name in base.merged) if entry is not None}
         merged = len(chosen) == 1 and hot >= chosen.keys() and set(chosen.values()) == {1.0}
-        return Chosen(base, tuple(chosen.items()), merged, sampler_of(samplers))
+        return Chosen(base, tuple(chosen.items()), merged, sampler_of(samplers), edits)
 
     def _find(self, base: Base | None, reference: str) -> Entry | None:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+from gtl.generate.edit import IMAGE_GUIDANCE
 from gtl.storage import Store
 from serve import errors, metrics, replay
 from serve.body import in_time, read_text
@@ -105,6 +106,20 @@ async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], ident
         yield errors.sse_error(errors.api_error(error, identity))
     finally:
         following.cancel()
+
+
+def check_way(asked: Drawing, chosen: Chosen) -> None:
+    """Let what was taught to edit have a picture to edit, and nothing else the scale of guidance by one.
+
+    Raises:
+        ApiError: 400.
+    """
+    if chosen.edits and not isinstance(asked, Edit):
+        names = ", ".join(chosen.names)
+        raise errors.invalid("model", f"{names}: was taught to edit pictures: send one to /v1/images/edits")
+    scale = asked.image_guidance_scale if isinstance(asked, Edit) else None
+    if scale is not None and not chosen.edits:
+        raise errors.invalid("image_guidance_scale", f"{scale:g}: no adapter here was taught to edit; leave it out")
 
 
 def size_text(size: tuple[int, int]) -> str:
@@ -255,6 +270,7 @@ class Ingress:
     ) -> Response:
         """What is asked for, drawn; not again where an Idempotency-Key says that it is the same request."""
         chosen = self._catalog.settle(asked)
+        check_way(asked, chosen)
         if asked.stream:
             (order,) = await self._orders(asked, uploads, chosen, request)
             return await self._stream(asked, chosen, order, kind, who, request)
@@ -275,6 +291,8 @@ class Ingress:
         if isinstance(asked, Edit) and uploads is not None:
             async with self._decoding:
                 start, size = await asyncio.to_thread(begin, asked, uploads, limits, *self._catalog.bounds(base))
+            if chosen.edits:
+                start = replace(start, image_guidance=asked.image_guidance_scale or IMAGE_GUIDANCE)
         seed = asked.seed if asked.seed is not None else replay.seed_of(request, asked.n)
         steps, guidance = base.sampling(chosen.sampler)
         steps = asked.num_inference_steps or steps

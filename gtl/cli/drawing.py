@@ -58,7 +58,12 @@ def edit(
         metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw so many pixels beyond the image's edges, or one number for all "
         "four, and some more if the model needs them; the image's own pixels stay.",
     )] = None,
-    strength: Annotated[float, typer.Option(help="How far to go from the image: the share of the steps taken.")] = 0.8,
+    strength: Annotated[float | None, typer.Option(
+        help="How far to go from the image: the share of the steps taken. Left out: 0.8.",
+    )] = None,
+    image_guidance: Annotated[float | None, typer.Option(
+        help="With an adapter that was taught to edit: how close to stay to the image; 1 is off. Left out: 1.5.",
+    )] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
     revision: Revision = None,
     variant: Variant = None,
@@ -78,9 +83,10 @@ def edit(
     from gtl.generate.edit_command import run
 
     with Bar() as bar:
-        paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength, model=model,
-                    revision=revision, variant=variant, adapters=adapter or [], negative_prompt=negative_prompt,
-                    seed=seed, steps=steps, guidance=guidance, width=width, height=height, count=count,
-                    registry=registry, progress=bar)  # fmt: skip
+        paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength,
+                    image_guidance=image_guidance, model=model, revision=revision, variant=variant,
+                    adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
+                    guidance=guidance, width=width, height=height, count=count, registry=registry,
+                    progress=bar)  # fmt: skip
     for path in paths:
         print(path)

@@ -18,6 +18,8 @@ class Needs:
     """Frozen or trained components that must run inside the training process, beside the objective's own part."""
     word: str | None = None
     """What every caption has to contain."""
+    originals: bool = False
+    """Whether every image has to be an edit of another one, which the model sees in further channels."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Pair:
     max_zero_stage: int
     """With a quantised base, too."""
     draws: bool = True
-    """Whether what is learned draws pictures."""
+    """Whether what is learned draws pictures of prompts alone."""
     frozen_base: bool = False
     """Whether adapters move and the model's own weights stay, so that `model.quantization` may round them."""
 
@@ -36,6 +38,12 @@ class Pair:
 PAIRS: dict[tuple[str, str], Pair] = {
     ("lora", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
     ("lora", "consistency"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
+    ("lora", "instruct"): Pair(
+        Needs(images="latents", text="embeddings", originals=True), max_zero_stage=3, draws=False, frozen_base=True
+    ),
+    ("full", "instruct"): Pair(
+        Needs(images="latents", text="embeddings", originals=True), max_zero_stage=3, draws=False
+    ),
     ("full", "distill"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "autoencode"): Pair(Needs(images="pixels", text="none", live=("vae",)), max_zero_stage=3, draws=False),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.data.buckets import geometry, variants
 from gtl.data.cache import Space, prompt_key
 from gtl.storage import Store
-from gtl.types import Entry, Item, Record, UserError
+from gtl.types import Entry, Item, Original, Record, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +52,10 @@ class Dataset:
         digest = hashlib.sha256(json.dumps(self._header()).encode())
         for entry in self.entries:
             record = entry.record
-            told = [record.sha256, record.captions, record.weight, entry.variants]
-            digest.update(json.dumps([*told, "class"] if record.is_class_image else told).encode())
+            told: list[Any] = [record.sha256, record.captions, record.weight, entry.variants]
+            told += ["class"] if record.is_class_image else []
+            told += ["original", record.original.sha256, entry.originals] if record.original else []
+            digest.update(json.dumps(told).encode())
         return digest.hexdigest()
 
     def _header(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Dataset:
             geometry=geometry(record.size, found.bucket, cut),
             caption=record.captions[caption] if record.captions else "",
             pixels=pixels,
+            original=self.images.read(found.originals[variant]) if found.originals else None,
         )
 
     @cached_property
@@ -117,6 +120,7 @@ class Dataset:
                     "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
                     "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
                     "is_class_image": e.record.is_class_image,
+                    **({"original": vars(e.record.original), "originals": e.originals} if e.record.original else {}),
                 }
                 for e in self.entries
             ]  # fmt: skip
@@ -186,11 +190,17 @@ def read(store: Store, fingerprint: str) -> Dataset:
     entries = [
         Entry(
             Record(
-                row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"],
+                row["uri"],
+                row["sha256"],
+                tuple(row["size"]),
+                tuple(row["captions"]),
+                row["weight"],
                 row.get("is_class_image", False),  # unknown to datasets that older versions saved
+                Original(**row["original"]) if row.get("original") else None,
             ),
             tuple(row["bucket"]),
             tuple(row["variants"]),
+            tuple(row.get("originals") or ()),
         )
         for row in table.to_pylist()
     ]

@@ -127,7 +127,9 @@ def name_of(held_out: HeldOut, dataset: Dataset, model: Model) -> str:
     """The objective, with a hash of all but the adapter that the loss depends on."""
     config = held_out.objective.model_dump(mode="json")
     told = {key: value for key, value in config.items() if f"objective.{key}" not in SAME_LOSS}
-    images = [[entry.variants[0], entry.record.captions[:1]] for entry in dataset.entries[:MAX_IMAGES]]
+    images = [
+        [entry.variants[0], entry.record.captions[:1], *entry.originals[:1]] for entry in dataset.entries[:MAX_IMAGES]
+    ]
     decided = json.dumps([model.fingerprint, held_out.seed, told, images], sort_keys=True)
     return f"{held_out.objective.type}:{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
 

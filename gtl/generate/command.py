@@ -39,6 +39,8 @@ class Adapter(NamedTuple):
     base: Base
     sampler: Sampler = "model"
     """That it was taught for."""
+    edits: bool = False
+    """Whether it was taught to edit an image that it is shown."""
 
     def __str__(self) -> str:
         return f"{self.name}:{self.scale:g}"
@@ -80,6 +82,8 @@ def run(
     lines = None if prompt is prompts is None else read_prompts(prompt, None if prompts is None else Path(prompts))
     shelf = Registry(registry)
     chosen = find_adapters(shelf, adapters)
+    if (editor := next((adapter for adapter in chosen if adapter.edits), None)) is not None:
+        raise UserError(f"--adapter {editor.name}: was taught to edit images; give it one by gtl edit IMAGE")
     check_writable(out)
     origin = choose_base(model, chosen, revision, variant)
     family, fingerprint = open_model(origin, chosen)
@@ -138,7 +142,8 @@ def find_adapters(registry: Registry, references: Sequence[str]) -> list[Adapter
         name = f"{card.name}@{version}"
         if any(name == other.name for other in found):
             raise UserError(f"--adapter {reference}: {name} is given twice; give it once, with the scale you want")
-        found.append(Adapter(name, registry.fetch(name), parse_reference(reference).scale, card.base, card.sampler))
+        scale = parse_reference(reference).scale
+        found.append(Adapter(name, registry.fetch(name), scale, card.base, card.sampler, card.edits))
     return found
 
 
@@ -207,7 +212,8 @@ def check_options(request: Request, family: Family, edit: Edit | None = None) ->
     try:
         check(request, family, edit)
     except UserError as error:
-        raise UserError(f"--{error}") from None
+        name, colon, rest = str(error).partition(":")
+        raise UserError(f"--{name.replace('_', '-')}{colon}{rest}") from None
 
 
 def check_writable(out: Path) -> None:

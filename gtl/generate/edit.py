@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl.types import UserError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
     from gtl.generate.request import Request
 
+STRENGTH, IMAGE_GUIDANCE = 0.8, 1.5
+"""Where nobody says; the scale is the one that arXiv 2211.09800 recommends."""
 HALF = 128
 """Mask values from here on are drawn anew."""
 
@@ -34,15 +36,18 @@ class Edit:
     """RGB, of the request's size."""
     mask: Image | None = None
     """L, of the image's size: what is light is drawn anew, and the rest stays what it is in every pixel. None: all."""
-    strength: float = 0.8
+    strength: float = STRENGTH
     """Share of the steps that are taken, above 0 and up to 1: how far the picture may go from the image."""
+    image_guidance: float | None = None
+    """Of a model that was taught to edit: it sees the image while it draws, from noise on, and this is the scale of its
+    guidance by that, 1 is off. None: the model sees nothing."""
     moments: Mapping[str, Tensor] | None = None
     """Of the image, by the codec of the model that draws, each [1, C, h, w]; None until they are needed."""
 
 
 def first_step(edit: Edit | None, steps: int, path: NoisePath) -> int:
     """How many of the steps are left out at the noisy end; rounded as diffusers does it for each kind of path."""
-    if edit is None:
+    if edit is None or edit.image_guidance is not None:
         return 0
     if path.prediction == "flow":
         return int(steps - steps * edit.strength)
@@ -57,6 +62,8 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
     """
     if not 0 < edit.strength <= 1:
         raise UserError(f"strength: {edit.strength:g}: expected a number above 0 and up to 1")
+    if edit.image_guidance is not None and not (math.isfinite(edit.image_guidance) and edit.image_guidance >= 1):
+        raise UserError(f"image_guidance: {edit.image_guidance:g}: expected a number >= 1; 1 is no guidance")
     if first_step(edit, request.steps, family.path) >= request.steps:
         least = math.ceil(100 / request.steps) / 100
         raise UserError(f"strength: {edit.strength:g}: leaves none of {request.steps} steps; expected at least {least}")
@@ -68,6 +75,19 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
         raise UserError(f"mask: {size_text(edit.mask)}: expected {size_text(edit.image)}, the image's size")
     if not repainted(edit.mask).any():
         raise UserError("mask: marks nothing; expected something to be drawn anew, or no mask")
+
+
+def check_shown(edit: Edit | None, edits: bool) -> None:
+    """Refuse to show an image to a model that sees none, and to draw without one where the model was taught to edit.
+
+    Raises:
+        UserError: so it is.
+    """
+    is_shown = edit is not None and edit.image_guidance is not None
+    if edits and not is_shown:
+        raise UserError("adapters: one was taught to edit an image that it is shown; it draws nothing without")
+    if is_shown and not edits:
+        raise UserError("image_guidance: no adapter here was taught to edit the image that it is shown; leave it out")
 
 
 def marks(mask: Image) -> bool:
@@ -104,7 +124,7 @@ def fit(edit: Edit, height: int, width: int) -> Edit:
         return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
 
     mask = None if edit.mask is None else cut(edit.mask, Images.Resampling.BILINEAR)
-    return Edit(cut(edit.image, Images.Resampling.LANCZOS), mask, edit.strength)
+    return replace(edit, image=cut(edit.image, Images.Resampling.LANCZOS), mask=mask, moments=None)
 
 
 def encode(edit: Edit, family: DiffusionFamily, codec: Any, device: torch.device) -> dict[str, Tensor]:
@@ -160,6 +180,8 @@ class Start(NamedTuple):
     first: int = 0
     """Place in the scheduler's times."""
     kept: Kept | None = None
+    seen: Tensor | None = None
+    """What the model sees of the image, [1, C, h, w], where it was taught to edit."""
 
 
 def begin(
@@ -185,6 +207,11 @@ def begin(
     if edit is None:
         return Start(draw() * sigma)
     assert edit.moments is not None
+    is_shown = edit.image_guidance is not None
+    # The mean of the latents, not scaled: so models were trained that others published.
+    seen = edit.moments["mean"] if is_shown else None
+    if is_shown and edit.mask is None:
+        return Start(draw() * sigma, seen=seen)
     clean, noise = family.sample_latents(edit.moments, draw()), draw()
     first = first_step(edit, request.steps, family.path) * getattr(scheduler, "order", 1)
     if hasattr(scheduler, "set_begin_index"):
@@ -195,8 +222,8 @@ def begin(
     # Every latent that holds something of what is marked: diffusers asks one pixel of each, and misses thin lines.
     mask = torch.nn.functional.adaptive_max_pool2d(repainted(edit.mask).float(), tuple(clean.shape[-2:]))
     kept = Kept(clean, noise, mask.bool().unsqueeze(0).to(device))
-    if edit.strength == 1:
-        return Start(noise * sigma, first, kept)
+    if edit.strength == 1 or is_shown:
+        return Start(noise * sigma, first, kept, seen)
     return Start(noised(scheduler, clean, noise, scheduler.timesteps[first]), first, kept)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gtl.adapters.registry import Registry
 from gtl.families import denoising
 from gtl.generate.command import (
+    Adapter,
     check_options,
     check_writable,
     choose_base,
@@ -20,7 +21,7 @@ from gtl.generate.command import (
     recipe_of,
     sampling_of,
 )
-from gtl.generate.edit import Edit, choose_size, fit, marks, size_text
+from gtl.generate.edit import IMAGE_GUIDANCE, STRENGTH, Edit, choose_size, fit, marks, size_text
 from gtl.generate.outpaint import Border, check_canvas, filled, fitting, parse_border
 from gtl.generate.outpaint import extend as outpaint
 from gtl.generate.prompts import read_prompts
@@ -41,7 +42,8 @@ def run(
     prompt: str,
     mask: str | Path | None = None,
     extend: str | None = None,
-    strength: float = 0.8,
+    strength: float | None = None,
+    image_guidance: float | None = None,
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -62,6 +64,7 @@ def run(
     among it. Of a mask, what is transparent, or without transparency what is light, is drawn anew; in all the rest the
     picture has the image's own pixels. Without one, what is transparent in the image is. An image that does not fit the
     model is resized and cut; see `choose_size`. One that is to be extended is not: its border grows until all fits.
+    With an adapter that was taught to edit, the prompt is the instruction, and the model sees the image meanwhile.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
@@ -75,6 +78,7 @@ def run(
     lines = read_prompts(prompt, None)
     picture, area, hashes = read_image(image, mask)
     chosen = find_adapters(Registry(registry), adapters)
+    way = way_of(chosen, strength, image_guidance)
     check_writable(out)
     origin = choose_base(model, chosen, revision, variant)
     opened, fingerprint = open_model(origin, chosen)
@@ -88,11 +92,30 @@ def run(
     )  # fmt: skip
     for request in requests:
         check_options(request, family)
-    edit = fit(Edit(picture, area, strength), requests[0].height, requests[0].width)
+    edit = fit(Edit(picture, area, **way), requests[0].height, requests[0].width)
     check_options(requests[0], family, edit)
-    told = {**hashes, "strength": strength} | ({} if border is None else {"extend": list(border)})
+    told = {**hashes, **way} | ({} if border is None else {"extend": list(border)})
     recipe = {**recipe_of(origin, fingerprint, chosen), "edit": told}
     return draw_here(family, requests, chosen, out, recipe, None, progress, edit)
+
+
+def way_of(adapters: Sequence[Adapter], strength: float | None, image_guidance: float | None) -> dict[str, Any]:
+    """How an image is edited: begun at, or shown to the model where an adapter was taught for that.
+
+    Raises:
+        UserError: an option is for the other way.
+    """
+    editor = next((adapter for adapter in adapters if adapter.edits), None)
+    if editor is None:
+        if image_guidance is not None:
+            raise UserError(f"--image-guidance: {image_guidance:g}: no --adapter was taught to edit; leave it out")
+        return {"strength": STRENGTH if strength is None else strength}
+    if strength is not None:
+        raise UserError(
+            f"--strength: {strength:g}: {editor.name} was taught to edit: it sees the image and begins at noise; give "
+            "--image-guidance, which is higher where more is to stay"
+        )
+    return {"image_guidance": IMAGE_GUIDANCE if image_guidance is None else image_guidance}
 
 
 def read_image(image: str | Path, mask: str | Path | None) -> tuple[Image, Image | None, dict[str, str | None]]:

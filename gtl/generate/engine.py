@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
-from gtl.generate.edit import Edit, Kept, begin, encode, paste
+from gtl.families.wide import is_wide
+from gtl.generate.edit import Edit, Kept, begin, check_shown, encode, paste
 from gtl.generate.request import Request, check
 from gtl.types import Geometry
 
@@ -52,6 +53,8 @@ class State:
     """Where in the schedule it began."""
     kept: Kept | None = None
     """What is put back after every step."""
+    seen: Tensor | None = None
+    """What the model sees of the image that it edits, [1, C, h, w]."""
     index: int = field(init=False)
     """Where in the schedule it is."""
     key: Hashable = field(init=False)
@@ -60,7 +63,7 @@ class State:
     def __post_init__(self) -> None:
         self.index = self.first
         guided = self.negative and shapes(self.negative)
-        self.key = self.seat.company, tuple(self.latents.shape), shapes(self.conditions), guided
+        self.key = self.seat.company, tuple(self.latents.shape), shapes(self.conditions), guided, self.seen is None
 
     @property
     def steps_done(self) -> int:
@@ -79,6 +82,19 @@ class State:
             return self.latents
         scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
         return scaled
+
+    def rows(self) -> list[tuple[Tensor, Conditions]]:
+        """What the model reads for this step: latents and conditions of each row of a forward pass.
+
+        Under guidance without the prompt and with it; of one that sees an image before these without that too.
+        """
+        noisy = self.model_input()
+        if self.seen is None:
+            return [(noisy, given) for given in (self.negative, self.conditions) if given is not None]
+        blind, seeing = (torch.cat([noisy, seen], dim=1) for seen in (torch.zeros_like(self.seen), self.seen))
+        if self.negative is None:
+            return [(seeing, self.conditions)]
+        return [(blind, self.negative), (seeing, self.negative), (seeing, self.conditions)]
 
     def advance(self, prediction: Tensor) -> bool:
         """Take one step with the model's output [1, C, h, w]; whether it was the last."""
@@ -145,6 +161,8 @@ class Engine:
         self.max_batch, self.max_pixels = max_batch, max_pixels
         self._sizes = batch_sizes(max_batch) if compile else ()
         self._main: nn.Module = parts[family.main]
+        self._edits = is_wide(self._main)
+        """Whether the model sees an image with whatever adapters."""
         if compile:
             self._main = cast("nn.Module", torch.compile(self._main, dynamic=False))
         self._states: dict[int, State] = {}
@@ -201,9 +219,11 @@ class Engine:
 
     def _begin(self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None) -> State:
         check(request, self.family, edit)
+        check_shown(edit, self._edits or seat.edits)
         scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
         generator = torch.Generator().manual_seed(request.seed)
-        guided = self.family.classifier_free and request.guidance > 1
+        by_image = edit is not None and edit.image_guidance is not None and edit.image_guidance > 1
+        guided = self.family.classifier_free and (request.guidance > 1 or by_image)
         edit = None if edit is None else self.encode(edit, request)
         start = begin(edit, request, self.family, scheduler, generator, self.device)
         return State(
@@ -219,6 +239,7 @@ class Engine:
             edit=edit,
             first=start.first,
             kept=start.kept,
+            seen=start.seen,
         )
 
     def cancel(self, handle: int) -> None:
@@ -292,25 +313,36 @@ class Engine:
         return batch
 
     def _predict(self, batch: Sequence[State]) -> Tensor:
-        """The model's outputs [B, C, h, w] in fp32; under guidance every state is two rows of the forward pass.
+        """The model's outputs [B, C, h, w] in fp32; under guidance every state is some rows of the forward pass.
 
         Where batches have fixed sizes the last state fills up what is left, and B may be larger than the batch.
         """
         size = next((size for size in self._sizes if size >= len(batch)), len(batch))
         batch = [*batch, *[batch[-1]] * (size - len(batch))]
-        guided = batch[0].negative is not None
-        each = 2 if guided else 1  # side by side, so that the rows of an adapter are one run
-        noisy = torch.cat([state.model_input() for state in batch]).repeat_interleave(each, 0)
+        rows = [row for state in batch for row in state.rows()]  # those of an adapter are one run
+        each = len(rows) // len(batch)
+        noisy, conditions = torch.cat([latents for latents, _ in rows]), [given for _, given in rows]
         t = torch.stack([state.timestep for state in batch]).repeat_interleave(each, 0)
-        conditions = [given for s in batch for given in (s.negative, s.conditions) if given is not None]
         if self.residents is not None:
             self.residents.wear([state.seat for state in batch for _ in range(each)], self.family.main)
         inputs = noisy.to(self.dtype), t.to(self.device), self.family.collate(conditions)
         prediction = self.family.predict(self._main, *inputs).float()
-        if not guided:
+        if each == 1:
             return prediction
-        scale = torch.tensor([state.request.guidance for state in batch], device=self.device).view(-1, 1, 1, 1)
-        return self.family.guide(prediction[0::2], prediction[1::2], scale)
+        scale = self._scales([state.request.guidance for state in batch])
+        if each == 2:
+            return self.family.guide(prediction[0::2], prediction[1::2], scale)
+        return self._guide_twice(prediction.unflatten(0, (-1, 3)), scale, [state.edit for state in batch])
+
+    def _scales(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
+
+    def _guide_twice(self, rows: Tensor, scale: Tensor, edits: Sequence[Edit | None]) -> Tensor:
+        """Guidance by the prompt and by the image, each with a scale of its own (arXiv 2211.09800, equation 3); rows
+        [B, 3, C, h, w] are without both, with the image, and with both."""
+        blind, seeing, told = rows.unbind(1)
+        more = self._scales([(edit.image_guidance or 1.0) - 1 for edit in edits if edit is not None])
+        return self.family.guide(seeing, told, scale.clamp(min=1)) + more * (seeing - blind)
 
     def _encoded(self, prompt: str, seat: Seat) -> Conditions:
         # One by one, so that a prompt's embedding does not depend on its neighbours.
