@@ -61,6 +61,10 @@ def edit(
     strength: Annotated[float | None, typer.Option(
         help="How far to go from the image: the share of the steps taken. Left out: 0.8.",
     )] = None,
+    invert: Annotated[str | None, typer.Option(
+        metavar="TEXT", help="What the image shows: it is drawn from the noise that draws that, and keeps more of its "
+        "structure than without. Choose a low --guidance, such as 3.",
+    )] = None,
     image_guidance: Annotated[float | None, typer.Option(
         help="With an adapter that was taught to edit: how close to stay to the image; 1 is off. Left out: 1.5.",
     )] = None,
@@ -84,7 +88,7 @@ def edit(
 
     with Bar() as bar:
         paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength,
-                    image_guidance=image_guidance, model=model, revision=revision, variant=variant,
+                    invert=invert, image_guidance=image_guidance, model=model, revision=revision, variant=variant,
                     adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
                     guidance=guidance, width=width, height=height, count=count, registry=registry,
                     progress=bar)  # fmt: skip

@@ -1,4 +1,5 @@
-"""Requests that begin at a picture: image to image, and inpainting where a mask keeps a part of it as it is.
+"""Requests that begin at a picture: image to image, inpainting where a mask keeps a part of it as it is, and edits by
+inversion, which begin at the noise that draws it.
 
 A picture that is noised on its way keeps its rough shapes and gets new details (SDEdit, Meng et al. 2021, arXiv
 2108.01073). What a mask keeps is put back, noised as far, after every step (Avrahami et al. 2022, arXiv 2206.02779).
@@ -41,15 +42,20 @@ class Edit:
     image_guidance: float | None = None
     """Of a model that was taught to edit: it sees the image while it draws, from noise on, and this is the scale of its
     guidance by that, 1 is off. None: the model sees nothing."""
+    shows: str | None = None
+    """What is to be seen in the image: it is drawn from the noise that draws it with this prompt, unguided (as the
+    baseline of Mokady et al. 2022, arXiv 2211.09794), so that what both prompts say stays. None: not so."""
     moments: Mapping[str, Tensor] | None = None
     """Of the image, by the codec of the model that draws, each [1, C, h, w]; None until they are needed."""
+    inverted: Tensor | None = None
+    """Latents [1, C, h, w] as far up as the strength says, where it `shows` something; None until they are needed."""
 
 
 def first_step(edit: Edit | None, steps: int, path: NoisePath) -> int:
     """How many of the steps are left out at the noisy end; rounded as diffusers does it for each kind of path."""
     if edit is None or edit.image_guidance is not None:
         return 0
-    if path.prediction == "flow":
+    if path.prediction == "flow" and edit.shows is None:
         return int(steps - steps * edit.strength)
     return steps - int(steps * edit.strength)
 
@@ -67,6 +73,8 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
     if first_step(edit, request.steps, family.path) >= request.steps:
         least = math.ceil(100 / request.steps) / 100
         raise UserError(f"strength: {edit.strength:g}: leaves none of {request.steps} steps; expected at least {least}")
+    if edit.shows is not None:
+        check_inversion(edit, request)
     if edit.image.size != (request.width, request.height):
         raise UserError(f"image: {size_text(edit.image)}: expected {request.width}x{request.height}, what is drawn")
     if edit.mask is None:
@@ -75,6 +83,20 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
         raise UserError(f"mask: {size_text(edit.mask)}: expected {size_text(edit.image)}, the image's size")
     if not repainted(edit.mask).any():
         raise UserError("mask: marks nothing; expected something to be drawn anew, or no mask")
+
+
+def check_inversion(edit: Edit, request: Request) -> None:
+    """Refuse what an inversion does not go together with.
+
+    Raises:
+        UserError: names it.
+    """
+    if edit.mask is not None:
+        raise UserError("invert: keeps by itself what is not said to change; leave the mask out")
+    if edit.image_guidance is not None:
+        raise UserError("invert: an adapter that was taught to edit sees the image itself; take one of the two")
+    if request.sampler != "model":
+        raise UserError("invert: an adapter for few steps adds new noise at each; take one of the two")
 
 
 def check_shown(edit: Edit | None, edits: bool) -> None:
@@ -124,7 +146,7 @@ def fit(edit: Edit, height: int, width: int) -> Edit:
         return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
 
     mask = None if edit.mask is None else cut(edit.mask, Images.Resampling.BILINEAR)
-    return replace(edit, image=cut(edit.image, Images.Resampling.LANCZOS), mask=mask, moments=None)
+    return replace(edit, image=cut(edit.image, Images.Resampling.LANCZOS), mask=mask, moments=None, inverted=None)
 
 
 def encode(edit: Edit, family: DiffusionFamily, codec: Any, device: torch.device) -> dict[str, Tensor]:
@@ -207,6 +229,8 @@ def begin(
     if edit is None:
         return Start(draw() * sigma)
     assert edit.moments is not None
+    if edit.inverted is not None:
+        return Start(edit.inverted, first_step(edit, request.steps, family.path))
     is_shown = edit.image_guidance is not None
     # The mean of the latents, not scaled: so models were trained that others published.
     seen = edit.moments["mean"] if is_shown else None

@@ -43,6 +43,7 @@ def run(
     mask: str | Path | None = None,
     extend: str | None = None,
     strength: float | None = None,
+    invert: str | None = None,
     image_guidance: float | None = None,
     model: str | None = None,
     revision: str | None = None,
@@ -64,7 +65,8 @@ def run(
     among it. Of a mask, what is transparent, or without transparency what is light, is drawn anew; in all the rest the
     picture has the image's own pixels. Without one, what is transparent in the image is. An image that does not fit the
     model is resized and cut; see `choose_size`. One that is to be extended is not: its border grows until all fits.
-    With an adapter that was taught to edit, the prompt is the instruction, and the model sees the image meanwhile.
+    With an adapter that was taught to edit, the prompt is the instruction, and the model sees the image meanwhile. With
+    `invert`, which says what the image shows, it is drawn from the noise that draws the image.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
@@ -92,9 +94,13 @@ def run(
     )  # fmt: skip
     for request in requests:
         check_options(request, family)
-    edit = fit(Edit(picture, area, **way), requests[0].height, requests[0].width)
+    edit = fit(Edit(picture, area, **way, shows=invert), requests[0].height, requests[0].width)
     check_options(requests[0], family, edit)
-    told = {**hashes, **way} | ({} if border is None else {"extend": list(border)})
+    told = (
+        {**hashes, **way}
+        | ({} if invert is None else {"invert": invert})
+        | ({} if border is None else {"extend": list(border)})
+    )
     recipe = {**recipe_of(origin, fingerprint, chosen), "edit": told}
     return draw_here(family, requests, chosen, out, recipe, None, progress, edit)
 

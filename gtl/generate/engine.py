@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
+from gtl.diffusion.solver import Rising, Solver
 from gtl.families.wide import is_wide
-from gtl.generate.edit import Edit, Kept, begin, check_shown, encode, paste
+from gtl.generate.edit import Edit, Kept, begin, check_shown, encode, first_step, paste
 from gtl.generate.request import Request, check
 from gtl.types import Geometry
 
@@ -211,20 +212,41 @@ class Engine:
             UserError: the family cannot draw it; see `check`.
         """
         check(request, self.family, edit)
-        if edit.moments is not None:
+        if edit.moments is None:
+            with self._codec_lock:
+                codec = self.parts[self.family.codec] if self.family.codec else None
+                edit = replace(edit, moments=encode(edit, self.family, codec, self.device))
+        if edit.shows is None or edit.inverted is not None:
             return edit
-        with self._codec_lock:
-            codec = self.parts[self.family.codec] if self.family.codec else None
-            return replace(edit, moments=encode(edit, self.family, codec, self.device))
+        return replace(edit, inverted=self._inverted(edit, request))
+
+    def _inverted(self, edit: Edit, request: Request) -> Tensor:
+        """The latents that a `Solver` draws the image from, as far up as its strength says; of the base's own prompt.
+
+        The model looks at it alone: in the one thread that draws, where there are others.
+        """
+        assert edit.shows is not None and edit.moments is not None
+        request = replace(request, prompt=edit.shows, guidance=1.0)
+        rises = request.steps - first_step(edit, request.steps, self.family.path)
+        clean = self.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
+        conditions = self._completed(self._encoded(edit.shows, BASE), request)
+        scheduler = Rising(self.family.path, request.steps, rises)
+        state = State(next(self._handles), request, scheduler, torch.Generator(), clean, conditions, None)
+        while not state.advance(self._predict([state])[:1]):
+            pass
+        return state.latents
 
     def _begin(self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None) -> State:
         check(request, self.family, edit)
         check_shown(edit, self._edits or seat.edits)
-        scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
         generator = torch.Generator().manual_seed(request.seed)
         by_image = edit is not None and edit.image_guidance is not None and edit.image_guidance > 1
         guided = self.family.classifier_free and (request.guidance > 1 or by_image)
         edit = None if edit is None else self.encode(edit, request)
+        if edit is not None and edit.inverted is not None:
+            scheduler: Any = Solver(self.family.path, request.steps)
+        else:
+            scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
         start = begin(edit, request, self.family, scheduler, generator, self.device)
         return State(
             handle=next(self._handles),
