@@ -5,12 +5,11 @@ The unit of work is one step of one batch: requests join and leave between any t
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,8 +17,9 @@ import torch
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.diffusion.solver import Rising, Solver
 from gtl.families.wide import is_wide
-from gtl.generate.edit import Edit, Kept, begin, check_shown, encode, first_step, paste
+from gtl.generate.edit import Edit, begin, check_shown, encode, first_step, paste
 from gtl.generate.request import Request, check
+from gtl.generate.state import State
 from gtl.types import Geometry
 
 if TYPE_CHECKING:
@@ -30,83 +30,6 @@ if TYPE_CHECKING:
 DECODE_BATCH = 4
 """Decoding is the peak of memory, so its batches have a bound of their own."""
 CACHED_PROMPTS = 256
-
-
-@dataclass
-class State:
-    """A request on its way. Schedulers keep a history and a counter, so each request has its own."""
-
-    handle: int
-    request: Request
-    scheduler: Any
-    generator: torch.Generator
-    """On the CPU, so that a seed draws the same noise on every device."""
-    latents: Tensor
-    """[1, C, h, w], fp32."""
-    conditions: Conditions
-    negative: Conditions | None
-    """None without guidance."""
-    seat: Seat = BASE
-    previews: Sequence[int] = ()
-    """After which steps an estimate of the picture is wanted."""
-    edit: Edit | None = None
-    first: int = 0
-    """Where in the schedule it began."""
-    kept: Kept | None = None
-    """What is put back after every step."""
-    seen: Tensor | None = None
-    """What the model sees of the image that it edits, [1, C, h, w]."""
-    index: int = field(init=False)
-    """Where in the schedule it is."""
-    key: Hashable = field(init=False)
-    """Only states of one key share a batch."""
-
-    def __post_init__(self) -> None:
-        self.index = self.first
-        guided = self.negative and shapes(self.negative)
-        self.key = self.seat.company, tuple(self.latents.shape), shapes(self.conditions), guided, self.seen is None
-
-    @property
-    def steps_done(self) -> int:
-        """Those that it took itself."""
-        return self.index - self.first
-
-    @property
-    def timestep(self) -> Tensor:
-        """The scheduler's next time, a scalar."""
-        timestep: Tensor = self.scheduler.timesteps[self.index]
-        return timestep
-
-    def model_input(self) -> Tensor:
-        """The latents as the model reads them at this step."""
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return self.latents
-        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
-        return scaled
-
-    def rows(self) -> list[tuple[Tensor, Conditions]]:
-        """What the model reads for this step: latents and conditions of each row of a forward pass.
-
-        Under guidance without the prompt and with it; of one that sees an image before these without that too.
-        """
-        noisy = self.model_input()
-        if self.seen is None:
-            return [(noisy, given) for given in (self.negative, self.conditions) if given is not None]
-        blind, seeing = (torch.cat([noisy, seen], dim=1) for seen in (torch.zeros_like(self.seen), self.seen))
-        if self.negative is None:
-            return [(seeing, self.conditions)]
-        return [(blind, self.negative), (seeing, self.negative), (seeing, self.conditions)]
-
-    def advance(self, prediction: Tensor) -> bool:
-        """Take one step with the model's output [1, C, h, w]; whether it was the last."""
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": self.generator} if takes_generator else {}
-        self.latents = self.scheduler.step(prediction, self.timestep, self.latents, **extra, return_dict=False)[0]
-        self.index += 1
-        is_last = self.index == len(self.scheduler.timesteps)
-        if self.kept is not None:
-            self.latents = self.kept.put_back(self.latents, self.scheduler, None if is_last else self.timestep)
-        return is_last
 
 
 @dataclass(frozen=True)
@@ -389,11 +312,6 @@ class Engine:
         sizes = self.family.size_conditions(Geometry(original=size, crop=(0, 0), target=size))
         guidance = self.family.guidance_conditions(request.guidance)
         return {name: value.to(self.device) for name, value in {**conditions, **sizes, **guidance}.items()}
-
-
-def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes: conditions that agree in them are batched without padding."""
-    return tuple(sorted((name, tuple(value.shape)) for name, value in conditions.items()))
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
