@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-PAIRS = SceneSet(split="edits", seed=1)
-"""Training has those of seed 0."""
+PAIRS = SceneSet(split="edits", seed=2)
+"""Training has those of seed 0; the ways below were chosen by those of seed 1."""
 SAME = 2
 """Values of 255 by which pixels differ at most between the two pictures of a pair where nothing is to change."""
 BATCH = 8
@@ -59,7 +59,7 @@ INSTRUCTED = Way(lambda edit: edit.instruction, lambda image, _: Edit(image, ima
 """By a model that was taught to edit, which is told what to change."""
 BEGUN = Way(describe, lambda image, _: Edit(image, strength=0.8))
 """Plain image to image, which is told all that is to be seen."""
-INVERTED = Way(describe, lambda image, edit: Edit(image, strength=1.0, shows=describe_before(edit)))
+INVERTED = Way(describe, lambda image, edit: Edit(image, strength=0.8, shows=describe_before(edit)))
 """From the noise that draws the image, told all that is to be seen."""
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gtl.adapters import Registry
+from gtl.bench.editing import BEGUN, INSTRUCTED, INVERTED, Edited, Way, edit_pairs
 from gtl.config import Recipe, load_recipe
-from gtl.evaluate.result import Evaluation, compare
+from gtl.evaluate.estimate import Difference, Estimate, difference
+from gtl.evaluate.result import Evaluation, Score, compare
 from gtl.evaluate.run import evaluate
 from gtl.families.files import write_once
 from gtl.families.shrink import shrink
@@ -49,6 +51,8 @@ class Comparison:
     baseline: Arm
     measured: tuple[str, ...] = ()
     """`key=value` for the recipe when its pictures are measured, where that is not on the images of training."""
+    ways: tuple[Way, Way] | None = None
+    """How pairs of scenes are edited by the method and by its baseline, where that is what is compared."""
 
 
 FROM_NOTHING = ("model.weights=random", "tuner={type: full, train: [unet, text_encoder]}")
@@ -82,6 +86,16 @@ COMPARISONS = (
         Arm("a GAN fine-tuned to 100 pictures"), Arm("the same one from random weights", ("model.weights=random",)),
         ("data.source=builtin:scenes?style=neon&count=256&size=32&seed=1",),
     ),
+    Comparison(
+        "instruct", "instruct", "prompt_accuracy",
+        Arm("edits, told what to change"), Arm("image to image, told all that is to be seen", is_trained=False),
+        ways=(INSTRUCTED, BEGUN),
+    ),
+    Comparison(
+        "inversion", "instruct", "prompt_accuracy",
+        Arm("edits by inversion", is_trained=False), Arm("image to image, of the same strength", is_trained=False),
+        ways=(INVERTED, BEGUN),
+    ),
 )  # fmt: skip
 
 
@@ -104,6 +118,8 @@ class Row:
     """Of training, times devices; 0 where there was none."""
     weights: tuple[int, int]
     """Bytes that were published; 0 where nothing was."""
+    moved: tuple[tuple[float, float, float], ...] = ()
+    """Of edits by both: how far what should have stayed is from what it was, see `Edited`."""
 
 
 def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = quiet) -> list[Row]:
@@ -132,8 +148,8 @@ def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = q
 
 def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     """Both sides of one."""
-    found, costs, sizes = [], [], []
-    for side, arm in (("method", one.method), ("baseline", one.baseline)):
+    found, edited, costs, sizes = [], [], [], []
+    for number, (side, arm) in enumerate((("method", one.method), ("baseline", one.baseline))):
         recipe = open_recipe(one, arm, out / one.name / side, out)
         adapter, seconds, size = None, 0.0, 0
         if arm.is_trained:
@@ -143,9 +159,15 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
             seconds = card.training.device_hours * 3600 if card.training else 0.0
             size = sum(file.bytes for file in card.files.values())
         judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
-        found += evaluate(judged, [adapter], progress=progress)
+        if one.ways is None:
+            found += evaluate(judged, [adapter], progress=progress)
+        else:
+            folders = [] if adapter is None else [(Registry(recipe.storage.registry).fetch(adapter), 1.0)]
+            edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
         costs.append(seconds)
         sizes.append(size)
+    if edited:
+        return edits_row(one, edited[0], edited[1], costs, sizes)
     return make_row(one, found[0], found[1], costs, sizes)
 
 
@@ -154,7 +176,22 @@ def make_row(
 ) -> Row:  # fmt: skip
     """The row of two evaluations."""
     scores = [evaluation.scores[one.metric] for evaluation in (method, baseline)]
-    (difference,) = (each for each in compare(baseline, method) if each.metric == one.metric)
+    (found,) = (each for each in compare(baseline, method) if each.metric == one.metric)
+    return _row(one, scores, found, costs, sizes)
+
+
+def edits_row(
+    one: Comparison, method: Edited, baseline: Edited, costs: Sequence[float], sizes: Sequence[int]
+) -> Row:  # fmt: skip
+    """The row of two ways to edit the same pairs."""
+    found = difference(method.right, baseline.right)
+    return replace(_row(one, (method.right, baseline.right), found, costs, sizes), moved=(method.moved, baseline.moved))
+
+
+def _row(
+    one: Comparison, scores: Sequence[Score | Estimate], difference: Difference, costs: Sequence[float],
+    sizes: Sequence[int],
+) -> Row:  # fmt: skip
     better = {None: "cannot be told", 0: "the method", 1: "the baseline"}[difference.better]
     return Row(
         one.name, one.metric, (one.method.title, one.baseline.title), (scores[0].value, scores[1].value),
@@ -185,6 +222,9 @@ def table(rows: Sequence[Row]) -> str:
                 short(row.values[i]), interval(low, high), f"{row.seconds[i]:.0f} s" if row.seconds[i] else "none",
                 f"{row.weights[i] / 1e6:.2g} MB" if row.weights[i] else "nothing",
             ])  # fmt: skip
+        for i, (away, low, high) in enumerate(row.moved):
+            label = ("method", "baseline")[i]
+            cells.append(["", "", f"{label}: moved of what should stay", short(away), interval(low, high), "", ""])
         value, low, high = row.difference
         cells.append(["", "", f"difference; better: {row.better}", f"{value:+.3g}", interval(low, high), "", ""])
     return columns(cells)
