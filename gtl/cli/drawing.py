@@ -68,6 +68,10 @@ def edit(
     image_guidance: Annotated[float | None, typer.Option(
         help="With an adapter that was taught to edit: how close to stay to the image; 1 is off. Left out: 1.5.",
     )] = None,
+    colors_of: Annotated[Path | None, typer.Option(
+        metavar="IMAGE", help="Give what is drawn the colours of another picture, or of IMAGE itself: the mean and the "
+        "deviation of each.",
+    )] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
     revision: Revision = None,
     variant: Variant = None,
@@ -87,9 +91,9 @@ def edit(
     from gtl.generate.edit_command import run
 
     with Bar() as bar:
-        paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength,
-                    invert=invert, image_guidance=image_guidance, model=model, revision=revision, variant=variant,
-                    adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
+        paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength, invert=invert,
+                    image_guidance=image_guidance, colors_of=colors_of, model=model, revision=revision,
+                    variant=variant, adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
                     guidance=guidance, width=width, height=height, count=count, registry=registry,
                     progress=bar)  # fmt: skip
     for path in paths:

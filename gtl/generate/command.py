@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,6 +20,8 @@ from gtl.session import session
 from gtl.types import DTYPES, GUIDANCE, STEPS, Progress, Sampler, UserError, sampler_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gtl.adapters.card import Base
     from gtl.families.base import Family
     from gtl.generate.edit import Edit
@@ -239,8 +241,9 @@ def writing(out: Path) -> Iterator[None]:
 def draw_here(
     family: Family, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
     recipe: Mapping[str, Any], columns: int | None, progress: Progress | None, edit: Edit | None = None,
+    finish: Callable[[Image], Image] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Draw in this process and save."""
+    """Draw in this process and save, what `finish` makes of each picture if there is more to do."""
     import torch
 
     from gtl.generate.images import generate
@@ -250,7 +253,10 @@ def draw_here(
     recipe = {**recipe, "dtype": str(dtype).removeprefix("torch.")}
     folders = [(adapter.folder, adapter.scale) for adapter in adapters]
     drawn = generate(family, requests, folders, device=device, dtype=dtype, edit=edit, progress=progress)
-    files = ((index, encode_png(image, {**dataclasses.asdict(requests[index]), **recipe})) for index, image in drawn)
+    files = (
+        (index, encode_png(finish(image) if finish else image, {**dataclasses.asdict(requests[index]), **recipe}))
+        for index, image in drawn
+    )
     return save(files, requests, out, recipe, columns)
 
 

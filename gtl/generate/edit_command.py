@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def run(
     strength: float | None = None,
     invert: str | None = None,
     image_guidance: float | None = None,
+    colors_of: str | Path | None = None,
     model: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -66,11 +68,15 @@ def run(
     picture has the image's own pixels. Without one, what is transparent in the image is. An image that does not fit the
     model is resized and cut; see `choose_size`. One that is to be extended is not: its border grows until all fits.
     With an adapter that was taught to edit, the prompt is the instruction, and the model sees the image meanwhile. With
-    `invert`, which says what the image shows, it is drawn from the noise that draws the image.
+    `invert`, which says what the image shows, it is drawn from the noise that draws the image. What is drawn gets the
+    colours of the picture `colors_of`; see `match_colours`.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
     """
+    from gtl.generate.colours import match_colours
+    from gtl.images import decode
+
     if count < 1:
         raise UserError(f"--count: {count}: expected 1 or more")
     border = None if extend is None else parse_border(extend)
@@ -79,6 +85,9 @@ def run(
     out = Path(out)
     lines = read_prompts(prompt, None)
     picture, area, hashes = read_image(image, mask)
+    palette, finish = None, None
+    if colors_of is not None:
+        palette, hashes["colors_of"] = _read(colors_of, f"--colors-of {colors_of}", decode)
     chosen = find_adapters(Registry(registry), adapters)
     way = way_of(chosen, strength, image_guidance)
     check_writable(out)
@@ -102,7 +111,9 @@ def run(
         | ({} if border is None else {"extend": list(border)})
     )
     recipe = {**recipe_of(origin, fingerprint, chosen), "edit": told}
-    return draw_here(family, requests, chosen, out, recipe, None, progress, edit)
+    if palette is not None:
+        finish = functools.partial(match_colours, reference=palette, area=edit.mask)
+    return draw_here(family, requests, chosen, out, recipe, None, progress, edit, finish)
 
 
 def way_of(adapters: Sequence[Adapter], strength: float | None, image_guidance: float | None) -> dict[str, Any]:
