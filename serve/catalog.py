@@ -16,7 +16,7 @@ from gtl.config.names import NAME, parse_reference
 from gtl.families import FAMILIES, denoising, family_class, open_family
 from gtl.types import Sampler, UserError, sampler_of
 from serve.errors import invalid, model_not_found
-from serve.schema import Adapter, Drawing, Model, Origin, check_pixels
+from serve.schema import Adapter, Drawing, Edit, Model, Origin, check_pixels
 from serve.settings import Base, Settings, most_pixels
 
 if TYPE_CHECKING:
@@ -129,9 +129,11 @@ class Catalog:
         """What a request means, its size being one that its base may be asked for.
 
         Raises:
-            ApiError: 404, there is none such; 400, an adapter is given twice, or there are too many pixels.
+            ApiError: 404, there is none such; 400, an adapter is given twice or has nothing to edit, or there are too
+                many pixels.
         """
         chosen = self.choose(asked.model, asked.adapters)
+        check_way(asked, chosen)
         if asked.pixels is not None:
             check_pixels(*asked.pixels, self._most[chosen.base.name])
         return chosen
@@ -224,6 +226,20 @@ class Catalog:
         entry = self._find(chosen.base, chosen.adapters[0][0])
         assert entry is not None
         return model_of(entry, identity)
+
+
+def check_way(asked: Drawing, chosen: Chosen) -> None:
+    """Let what was taught to edit have a picture to edit, and nothing else the scale of guidance by one.
+
+    Raises:
+        ApiError: 400.
+    """
+    if chosen.edits and not isinstance(asked, Edit):
+        names = ", ".join(chosen.names)
+        raise invalid("model", f"{names}: was taught to edit pictures: send one to /v1/images/edits")
+    scale = asked.image_guidance_scale if isinstance(asked, Edit) else None
+    if scale is not None and not chosen.edits:
+        raise invalid("image_guidance_scale", f"{scale:g}: no adapter here was taught to edit; leave it out")
 
 
 def model_of(entry: Entry, identity: str) -> Model:

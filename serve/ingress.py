@@ -108,20 +108,6 @@ async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], ident
         following.cancel()
 
 
-def check_way(asked: Drawing, chosen: Chosen) -> None:
-    """Let what was taught to edit have a picture to edit, and nothing else the scale of guidance by one.
-
-    Raises:
-        ApiError: 400.
-    """
-    if chosen.edits and not isinstance(asked, Edit):
-        names = ", ".join(chosen.names)
-        raise errors.invalid("model", f"{names}: was taught to edit pictures: send one to /v1/images/edits")
-    scale = asked.image_guidance_scale if isinstance(asked, Edit) else None
-    if scale is not None and not chosen.edits:
-        raise errors.invalid("image_guidance_scale", f"{scale:g}: no adapter here was taught to edit; leave it out")
-
-
 def size_text(size: tuple[int, int]) -> str:
     """WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
@@ -270,7 +256,6 @@ class Ingress:
     ) -> Response:
         """What is asked for, drawn; not again where an Idempotency-Key says that it is the same request."""
         chosen = self._catalog.settle(asked)
-        check_way(asked, chosen)
         if asked.stream:
             (order,) = await self._orders(asked, uploads, chosen, request)
             return await self._stream(asked, chosen, order, kind, who, request)
