@@ -25,7 +25,6 @@ from tests.tiny import make_sd
 from tests.unit.test_edit import picture
 from tests.unit.test_generate import with_ddim
 
-
 BOTH = (Adapter(name="style"), Adapter(name="editor"))
 
 
