@@ -195,3 +195,56 @@ def test_an_edit_depends_on_its_place_alone() -> None:
     assert one.edit(4) == two.edit(4) and one.before(4).tobytes() == two.before(4).tobytes()
     with pytest.raises(UserError, match="split=edits with style=neon: leave one out"):
         SceneSet(split="edits", style="neon")
+
+
+def test_pairs_arrive_in_a_batch_and_are_learned(tmp_path: Path) -> None:
+    """Drawn, encoded by the actor that fills the cache, loaded and trained on, as a run does it."""
+    from gtl.config import parse_recipe
+    from gtl.data.fill import Encoder
+    from gtl.data.loader import Loader
+    from gtl.data.plan import Plan
+    from gtl.data.prepare import missing_texts, spaces
+    from gtl.data.stream import COLUMN
+    from gtl.families import open_family
+    from gtl.train.assemble import assemble
+    from gtl.train.place import place
+
+    recipe = parse_recipe({
+        "model": {"source": "builtin:tiny"}, "tuner": {"type": "lora", "rank": 4}, "objective": {"type": "instruct"},
+        "data": {"source": "builtin:scenes?split=edits&count=4", "resolution": 64},
+    })  # fmt: skip
+    cache, family = Store(tmp_path), open_family("builtin:tiny")
+    folder = draw_set(SceneSet.parse(str(recipe.data.source)), cache)
+    located = paired(scan(folder.root, CaptionRule(), 1.0, None, inspect_here)).images
+    cuts = Cuts(1, False, 0)
+    images, prompts = spaces(family, "fp32", recipe.needs)
+    dataset = Dataset(cache, [make_entry(one, ((64, 64),), cuts) for one in located], images, prompts, cuts)
+    rows = [{"caption": text, "key": key} for key, text in missing_texts(dataset, []).items()]
+    rows += [vars(work) for work in missing_images(dataset, located, every_copy=False)]
+    assert len(rows) == 5 + 8
+    told = json.loads(json.dumps(rows))
+    results = [each for batch in Encoder(family, cache, images, prompts, "fp32")({COLUMN: [json.dumps(told)]})
+               for text in batch[COLUMN] for each in [json.loads(text)]]  # fmt: skip
+    assert len(results) == 13 and not any(result["error"] for result in results)
+    dataset.refresh()
+    trainee = assemble(recipe, "fp32")
+    for part in trainee.parts.values():
+        place(part, trainee.dtype, "cpu")
+    loader = Loader(
+        dataset, Plan(dataset.entries, 4, 0), trainee.objective.draw, trainee.objective.collate, rank=0, world=1,
+        micro_batch=4, first_step=0, last_step=8, seed=0,
+    )  # fmt: skip
+    (player,) = trainee.players.values()
+    optimizer = torch.optim.Adam(trainee.parameters.values(), lr=1e-2)
+    before = trainee.parameters["unet.conv_in.added"].clone()
+    losses = []
+    for _, (batch,) in loader:
+        shown = batch.tensors["original"]
+        assert shown.shape == batch.tensors["clean"].shape
+        loss = player(batch).total
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert (trainee.parameters["unet.conv_in.added"] - before).abs().max() > 1e-3
+    assert all(np.isfinite(losses))
