@@ -37,6 +37,8 @@ class Arm:
     """Makes what is trained, in a folder; None: what the recipe says."""
     is_trained: bool = True
     """False: the recipe's model as it is."""
+    recipes: tuple[str, ...] = ()
+    """In gtl/recipes/demo: trained apart in place of the comparison's, their adapters all active at once."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ class Comparison:
 
 
 FROM_NOTHING = ("model.weights=random", "tuner={type: full, train: [unet, text_encoder]}")
+
+
+BOTH = (
+    "data.source=builtin:scenes?concept=blick&style=neon&count=128&seed=1", "evaluate.samples=128",
+    "evaluate.guidance=3.0",
+)  # fmt: skip
+"""Prompts of both, in nobody's training pictures: the concept's are in no style, and the style's of no concept."""
 
 
 def cut(folder: Path) -> None:
@@ -85,6 +94,16 @@ COMPARISONS = (
         "gan", "gan", "kid",
         Arm("a GAN fine-tuned to 100 pictures"), Arm("the same one from random weights", ("model.weights=random",)),
         ("data.source=builtin:scenes?style=neon&count=256&size=32&seed=1",),
+    ),
+    Comparison(
+        "with-style", "concept", "prompt_accuracy",
+        Arm("a concept and a style, trained apart", recipes=("concept", "style")),
+        Arm("the concept alone", recipes=("concept",)), BOTH,
+    ),
+    Comparison(
+        "with-concept", "style", "prompt_accuracy",
+        Arm("a style and a concept, trained apart", recipes=("concept", "style")),
+        Arm("the style alone", recipes=("style",)), BOTH,
     ),
     Comparison(
         "instruct", "instruct", "prompt_accuracy",
@@ -150,19 +169,20 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     """Both sides of one."""
     found, edited, costs, sizes = [], [], [], []
     for number, (side, arm) in enumerate((("method", one.method), ("baseline", one.baseline))):
-        recipe = open_recipe(one, arm, out / one.name / side, out)
-        adapter, seconds, size = None, 0.0, 0
-        if arm.is_trained:
-            name = f"{one.name}-{side}"
-            adapter = str(train_once(recipe, name, progress=progress))
-            card = Registry(recipe.storage.registry).show(adapter)
-            seconds = card.training.device_hours * 3600 if card.training else 0.0
-            size = sum(file.bytes for file in card.files.values())
+        own = {one.recipe: f"{one.name}-{side}"} if arm.is_trained else {}
+        wanted = {recipe: f"apart-{recipe}" for recipe in arm.recipes} or own
+        adapters, seconds, size = [], 0.0, 0
+        for recipe, name in wanted.items():
+            asked = open_recipe(replace(one, recipe=recipe), arm, out / one.name / side, out)
+            adapters.append(str(train_once(asked, name, progress=progress)))
+            card = Registry(asked.storage.registry).show(adapters[-1])
+            seconds += card.training.device_hours * 3600 if card.training else 0.0
+            size += sum(file.bytes for file in card.files.values())
         judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
         if one.ways is None:
-            found += evaluate(judged, [adapter], progress=progress)
+            found += evaluate(judged, [adapters or None], progress=progress)
         else:
-            folders = [] if adapter is None else [(Registry(recipe.storage.registry).fetch(adapter), 1.0)]
+            folders = [(Registry(judged.storage.registry).fetch(adapter), 1.0) for adapter in adapters]
             edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
         costs.append(seconds)
         sizes.append(size)
