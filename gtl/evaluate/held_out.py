@@ -23,6 +23,7 @@ from gtl.data.prepare import prepare
 from gtl.evaluate.estimate import Estimate, estimate
 from gtl.evaluate.result import Score, make_score
 from gtl.evaluate.validation import MAX_IMAGES, Chunk, Validation, parts_of
+from gtl.families import denoising
 from gtl.generate.crew import (
     Batch,
     Crew,
@@ -210,13 +211,17 @@ def load(model: Model, held_out: HeldOut, device: str) -> Callable[[int], list[f
         UserError: the model, an adapter or the cache is wrong.
     """
     from gtl.objectives import live_parts, make_objective
+    from gtl.objectives.instruct import show_originals
 
-    family, adapters = open_model(model)
+    opened, adapters = open_model(model)
+    family = denoising(opened)
     objective, dtype = make_objective(held_out.objective, family), getattr(torch, DTYPES[model.dtype])
     parts = {
         part: family.load(part, torch.float32 if part == family.codec else dtype, device)
         for part in live_parts(objective, family, held_out.needs)
     }
+    if held_out.needs.originals:  # the model alone, too
+        show_originals(family, parts[family.main])
     for index, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{index}", scale)
     player = next(iter(objective.players(parts, dtype).values())).eval()

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gtl.config.objectives import InstructObjective
+from gtl.families.wide import widen
 from gtl.objectives.denoise import Denoise, Denoiser
 from gtl.types import Item
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 ORIGINAL = "original"
 """What the model sees of the image, among a batch's tensors."""
+
+
+def show_originals(family: DiffusionFamily, main: nn.Module) -> None:
+    """Let a network see an image that it is to edit, beside its latents and in as many channels."""
+    if family.input_layer is not None:  # else the objective is refused
+        widen(main, family.input_layer, family.latent_shape(*family.default_size)[0])
 
 
 class Instruct(Denoise):

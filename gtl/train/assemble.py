@@ -100,7 +100,9 @@ def join(
     """
     import torch
 
+    from gtl.families import denoising
     from gtl.objectives import make_objective
+    from gtl.objectives.instruct import show_originals
     from gtl.train.quantize import quantize
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
@@ -109,7 +111,7 @@ def join(
         for name in recipe.tuner.train or list(parts):
             parts[name] = fresh(family, name, recipe.train.seed)
     if recipe.needs.originals:
-        show_originals(family, parts[family.main])
+        show_originals(denoising(family), parts[family.main])
     if not adapted:
         for part in parts.values():
             part.requires_grad_(False)
@@ -125,17 +127,6 @@ def join(
             buffers |= {f"{name}.{key}": buffer for key, buffer in iterated(part)}
     players = objective.players(parts, arithmetic)
     return Trainee(family, tuner, objective, parts, parameters, buffers, players, arithmetic)
-
-
-def show_originals(family: Family, main: nn.Module) -> None:
-    """Let a network see an image that it is to edit, beside the latents and in as many channels."""
-    from gtl.families import denoising
-    from gtl.families.wide import widen
-
-    opened = denoising(family)
-    layer = opened.input_layer
-    assert layer is not None  # else the objective was refused
-    widen(main, layer, opened.latent_shape(*opened.default_size)[0])
 
 
 def iterated(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

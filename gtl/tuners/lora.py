@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gtl.adapters.apply import fitting_lora, kind_of
-from gtl.adapters.channels import add_channels, match_channels, split_channels, write_channels
+from gtl.adapters.channels import add_channels, match_channels, split_channels, wide_in, write_channels
 from gtl.adapters.formats import A, B, LoraExport, split_name, write_lora
 from gtl.config.tuners import LoraTuner
 from gtl.families.targets import has_ending
@@ -60,7 +60,8 @@ class Lora:
             self._initial = {key: value.detach().cpu().clone() for key, value in trainable.items()}
         if init is not None:
             self._continue_from(parts, trainable, init)
-            add_channels(parts, match_channels(parts, init), 1.0)
+            if wide_in(parts):  # else there is no image to see, and what was learned of it is left behind
+                add_channels(parts, match_channels(parts, init), 1.0)
         return trainable | train_added(parts)
 
     def initial(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:

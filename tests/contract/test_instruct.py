@@ -28,7 +28,8 @@ from gtl.generate.images import load_parts
 from gtl.generate.request import Request
 from gtl.images import read_recipe
 from gtl.objectives import make_objective
-from gtl.train.assemble import live_parts, show_originals
+from gtl.objectives.instruct import show_originals
+from gtl.train.assemble import live_parts
 from gtl.tuners import make_tuner
 from gtl.types import Geometry, Item, UserError
 from tests.contract.test_families import SIZE
@@ -104,6 +105,8 @@ def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
     show_originals(family, again["unet"])
     goes_on = make_tuner(recipe.tuner, family).apply(again, 0, init=tmp_path / "adapter")
     assert torch.equal(goes_on["unet.conv_in.added"], trainable["unet.conv_in.added"])
+    blind = {"unet": family.load("unet")}  # of an objective that shows it no image
+    assert "unet.conv_in.added" not in make_tuner(recipe.tuner, family).apply(blind, 0, init=tmp_path / "adapter")
 
 
 def test_image_caption_and_both_are_dropped_as_often_as_asked(written: Callable[[str], Path], tmp_path: Path) -> None:
@@ -126,6 +129,25 @@ def test_image_caption_and_both_are_dropped_as_often_as_asked(written: Callable[
     expected = {(True, False): 0.1, (False, True): 0.2, (False, False): 0.3, (True, True): 0.4}
     assert shares == pytest.approx(expected, abs=0.04)
     assert objective.draw(item, rng, stratum=1)["original"].all(), "validation drops nothing"
+
+
+def test_what_is_dropped_adds_up_to_one_at_most(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="caption_dropout, image_dropout and both_dropout add up to 1.05; at most 1"):
+        parse_recipe({
+            "model": {"source": "builtin:tiny"}, "data": {"source": str(tmp_path)},
+            "objective": {"type": "instruct", "image_dropout": 0.5, "both_dropout": 0.5},
+        })  # fmt: skip
+
+
+def test_only_models_that_read_latents_by_a_convolution_learn_it(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    family = open_family(str(written("sd3")))
+    recipe = parse_recipe({
+        "model": {"source": str(family.folder)}, "data": {"source": str(tmp_path)}, "objective": {"type": "instruct"},
+    })  # fmt: skip
+    with pytest.raises(UserError, match="^objective.type: instruct: a model of family sd3 learns denoise or"):
+        make_objective(recipe.objective, family)
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,9 @@ def test_pairs_arrive_in_a_batch_and_are_learned(tmp_path: Path) -> None:
     from gtl.data.plan import Plan
     from gtl.data.prepare import missing_texts, spaces
     from gtl.data.stream import COLUMN
+    from gtl.evaluate.held_out import HeldOut, load
     from gtl.families import open_family
+    from gtl.generate.spread import Model, Origin
     from gtl.train.assemble import assemble
     from gtl.train.place import place
 
@@ -248,3 +250,8 @@ def test_pairs_arrive_in_a_batch_and_are_learned(tmp_path: Path) -> None:
         optimizer.step()
     assert (trainee.parameters["unet.conv_in.added"] - before).abs().max() > 1e-3
     assert all(np.isfinite(losses))
+    dataset.save()
+    held_out = HeldOut(cache.url(), dataset.fingerprint, recipe.objective, recipe.needs, 0)
+    alone = load(Model(Origin("builtin:tiny"), family.fingerprint()), held_out, "cpu")
+    with torch.no_grad():
+        assert len(alone(0)) == 4 and all(np.isfinite(alone(0))), "val_loss of the model alone, which sees nothing yet"
