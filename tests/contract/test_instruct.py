@@ -35,7 +35,7 @@ from gtl.types import Geometry, Item, UserError
 from tests.contract.test_families import SIZE
 from tests.contract.test_pairs import TUNER_CONFIGS, draw_batch, encoded, overfit
 from tests.loras import load_unet, random_lora
-from tests.tiny import make_sd
+from tests.tiny import make_sd, make_sdxl
 from tests.unit.test_edit import picture, right_half
 from tests.unit.test_generate import drain, with_ddim
 
@@ -212,6 +212,26 @@ def test_a_whole_model_draws_the_same_in_diffusers(
     assert expected.std() > 0.05
     upside_down = Edit(picture().rotate(180), image_guidance=image_guidance)
     assert (ours(sd, [(folder, 1.0)], request, upside_down) - expected).abs().mean() > 0.003
+
+
+def test_so_does_one_of_stable_diffusion_xl(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder, registry = make_sdxl(tmp_path / "sdxl"), Registry(str(tmp_path / "registry"))
+    publish(folder, registry, "editor", edits=True)
+    export_pipeline(registry.store.root, "editor", tmp_path / "whole")
+    pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    assert type(pipeline).__name__ == "StableDiffusionXLInstructPix2PixPipeline"
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.watermark = None
+    expected = pipeline(
+        ASKED.prompt, image=picture(), height=64, width=64, num_inference_steps=ASKED.steps, guidance_scale=6.0,
+        image_guidance_scale=1.5, negative_prompt=ASKED.negative_prompt, output_type="pt",
+        generator=torch.Generator().manual_seed(ASKED.seed),
+    ).images[0]  # fmt: skip
+    drawn = ours(folder, [(registry.fetch("editor@v1"), 1.0)], ASKED, Edit(picture(), image_guidance=1.5))
+    assert (drawn - expected).abs().max() < SAME
+    assert expected.std() > 0.05
 
 
 def test_the_command_follows_the_card(sd: Path, registry: Registry, tmp_path: Path) -> None:
