@@ -95,15 +95,38 @@ def decode_mask(
     image = _open(data, max_pixels, formats)
     try:
         image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            opacity = image.convert("RGBA").getchannel("A")
-            if opacity.getextrema() != (255, 255):
-                return ImageOps.invert(opacity)
-        return to_rgb(image).convert("L")
+        return to_rgb(image).convert("L") if (clear := _transparency(image)) is None else clear
     except BrokenImage:
         raise
     except Exception as error:  # as in `decode`
         raise BrokenImage(_reason(error)) from error
+
+
+def decode_canvas(
+    data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS, formats: Sequence[str] = FORMATS
+) -> tuple[Image.Image, Image.Image | None]:
+    """Decode as `decode` does, and where the image is transparent, as a mask; None where nothing of it is.
+
+    Raises:
+        BrokenImage: see `decode`.
+        OSError: the path cannot be read.
+    """
+    image = _open(data, max_pixels, formats)
+    try:
+        image = ImageOps.exif_transpose(image)
+        return to_rgb(image), _transparency(image)
+    except BrokenImage:
+        raise
+    except Exception as error:  # as in `decode`
+        raise BrokenImage(_reason(error)) from error
+
+
+def _transparency(image: Image.Image) -> Image.Image | None:
+    """Mode L, white where a picture is transparent; None where it is opaque throughout."""
+    if not image.has_transparency_data:
+        return None
+    opacity = image.convert("RGBA").getchannel("A")
+    return ImageOps.invert(opacity) if opacity.getextrema() != (255, 255) else None
 
 
 def probe(data: bytes | str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

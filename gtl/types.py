@@ -70,6 +70,15 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Original:
+    """The image that another one is an edit of."""
+
+    uri: str
+    sha256: str
+    """Of the file's bytes."""
+
+
+@dataclass(frozen=True)
 class Record:
     """One image of a data source, before encoding."""
 
@@ -85,6 +94,8 @@ class Record:
     """Drawn by the base model for prior preservation; the others are the subject."""
     is_target: bool = False
     """Of the domain that objective.type: align adapts to."""
+    original: Original | None = None
+    """Of the same size; None where it is no edit, or nobody asks what of. Its caption is then the instruction."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,8 @@ class Entry:
     """(height, width) of the training crop in pixels."""
     variants: tuple[str, ...]
     """Cache key of every crop / flip variant; at least one."""
+    originals: tuple[str, ...] = ()
+    """Of the same crops of the image that it is an edit of; () without one."""
 
 
 class PlanItem(NamedTuple):
@@ -125,6 +138,8 @@ class Item:
     """The crop itself, uint8 [3, H, W], where pixels are trained on."""
     is_target: bool = False
     """See `Record`."""
+    original: dict[str, Tensor] | None = None
+    """The codec's moments of the image that it is an edit of, where edits are learned."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gtl.config.names import NAME, parse_reference
 from gtl.families import FAMILIES, denoising, family_class, open_family
 from gtl.types import Sampler, UserError, sampler_of
 from serve.errors import invalid, model_not_found
-from serve.schema import Adapter, Drawing, Model, Origin, check_pixels
+from serve.schema import Adapter, Drawing, Edit, Model, Origin, check_pixels
 from serve.settings import Base, Settings, most_pixels
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Chosen(NamedTuple):
     """Whether they have to be merged into the weights."""
     sampler: Sampler = "model"
     """That they were taught for."""
+    edits: bool = False
+    """Whether one was taught to edit an image that it is shown."""
 
     @property
     def title(self) -> str:
@@ -127,9 +129,11 @@ class Catalog:
         """What a request means, its size being one that its base may be asked for.
 
         Raises:
-            ApiError: 404, there is none such; 400, an adapter is given twice, or there are too many pixels.
+            ApiError: 404, there is none such; 400, an adapter is given twice or has nothing to edit, or there are too
+                many pixels.
         """
         chosen = self.choose(asked.model, asked.adapters)
+        check_way(asked, chosen)
         if asked.pixels is not None:
             check_pixels(*asked.pixels, self._most[chosen.base.name])
         return chosen
@@ -159,6 +163,7 @@ class Catalog:
         wanted += [(one.name, one.scale, "adapters") for one in adapters]
         chosen: dict[str, float] = {}
         samplers: list[Sampler] = []
+        edits = False
         for reference, scale, field in wanted:
             entry = self._find(base, reference)
             if entry is None:
@@ -169,9 +174,10 @@ class Catalog:
                 raise invalid(field, f"{entry.name} is given twice; give it once, with the scale you want")
             chosen[entry.name] = scale
             samplers.append(entry.card.sampler)
+            edits |= entry.card.edits
         hot = {entry.name for entry in (self._find(base, name) for name in base.merged) if entry is not None}
         merged = len(chosen) == 1 and hot >= chosen.keys() and set(chosen.values()) == {1.0}
-        return Chosen(base, tuple(chosen.items()), merged, sampler_of(samplers))
+        return Chosen(base, tuple(chosen.items()), merged, sampler_of(samplers), edits)
 
     def _find(self, base: Base | None, reference: str) -> Entry | None:
         """The version that NAME, NAME@VERSION or NAME@ALIAS means; of a name alone the newest."""
@@ -220,6 +226,20 @@ class Catalog:
         entry = self._find(chosen.base, chosen.adapters[0][0])
         assert entry is not None
         return model_of(entry, identity)
+
+
+def check_way(asked: Drawing, chosen: Chosen) -> None:
+    """Let what was taught to edit have a picture to edit, and nothing else the scale of guidance by one.
+
+    Raises:
+        ApiError: 400.
+    """
+    if chosen.edits and not isinstance(asked, Edit):
+        names = ", ".join(chosen.names)
+        raise invalid("model", f"{names}: was taught to edit pictures: send one to /v1/images/edits")
+    scale = asked.image_guidance_scale if isinstance(asked, Edit) else None
+    if scale is not None and not chosen.edits:
+        raise invalid("image_guidance_scale", f"{scale:g}: no adapter here was taught to edit; leave it out")
 
 
 def model_of(entry: Entry, identity: str) -> Model:

@@ -36,7 +36,7 @@ CODES = {
 FIELDS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "strength": "strength",
     "steps": "num_inference_steps", "guidance": "guidance_scale", "height": "size", "width": "size",
-    "image": "image", "mask": "mask", "adapters": "adapters",
+    "image": "image", "mask": "mask", "adapters": "adapters", "image_guidance": "image_guidance_scale",
 }  # fmt: skip
 """What the engine's messages begin with, and the field of the API that is meant."""
 

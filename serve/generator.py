@@ -248,7 +248,8 @@ class Mail:
             "gtl": __version__, **order.told,
         }  # fmt: skip
         if order.edit is not None:
-            told["strength"] = order.edit.strength
+            scale = order.edit.image_guidance
+            told |= {"strength": order.edit.strength} if scale is None else {"image_guidance": scale}
         if order.keep_prompt:
             told["prompt"] = order.prompt
         else:

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+from gtl.generate.edit import IMAGE_GUIDANCE
 from gtl.storage import Store
 from serve import errors, metrics, replay
 from serve.body import in_time, read_text
@@ -275,6 +276,8 @@ class Ingress:
         if isinstance(asked, Edit) and uploads is not None:
             async with self._decoding:
                 start, size = await asyncio.to_thread(begin, asked, uploads, limits, *self._catalog.bounds(base))
+            if chosen.edits:
+                start = replace(start, image_guidance=asked.image_guidance_scale or IMAGE_GUIDANCE)
         seed = asked.seed if asked.seed is not None else replay.seed_of(request, asked.n)
         steps, guidance = base.sampling(chosen.sampler)
         steps = asked.num_inference_steps or steps

@@ -185,6 +185,9 @@ class Edit(Drawing):
 
     strength: Annotated[float, Field(ge=0, le=1)] = 0.8
     """How far the picture may go from the one that was sent; 1 forgets it, but for what the mask keeps."""
+    image_guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = None
+    """With an adapter that was taught to edit: how close to stay to the image that is sent, 1 is off; left out: 1.5.
+    Such a one begins at noise, whatever the strength."""
     input_fidelity: Literal["low", "high"] | None = None
     """Without effect: `strength` says it."""
 

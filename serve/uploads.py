@@ -6,13 +6,14 @@ import asyncio
 import base64
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from starlette.requests import Request
 
-from gtl.generate.edit import HALF, choose_size, fit
 from gtl.generate.edit import Edit as Start
-from gtl.images import BrokenImage, decode, decode_mask
+from gtl.generate.edit import choose_size, fit, marks
+from gtl.generate.outpaint import filled
+from gtl.images import BrokenImage, decode_canvas, decode_mask
 from serve.body import read_form
 from serve.errors import ApiError, invalid, too_large
 from serve.schema import Edit, Limits, check_pixels, parse_edit
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What OpenAI's API takes; each further format is a decoder more that strangers can reach."""
 
+Decoded = TypeVar("Decoded")
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
 
 
@@ -90,19 +92,21 @@ def from_base64(text: str, field: str, max_bytes: int) -> bytes:
 
 
 def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
-    """Decode an edit's files.
+    """Decode an edit's files. What is transparent in the picture is its mask where none is sent with it.
 
     Raises:
         ApiError: 400 or 413; one is no picture, too large, or damaged, or the mask fits the picture not.
     """
-    image = read_image(uploads.image, "image", limits)
+    image, clear = _read(
+        lambda data: decode_canvas(data, limits.max_upload_pixels, FORMATS), uploads.image, "image", limits
+    )
     if uploads.mask is None:
-        return Canvas(image, None)
+        return Canvas(image, None) if clear is None or not marks(clear) else Canvas(filled(image, clear), clear)
     mask = _read(lambda data: decode_mask(data, limits.max_upload_pixels, ("PNG",)), uploads.mask, "mask", limits)
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height}: should be of the image's size, {image.width}x{image.height}"
         raise invalid("mask", sizes, "invalid_value")
-    if not any(mask.histogram()[HALF:]):
+    if not marks(mask):
         raise invalid("mask", "nothing in it is transparent, or white, so that nothing would change", "invalid_value")
     return Canvas(image, mask)
 
@@ -130,16 +134,7 @@ def begin(
     return fit(start, *size), size
 
 
-def read_image(data: bytes, field: str, limits: Limits) -> Image:
-    """Decode a picture to RGB.
-
-    Raises:
-        ApiError: 400 or 413; it is none, too large, or damaged.
-    """
-    return _read(lambda data: decode(data, limits.max_upload_pixels, FORMATS), data, field, limits)
-
-
-def _read(decoder: Callable[[bytes], Image], data: bytes, field: str, limits: Limits) -> Image:
+def _read(decoder: Callable[[bytes], Decoded], data: bytes, field: str, limits: Limits) -> Decoded:
     if len(data) > limits.max_upload_bytes:
         raise too_large(field, limits.max_upload_bytes)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gtl.adapters.card import Kind
+from gtl.adapters.channels import add_channels, match_channels, wide_in
 from gtl.adapters.delta import DELTA, apply_delta, moved_by_delta
 from gtl.adapters.formats import MAIN_PARTS, PEFT_CONFIG, A, LoraExport, LoraWeights, layers_of, peft_config
 from gtl.adapters.match import match
@@ -27,12 +28,18 @@ def apply(parts: Mapping[str, nn.Module], folder: Path, name: str = "default", s
     Calls with different names add up: all are active at once, each with its own scale. Only a delta that moves a weight
     which another delta has moved is refused. Nothing is trainable afterwards, and the artefact's tensors take the dtype
     and the device of the layers they are on. The model stays as it was when the artefact is refused. A DoRA is scaled
-    as diffusers does it: the update, not the magnitude. A word has no scale but 1.
+    as diffusers does it: the update, not the magnitude. A word has no scale but 1. One that was taught to edit images
+    gives the input layer further channels, for those.
 
     Raises:
         UserError: a file is missing or damaged, a key matches no layer, or a layer stays without its weights.
     """
-    reader_of(folder).apply(parts, folder, name, scale)
+    channels = match_channels(parts, folder)
+    reader = reader_of(folder)
+    if channels and reader.kind == "lora":
+        check_apart(folder, {f"{part}.{layer}" for part, layer, _ in channels}, reader.moved(parts, folder))
+    reader.apply(parts, folder, name, scale)
+    add_channels(parts, channels, scale)
 
 
 def moved(parts: Mapping[str, nn.Module], folder: Path) -> set[str]:
@@ -72,6 +79,7 @@ def apply_lora(parts: Mapping[str, nn.Module], folder: Path, name: str, scale: f
         if adapter in getattr(module, "peft_config", {}):
             raise ValueError(f"an adapter named {name!r} is on {part} already")
     weights = fitting_lora(parts, folder)
+    check_apart(folder, wide_in(parts), {f"{layer}.weight" for layer in layers_of(weights.tensors)})
     for part, module in parts.items():
         own = {key: tensor for key, tensor in weights.tensors.items() if key.startswith(f"{part}.")}
         if own:
@@ -95,6 +103,16 @@ def fitting_lora(parts: Mapping[str, nn.Module], folder: Path) -> LoraWeights:
     if missing:
         raise UserError(f"{folder}: it is for {', '.join(missing)} too; the parts given are {', '.join(parts)}")
     return match(weights, parts, folder)
+
+
+def check_apart(folder: Path, wide: set[str], moved: set[str]) -> None:
+    """Refuse a low-rank update of a layer `<part>.<layer>` that reads more channels than the update is of.
+
+    Raises:
+        UserError: it is one.
+    """
+    if both := sorted(layer for layer in wide if f"{layer}.weight" in moved):
+        raise UserError(f"{folder}: it has a low-rank update of {both[0]}, which is to read an image too; take one")
 
 
 def adapter_key(name: str) -> str:

@@ -127,6 +127,11 @@ class Card(Part):
     """By path inside the version's folder; filled in by `Registry.publish`."""
     created: datetime.datetime = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc))
 
+    @property
+    def edits(self) -> bool:
+        """Whether it was taught to edit an image that it is shown, and draws nothing without one."""
+        return self.objective.get("type") == "instruct"
+
     def to_json(self) -> bytes:
         """The bytes of `adapter.json`."""
         return (json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n").encode()

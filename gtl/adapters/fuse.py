@@ -108,7 +108,7 @@ def check_alike(cards: Sequence[Card], method: Method) -> None:
                 f"adapter {called(card)}: is a {card.kind}, and {called(first)} a {first.kind}; only adapters of one "
                 "kind can be fused"
             )
-        if card.kind != "delta" and (reason := fits(card)) is not None:
+        if (card.kind != "delta" or card.edits) and (reason := fits(card)) is not None:
             raise UserError(f"adapter {called(card)}: {reason}; it cannot be fused")
     if first.kind == "delta" and (method.name in ("cat", "svd") or method.rank is not None):
         given = f"--method {method.name}" if method.rank is None else f"--rank {method.rank}"

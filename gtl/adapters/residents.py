@@ -19,11 +19,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from gtl.adapters.apply import WORDY, apply, kind_of
+from gtl.adapters.channels import adds_channels
 from gtl.adapters.formats import MAIN_PARTS
 from gtl.adapters.merge import merge
 from gtl.adapters.sharing import fits
 from gtl.adapters.slots import Slots, Stack, joint
 from gtl.adapters.words import Word, read_word
+from gtl.families.wide import joined, wide_layers
 from gtl.families.word_table import add_word, remove_words, table_of
 from gtl.types import UserError
 
@@ -48,6 +50,8 @@ class Loaded:
     """Why it needs one; None: it shares passes."""
     words: tuple[Word, ...] = ()
     """What the encoders know during a pass of its own."""
+    edits: bool = False
+    """Whether the model sees an image that is to be edited in it."""
 
     @property
     def encodes(self) -> bool:
@@ -74,6 +78,8 @@ class Seat(NamedTuple):
     """Those that change how prompts are encoded; () if none does."""
     was_there: bool = True
     """Whether it was on the device already."""
+    edits: bool = False
+    """Whether the model sees an image that is to be edited."""
 
 
 BASE = Seat()
@@ -163,7 +169,8 @@ class Residents:
         words = tuple(adapter for adapter, kind in zip(adapters, kinds, strict=True) if kind in WORDY)
         others = tuple(adapter for adapter, kind in zip(adapters, kinds, strict=True) if kind != "prompt")
         with _MERGING:
-            return Loaded(adapters, {}, self._merge(others), reason, self._words(words))
+            edits = any(adds_channels(folder) for folder, _ in adapters)
+            return Loaded(adapters, {}, self._merge(others), reason, self._words(words), edits)
 
     def _words(self, adapters: Adapters) -> tuple[Word, ...]:
         """The words in adapters, after a try whether the encoders take all of them."""
@@ -180,6 +187,10 @@ class Residents:
         for name in sorted(changed):
             part, _, parameter = name.partition(".")
             weights[name] = fresh[part].get_parameter(parameter).data.to("cpu", self._live[name].dtype)
+        for part, module in fresh.items():
+            for layer, wide in wide_layers(module):  # a convolution reads as many channels as its weight has
+                name = f"{part}.{layer}.weight"
+                weights[name] = joined(wide).to("cpu", self._live[name].dtype)
         return weights
 
     def _stack(self, tensors: Mapping[str, Tensor], adapters: Adapters) -> dict[str, Stack]:
@@ -219,7 +230,7 @@ class Residents:
                 return None
             weights = {name: value.to(self._live[name].device) for name, value in loaded.weights.items()}
         self._alone[loaded.key] = users + 1, weights, loaded.words
-        return Seat(0, 1.0, loaded.key, adapters if loaded.encodes else (), users > 0)
+        return Seat(0, 1.0, loaded.key, adapters if loaded.encodes else (), users > 0, loaded.edits)
 
     def leave(self, seat: Seat) -> None:
         """A request is through. What it took stays until its place is needed; whole weights leave with their last."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gtl.adapters.apply import WORDY, kind_of
 from gtl.adapters.card import Card
+from gtl.adapters.channels import EDITS, adds_channels
 from gtl.adapters.formats import PEFT_CONFIG
 from gtl.types import UserError
 
@@ -23,6 +24,8 @@ def fits(adapter: Card | Path) -> str | None:
     Raises:
         UserError: there is no adapter in the folder, or it is damaged.
     """
+    if adapter.edits if isinstance(adapter, Card) else adds_channels(adapter):
+        return EDITS
     if isinstance(adapter, Card):
         kind, dora = adapter.kind, bool(adapter.tuner.get("dora"))
     else:

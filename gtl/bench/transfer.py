@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gtl.adapters import Registry
+from gtl.bench.editing import BEGUN, INSTRUCTED, INVERTED, Edited, Way, edit_pairs
 from gtl.config import Recipe, load_recipe
-from gtl.evaluate.result import Evaluation, compare
+from gtl.evaluate.estimate import Difference, Estimate, difference
+from gtl.evaluate.result import Evaluation, Score, compare
 from gtl.evaluate.run import evaluate
 from gtl.families.files import write_once
 from gtl.families.shrink import shrink
@@ -35,6 +37,8 @@ class Arm:
     """Makes what is trained, in a folder; None: what the recipe says."""
     is_trained: bool = True
     """False: the recipe's model as it is."""
+    recipes: tuple[str, ...] = ()
+    """In gtl/recipes/demo: trained apart in place of the comparison's, their adapters all active at once."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,18 @@ class Comparison:
     baseline: Arm
     measured: tuple[str, ...] = ()
     """`key=value` for the recipe when its pictures are measured, where that is not on the images of training."""
+    ways: tuple[Way, Way] | None = None
+    """How pairs of scenes are edited by the method and by its baseline, where that is what is compared."""
 
 
 FROM_NOTHING = ("model.weights=random", "tuner={type: full, train: [unet, text_encoder]}")
+
+
+BOTH = (
+    "data.source=builtin:scenes?concept=blick&style=neon&count=128&seed=1", "evaluate.samples=128",
+    "evaluate.guidance=3.0",
+)  # fmt: skip
+"""Prompts of both, in nobody's training pictures: the concept's are in no style, and the style's of no concept."""
 
 
 def cut(folder: Path) -> None:
@@ -91,6 +104,26 @@ COMPARISONS = (
         Arm("a GAN fine-tuned to 100 pictures"), Arm("the same one from random weights", ("model.weights=random",)),
         ("data.source=builtin:scenes?style=neon&count=256&size=32&seed=1",),
     ),
+    Comparison(
+        "with-style", "concept", "prompt_accuracy",
+        Arm("a concept and a style, trained apart", recipes=("concept", "style")),
+        Arm("the concept alone", recipes=("concept",)), BOTH,
+    ),
+    Comparison(
+        "with-concept", "style", "prompt_accuracy",
+        Arm("a style and a concept, trained apart", recipes=("concept", "style")),
+        Arm("the style alone", recipes=("style",)), BOTH,
+    ),
+    Comparison(
+        "instruct", "instruct", "prompt_accuracy",
+        Arm("edits, told what to change"), Arm("image to image, told all that is to be seen", is_trained=False),
+        ways=(INSTRUCTED, BEGUN),
+    ),
+    Comparison(
+        "inversion", "instruct", "prompt_accuracy",
+        Arm("edits by inversion", is_trained=False), Arm("image to image, of the same strength", is_trained=False),
+        ways=(INVERTED, BEGUN),
+    ),
 )  # fmt: skip
 
 
@@ -113,6 +146,8 @@ class Row:
     """Of training, times devices; 0 where there was none."""
     weights: tuple[int, int]
     """Bytes that were published; 0 where nothing was."""
+    moved: tuple[tuple[float, float, float], ...] = ()
+    """Of edits by both: how far what should have stayed is from what it was, see `Edited`."""
 
 
 def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = quiet) -> list[Row]:
@@ -141,20 +176,27 @@ def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = q
 
 def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     """Both sides of one."""
-    found, costs, sizes = [], [], []
-    for side, arm in (("method", one.method), ("baseline", one.baseline)):
-        recipe = open_recipe(one, arm, out / one.name / side, out)
-        adapter, seconds, size = None, 0.0, 0
-        if arm.is_trained:
-            name = f"{one.name}-{side}"
-            adapter = str(train_once(recipe, name, progress=progress))
-            card = Registry(recipe.storage.registry).show(adapter)
-            seconds = card.training.device_hours * 3600 if card.training else 0.0
-            size = sum(file.bytes for file in card.files.values())
+    found, edited, costs, sizes = [], [], [], []
+    for number, (side, arm) in enumerate((("method", one.method), ("baseline", one.baseline))):
+        own = {one.recipe: f"{one.name}-{side}"} if arm.is_trained else {}
+        wanted = {recipe: f"apart-{recipe}" for recipe in arm.recipes} or own
+        adapters, seconds, size = [], 0.0, 0
+        for recipe, name in wanted.items():
+            asked = open_recipe(replace(one, recipe=recipe), arm, out / one.name / side, out)
+            adapters.append(str(train_once(asked, name, progress=progress)))
+            card = Registry(asked.storage.registry).show(adapters[-1])
+            seconds += card.training.device_hours * 3600 if card.training else 0.0
+            size += sum(file.bytes for file in card.files.values())
         judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
-        found += evaluate(judged, [adapter], progress=progress)
+        if one.ways is None:
+            found += evaluate(judged, [adapters or None], progress=progress)
+        else:
+            folders = [(Registry(judged.storage.registry).fetch(adapter), 1.0) for adapter in adapters]
+            edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
         costs.append(seconds)
         sizes.append(size)
+    if edited:
+        return edits_row(one, edited[0], edited[1], costs, sizes)
     return make_row(one, found[0], found[1], costs, sizes)
 
 
@@ -163,7 +205,22 @@ def make_row(
 ) -> Row:  # fmt: skip
     """The row of two evaluations."""
     scores = [evaluation.scores[one.metric] for evaluation in (method, baseline)]
-    (difference,) = (each for each in compare(baseline, method) if each.metric == one.metric)
+    (found,) = (each for each in compare(baseline, method) if each.metric == one.metric)
+    return _row(one, scores, found, costs, sizes)
+
+
+def edits_row(
+    one: Comparison, method: Edited, baseline: Edited, costs: Sequence[float], sizes: Sequence[int]
+) -> Row:  # fmt: skip
+    """The row of two ways to edit the same pairs."""
+    found = difference(method.right, baseline.right)
+    return replace(_row(one, (method.right, baseline.right), found, costs, sizes), moved=(method.moved, baseline.moved))
+
+
+def _row(
+    one: Comparison, scores: Sequence[Score | Estimate], difference: Difference, costs: Sequence[float],
+    sizes: Sequence[int],
+) -> Row:  # fmt: skip
     better = {None: "cannot be told", 0: "the method", 1: "the baseline"}[difference.better]
     return Row(
         one.name, one.metric, (one.method.title, one.baseline.title), (scores[0].value, scores[1].value),
@@ -194,6 +251,9 @@ def table(rows: Sequence[Row]) -> str:
                 short(row.values[i]), interval(low, high), f"{row.seconds[i]:.0f} s" if row.seconds[i] else "none",
                 f"{row.weights[i] / 1e6:.2g} MB" if row.weights[i] else "nothing",
             ])  # fmt: skip
+        for i, (away, low, high) in enumerate(row.moved):
+            label = ("method", "baseline")[i]
+            cells.append(["", "", f"{label}: moved of what should stay", short(away), interval(low, high), "", ""])
         value, low, high = row.difference
         cells.append(["", "", f"difference; better: {row.better}", f"{value:+.3g}", interval(low, high), "", ""])
     return columns(cells)

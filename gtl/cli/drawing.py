@@ -60,9 +60,27 @@ def edit(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     prompt: Annotated[str, typer.Option()],
     mask: Annotated[Path | None, typer.Option(
-        help="Of the image's size; what is transparent in it, or else white, is drawn anew, and the rest stays.",
+        help="Of the image's size; what is transparent in it, or else white, is drawn anew, and the rest stays. "
+        "Without one, what is transparent in the image is.",
     )] = None,
-    strength: Annotated[float, typer.Option(help="How far to go from the image: the share of the steps taken.")] = 0.8,
+    extend: Annotated[str | None, typer.Option(
+        metavar="LEFT,TOP,RIGHT,BOTTOM", help="Draw so many pixels beyond the image's edges, or one number for all "
+        "four, and some more if the model needs them; the image's own pixels stay.",
+    )] = None,
+    strength: Annotated[float | None, typer.Option(
+        help="How far to go from the image: the share of the steps taken. Left out: 0.8.",
+    )] = None,
+    invert: Annotated[str | None, typer.Option(
+        metavar="TEXT", help="What the image shows: it is drawn from the noise that draws that, and keeps more of its "
+        "structure than without. Choose a low --guidance, such as 3.",
+    )] = None,
+    image_guidance: Annotated[float | None, typer.Option(
+        help="With an adapter that was taught to edit: how close to stay to the image; 1 is off. Left out: 1.5.",
+    )] = None,
+    colors_of: Annotated[Path | None, typer.Option(
+        metavar="IMAGE", help="Give what is drawn the colours of another picture, or of IMAGE itself: the mean and the "
+        "deviation of each.",
+    )] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the adapter's own when left out.")] = None,
     revision: Revision = None,
     variant: Variant = None,
@@ -82,7 +100,8 @@ def edit(
     from gtl.generate.edit_command import run
 
     with Bar() as bar:
-        paths = run(image, out=out, prompt=prompt, mask=mask, strength=strength, model=model, revision=revision,
+        paths = run(image, out=out, prompt=prompt, mask=mask, extend=extend, strength=strength, invert=invert,
+                    image_guidance=image_guidance, colors_of=colors_of, model=model, revision=revision,
                     variant=variant, adapters=adapter or [], negative_prompt=negative_prompt, seed=seed, steps=steps,
                     guidance=guidance, width=width, height=height, count=count, registry=registry,
                     progress=bar)  # fmt: skip

@@ -17,8 +17,8 @@ COSTS = ("adapter_bytes", "device_hours", "inference_tflops")
 SAME_IMAGES = ("data.flip", "data.crops", "data.gpus_per_encoder", "data.max_broken")
 """Keys of `data` that do not decide which images and captions a metric looks at."""
 SAME_LOSS = (
-    "objective.min_snr_gamma", "objective.caption_dropout", "objective.timesteps", "objective.prior", "model.dtype",
-    "model.quantization",
+    "objective.min_snr_gamma", "objective.caption_dropout", "objective.image_dropout", "objective.both_dropout",
+    "objective.timesteps", "objective.prior", "model.dtype", "model.quantization",
 )  # fmt: skip
 """Keys that val_loss does not depend on but through what was learned: see `gtl.objectives`, `judged` and `stratum`."""
 

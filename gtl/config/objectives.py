@@ -62,6 +62,29 @@ class DenoiseObjective(Noising):
     prior: PriorPreservation | None = None
 
 
+class InstructObjective(Noising):
+    """Edit an image as an instruction says: InstructPix2Pix (Brooks et al. 2023, arXiv 2211.09800).
+
+    The model sees the latents of the image in further channels of its input. Of the data every image has to be an edit
+    of another one, and its caption the instruction.
+    """
+
+    type: Literal["instruct"]
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of samples trained without the instruction alone, for its guidance."""
+    image_dropout: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of samples trained without the image alone, for its own guidance."""
+    both_dropout: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of samples trained without either."""
+
+    @model_validator(mode="after")
+    def _check_dropout(self) -> "InstructObjective":
+        total = self.caption_dropout + self.image_dropout + self.both_dropout
+        if total > 1:
+            raise ValueError(f"caption_dropout, image_dropout and both_dropout add up to {total:g}; at most 1")
+        return self
+
+
 class DistillObjective(Noising):
     """Denoise as a larger model of the same kind does (BK-SDM, Kim et al. 2023, arXiv 2305.15798).
 
@@ -212,6 +235,7 @@ Objective = Annotated[
     | Annotated[ConsistencyObjective, Tag("consistency")]
     | Annotated[DistillObjective, Tag("distill")]
     | Annotated[AlignObjective, Tag("align")]
+    | Annotated[InstructObjective, Tag("instruct")]
     | Annotated[AdversarialObjective, Tag("adversarial")],
     Discriminator(type_of("denoise")),
 ]

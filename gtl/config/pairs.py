@@ -20,6 +20,8 @@ class Needs:
     """What captions have to contain."""
     everywhere: bool = True
     """Every one of them; False: some."""
+    originals: bool = False
+    """Whether every image has to be an edit of another one, which the model sees in further channels."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Pair:
     max_zero_stage: int
     """With a quantised base, too."""
     draws: bool = True
-    """Whether what is learned draws pictures."""
+    """Whether what is learned draws pictures of prompts alone."""
     frozen_base: bool = False
     """Whether adapters move and the model's own weights stay, so that `model.quantization` may round them."""
 
@@ -38,6 +40,12 @@ class Pair:
 PAIRS: dict[tuple[str, str], Pair] = {
     ("lora", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
     ("lora", "consistency"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),
+    ("lora", "instruct"): Pair(
+        Needs(images="latents", text="embeddings", originals=True), max_zero_stage=3, draws=False, frozen_base=True
+    ),
+    ("full", "instruct"): Pair(
+        Needs(images="latents", text="embeddings", originals=True), max_zero_stage=3, draws=False
+    ),
     ("full", "distill"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("lora", "align"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),

@@ -9,13 +9,15 @@ import posixpath
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gtl.data.celeba import ATTRIBUTES
 from gtl.types import UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", ATTRIBUTES)
 TEMPLATE_FIELDS = ("folder", "file")
+ORIGINAL = "source_file_name"
+"""Key of a metadata file: the image that this one is an edit of, whose caption is then the instruction."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,19 @@ def split_lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_metadata(data: bytes, url: str) -> Iterator[tuple[int, str, list[str]]]:
-    """(line, file_name, captions) of a metadata.jsonl or metadata.csv; `text` is one caption or a list of them.
+class Row(NamedTuple):
+    """A line of a metadata file."""
+
+    line: int
+    name: str
+    """Of the image, as `original` relative to the file."""
+    captions: list[str]
+    original: str | None
+    """The image that it is an edit of."""
+
+
+def read_metadata(data: bytes, url: str) -> Iterator[Row]:
+    """The lines of a metadata.jsonl or metadata.csv; `text` is one caption or a list of them.
 
     Raises:
         UserError: naming file and line, when one cannot be understood.
@@ -108,9 +121,12 @@ def read_metadata(data: bytes, url: str) -> Iterator[tuple[int, str, list[str]]]
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
             raise UserError(f"{url}:{number}: no text in it; a line needs file_name and text (one caption or a list)")
-        if not is_text("".join([name, *captions])):
+        original = row.get(ORIGINAL) or None
+        if not isinstance(original, str | None):
+            raise UserError(f"{url}:{number}: {ORIGINAL}: {original!r}: expected the name of an image file")
+        if not is_text("".join([name, *captions, original or ""])):
             raise UserError(f"{url}:{number}: half a character in it (a \\ud... escape without its other half)")
-        yield number, posixpath.normpath(name), captions
+        yield Row(number, posixpath.normpath(name), captions, original and posixpath.normpath(original))
 
 
 def is_text(value: str) -> bool:

@@ -20,8 +20,10 @@ CONTAINERS = frozenset({".parquet", ".tar", ".bin"})
 """Endings; of .bin those of CIFAR-10."""
 MAX_BYTES = 2**28
 """A compressed image larger than this is refused unread."""
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes")
-TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
+IMAGE_COLUMNS = ("edited_image", "image", "img", "jpg", "jpeg", "png", "webp", "bytes")
+TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "txt", "edit_prompt")
+ORIGINAL_COLUMNS = ("original_image", "input_image", "source_image")
+"""Of images that those of another column are edits of, as published sets of instructions name them."""
 
 
 class Place(NamedTuple):
@@ -32,6 +34,8 @@ class Place(NamedTuple):
     offset: int
     length: int
     row: int
+    column: str = ""
+    """Of a table, where it is not that of its images."""
 
 
 def inspect(root: str, key: str, num_bytes: int, mtime: int) -> SeenFile:
@@ -172,12 +176,23 @@ def inspect_parquet(store: Store, key: str) -> list[Seen]:
     with explained(store.url(key)), store.fs.open_input_file(store.path(key)) as file:
         try:
             table = parquet.ParquetFile(file)
-            image, text = _columns(table.schema_arrow, store.url(key))
+            image, text, original = _columns(table.schema_arrow, store.url(key))
             images: list[Seen] = []
-            for batch in table.iter_batches(batch_size=64, columns=[image, *([text] if text else [])]):
-                captions = batch.column(text).to_pylist() if text else [None] * batch.num_rows
-                for value, caption in zip(batch.column(image).to_pylist(), captions, strict=True):
-                    images.append(_look_at_row(value, _as_captions(caption), len(images)))
+            rows = 0
+            for batch in table.iter_batches(batch_size=64, columns=[name for name in (image, text, original) if name]):
+                nothing = [None] * batch.num_rows
+                values, captions, originals = (
+                    batch.column(name).to_pylist() if name else nothing for name in (image, text, original)
+                )
+                for value, caption, before in zip(values, captions, originals, strict=True):
+                    seen = _look_at_row(value, _as_captions(caption), rows)
+                    if original is not None:
+                        images.append(_look_at_row(before, None, rows)._replace(
+                            name=f"row {rows} {original}", column=original
+                        ))  # fmt: skip
+                        seen = seen._replace(original=images[-1].name)
+                    images.append(seen)
+                    rows += 1
             return images
         except pa.ArrowInvalid as error:
             return [broken(f"not a whole Parquet file ({' '.join(str(error).split())[:200]})")]
@@ -201,7 +216,8 @@ def _look_at_row(value: Any, captions: tuple[str, ...] | None, row: int) -> Seen
     return look(data, f"row {row}", captions, row=row)
 
 
-def _columns(schema: Any, url: str) -> tuple[str, str | None]:
+def _columns(schema: Any, url: str) -> tuple[str, str | None, str | None]:
+    """Of images, of captions, and of what the images are edits of."""
     import pyarrow.types as kinds
 
     def is_image(kind: Any) -> bool:
@@ -213,9 +229,10 @@ def _columns(schema: Any, url: str) -> tuple[str, str | None]:
     images = [field.name for field in schema if is_image(field.type)]
     if not images:
         raise UserError(f"{url}: no column of images (bytes, or structs with bytes), only {', '.join(schema.names)}")
-    image = next((name for name in IMAGE_COLUMNS if name in images), images[0])
+    own = [name for name in images if name not in ORIGINAL_COLUMNS] or images
+    image = next((name for name in IMAGE_COLUMNS if name in own), own[0])
     text = next((name for name in TEXT_COLUMNS if name in schema.names and name != image), None)
-    return image, text
+    return image, text, next((name for name in ORIGINAL_COLUMNS if name in images and name != image), None)
 
 
 def fetch(place: Place) -> bytes:
@@ -227,17 +244,17 @@ def fetch(place: Place) -> bytes:
     """
     store = Store(place.root)
     if place.row >= 0:
-        return _read_row(place.root, place.key, place.row)
+        return _read_row(place.root, place.key, place.row, place.column)
     if place.length >= 0:
         data = store.read_range(place.key, place.offset, place.length)
         return to_ppm(data) if place.key.endswith(".bin") else data
     return store.read(place.key)
 
 
-def _read_row(root: str, key: str, row: int) -> bytes:
+def _read_row(root: str, key: str, row: int, column: str) -> bytes:
     starts = _row_groups(root, key)
     group = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
-    value = _row_group(root, key, group)[row - starts[group]].as_py()
+    value = _row_group(root, key, group, column)[row - starts[group]].as_py()
     return bytes(value["bytes"] if isinstance(value, dict) else value)
 
 
@@ -254,13 +271,13 @@ def _row_groups(root: str, key: str) -> tuple[int, ...]:
     return tuple(starts)
 
 
-@lru_cache(maxsize=1)
-def _row_group(root: str, key: str, group: int) -> Any:
-    """The image column of one row group; images of a table are asked for in order."""
+@lru_cache(maxsize=2)
+def _row_group(root: str, key: str, group: int, column: str) -> Any:
+    """A column of one row group, "" for that of images; images of a table are asked for in order."""
     from pyarrow import parquet
 
     store = Store(root)
     with explained(store.url(key)), store.fs.open_input_file(store.path(key)) as file:
         table = parquet.ParquetFile(file)
-        image, _ = _columns(table.schema_arrow, store.url(key))
-        return table.read_row_group(group, columns=[image]).column(0)
+        column = column or _columns(table.schema_arrow, store.url(key))[0]
+        return table.read_row_group(group, columns=[column]).column(0)

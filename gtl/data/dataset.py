@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.data.buckets import geometry, variants
 from gtl.data.cache import Space, prompt_key
 from gtl.storage import Store
-from gtl.types import Entry, Item, Record, UserError
+from gtl.types import Entry, Item, Original, Record, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +54,10 @@ class Dataset:
         digest = hashlib.sha256(json.dumps(self._header()).encode())
         for entry in self.entries:
             record = entry.record
-            told = [record.sha256, record.captions, record.weight, entry.variants]
-            kinds = ["class"] * record.is_class_image + ["target"] * record.is_target
-            digest.update(json.dumps([*told, *kinds]).encode())
+            told: list[Any] = [record.sha256, record.captions, record.weight, entry.variants]
+            told += ["class"] * record.is_class_image + ["target"] * record.is_target
+            told += ["original", record.original.sha256, entry.originals] if record.original else []
+            digest.update(json.dumps(told).encode())
         return digest.hexdigest()
 
     def _header(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ class Dataset:
             caption=record.captions[caption] if record.captions else "",
             pixels=pixels,
             is_target=record.is_target,
+            original=self.images.read(found.originals[variant]) if found.originals else None,
         )
 
     @cached_property
@@ -121,6 +123,7 @@ class Dataset:
                     "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
                     "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
                     "is_class_image": e.record.is_class_image, "is_target": e.record.is_target,
+                    **({"original": vars(e.record.original), "originals": e.originals} if e.record.original else {}),
                 }
                 for e in self.entries
             ]  # fmt: skip
@@ -192,9 +195,11 @@ def read(store: Store, fingerprint: str) -> Dataset:
             Record(
                 row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"],
                 row.get("is_class_image", False), row.get("is_target", False),  # unknown to older versions
+                Original(**row["original"]) if row.get("original") else None,
             ),
             tuple(row["bucket"]),
             tuple(row["variants"]),
+            tuple(row.get("originals") or ()),
         )
         for row in table.to_pylist()
     ]

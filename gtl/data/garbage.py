@@ -38,7 +38,7 @@ def collect_garbage(cache: Store, keep_days: float = 30, grace_days: float = 1) 
         fingerprint = name.rpartition("/")[2]
         dataset = read(cache, fingerprint)
         for entry in dataset.entries:
-            keys.update(f"{dataset.images.name}/{variant}" for variant in entry.variants)
+            keys.update(f"{dataset.images.name}/{variant}" for variant in (*entry.variants, *entry.originals))
         if dataset.prompts is not None:
             captions = {caption for entry in dataset.entries for caption in entry.record.captions}
             texts = {"", *captions, *used_prompts(cache, fingerprint)}

@@ -36,6 +36,10 @@ class Seen(NamedTuple):
     """Bytes of the source file that are the image; -1: all of it."""
     row: int = -1
     """Row of a table; -1 otherwise."""
+    column: str = ""
+    """Of a table that has the images which others are edits of in one of their own: that, of such an image."""
+    original: str = ""
+    """Name in the same file of the image that it is an edit of."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class SeenFile:
     def parse(cls, line: str) -> SeenFile:
         """From `dump`."""
         values = json.loads(line)
-        images = (Seen._make(row) for row in values["images"])
+        images = (Seen(*row) for row in values["images"])  # fewer values where an older version looked
         whole = tuple(i if i.captions is None else i._replace(captions=tuple(i.captions)) for i in images)
         return cls(values["url"], values["size"], values["mtime"], whole, values["text"])
 

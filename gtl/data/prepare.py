@@ -11,7 +11,8 @@ from gtl.config.pairs import Needs
 from gtl.config.recipe import Data, Source
 from gtl.data.buckets import MAX_ASPECT, Size, bucket_sizes, choose_bucket, variant_key, variants
 from gtl.data.cache import prompt_key
-from gtl.data.captions import CaptionRule
+from gtl.data.captions import ORIGINAL, CaptionRule
+from gtl.data.containers import ORIGINAL_COLUMNS
 from gtl.data.dataset import BYTE_SPACE, PIXEL_SPACE, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
@@ -57,6 +58,7 @@ def prepare(
     tell: Progress = progress or quiet
     cache = Store(cache_url)
     found = scan_all(data, cache, prior, tell, target)
+    found = paired(found) if needs.originals else unpaired(found)
     if needs.text == "none":
         found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
     check_usable(found, data)
@@ -81,7 +83,7 @@ def prepare(
             break
         remember_broken(failed, found, cache)
         found.broken += [Broken(uri, reason) for uri, reason in sorted(failed.items())]
-        found.images = [located for located in found.images if located.record.uri not in failed]
+        found.images = [located for located in found.images if not failed.keys() & uris_of(located)]
         check_usable(found, data)
     name_broken(found.broken)
     dataset.refresh()
@@ -167,7 +169,10 @@ def make_entry(located: Located, sizes: tuple[Size, ...], cuts: Cuts) -> Entry:
     record = located.record
     bucket = choose_bucket(record.size, sizes)
     found = variants(record.sha256, record.size, bucket, **vars(cuts))
-    return Entry(record, bucket, tuple(variant_key(record.sha256, bucket, variant) for variant in found))
+    keys = tuple(variant_key(record.sha256, bucket, variant) for variant in found)
+    if record.original is None:
+        return Entry(record, bucket, keys)
+    return Entry(record, bucket, keys, tuple(variant_key(record.original.sha256, bucket, variant) for variant in found))
 
 
 def only_held_out(located: Sequence[Located], share: float) -> list[Located]:
@@ -176,20 +181,24 @@ def only_held_out(located: Sequence[Located], share: float) -> list[Located]:
     Raises:
         UserError: nothing would be left to train on.
     """
-    chosen = choose_held_out((record for record, _ in located), share)
+    chosen = choose_held_out((each.record for each in located), share)
     return [image for image in located if image.record.sha256 in chosen]
 
 
 def missing_images(dataset: Dataset, located: Sequence[Located], every_copy: bool) -> Iterator[ImageWork]:
     """What has to be encoded; an image that is there twice is encoded once, or as often as it is there."""
     asked: set[str] = set()
-    for entry, (record, place) in zip(dataset.entries, located, strict=True):
-        lacking = [key for key in entry.variants if key not in dataset.images and (every_copy or key not in asked)]
-        if lacking:
-            asked.update(lacking)
-            found = variants(record.sha256, record.size, entry.bucket, **vars(dataset.cuts))
-            wanted = {key: v for key, v in zip(entry.variants, found, strict=True) if key in lacking}
-            yield ImageWork(record.uri, record.sha256, place, entry.bucket, wanted)
+    for entry, (record, place, beginning) in zip(dataset.entries, located, strict=True):
+        files = [(record.uri, record.sha256, place, entry.variants)]
+        if record.original is not None and beginning is not None:
+            files.append((record.original.uri, record.original.sha256, beginning.place, entry.originals))
+        for uri, sha256, at, keys in files:
+            lacking = [key for key in keys if key not in dataset.images and (every_copy or key not in asked)]
+            if lacking:
+                asked.update(lacking)
+                found = variants(record.sha256, record.size, entry.bucket, **vars(dataset.cuts))
+                wanted = {key: v for key, v in zip(keys, found, strict=True) if key in lacking}
+                yield ImageWork(uri, sha256, at, entry.bucket, wanted)
 
 
 def missing_texts(dataset: Dataset, prompts: Sequence[str]) -> dict[str, str]:
@@ -198,6 +207,43 @@ def missing_texts(dataset: Dataset, prompts: Sequence[str]) -> dict[str, str]:
         return {}
     captions = {"", *prompts, *(caption for entry in dataset.entries for caption in entry.record.captions)}
     return {key: caption for caption in sorted(captions) if (key := prompt_key(caption)) not in dataset.prompts}
+
+
+def unpaired(found: Scan) -> Scan:
+    """Images by themselves, whatever they are edits of."""
+    return Scan([located._replace(beginning=None) for located in found.images], found.broken)
+
+
+def paired(found: Scan) -> Scan:
+    """Images with those that they are edits of; one whose other cannot be used is broken, too.
+
+    Raises:
+        UserError: some are edits of none.
+    """
+    if lonely := [located.record.uri for located in found.images if located.beginning is None]:
+        raise UserError(
+            f"data.source: {len(lonely)} of {len(found.images)} images say not which image they are an edit of, the "
+            f"first: {lonely[0]}; give {ORIGINAL} beside file_name and text in metadata.jsonl, or a column "
+            f"{ORIGINAL_COLUMNS[0]} in a table"
+        )
+    images, broken = [], list(found.broken)
+    for located in found.images:
+        record, beginning = located.record, located.beginning
+        assert beginning is not None
+        reason = beginning.error
+        if not reason and beginning.size != record.size:
+            (high, wide), (tall, broad) = beginning.size, record.size
+            reason = f"{wide}x{high} pixels, and its edit has {broad}x{tall}; both have to be of one size"
+        if reason:
+            broken.append(Broken(record.uri, f"what it is an edit of, {beginning.original.uri}: {reason}"))
+        else:
+            images.append(located._replace(record=replace(record, original=beginning.original)))
+    return Scan(images, broken)
+
+
+def uris_of(located: Located) -> set[str]:
+    """Of an image, and of the one that it is an edit of."""
+    return {located.record.uri, *([located.beginning.original.uri] if located.beginning else [])}
 
 
 def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
@@ -258,9 +304,10 @@ def check_usable(found: Scan, data: Data) -> None:
 def remember_broken(failed: dict[str, str], found: Scan, cache: Store) -> None:
     """Put what turned out to be broken only when it was decoded into the index, so that the next run knows."""
     urls: dict[str, set[str]] = {}
-    for record, place in found.images:
-        if record.uri in failed:
-            urls.setdefault(place.root, set()).add(Store(place.root).url(place.key))
+    for located in found.images:
+        if failed.keys() & uris_of(located):
+            for place in (located.place, *([located.beginning.place] if located.beginning else [])):
+                urls.setdefault(place.root, set()).add(Store(place.root).url(place.key))
     for root, files in urls.items():
         index = Index(cache, root)
         known = index.load()

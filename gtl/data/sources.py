@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from gtl.data.captions import METADATA_FILES, CaptionRule, read_metadata, split_lines
+from gtl.data.captions import METADATA_FILES, ORIGINAL, CaptionRule, read_metadata, split_lines
 from gtl.data.celeba import ATTRIBUTES, captions_of
 from gtl.data.cifar import NAME
 from gtl.data.containers import CONTAINERS, Place
@@ -17,7 +17,7 @@ from gtl.data.index import Index, Seen, SeenFile
 from gtl.families.files import cache_home
 from gtl.images import EXTENSIONS
 from gtl.storage import Store
-from gtl.types import Progress, Record, UserError
+from gtl.types import Original, Progress, Record, UserError
 
 INDEX_PIECE = 4096
 """Files that are remembered together."""
@@ -35,11 +35,23 @@ class File(NamedTuple):
     mtime: int
 
 
+class Beginning(NamedTuple):
+    """The image that another one is an edit of."""
+
+    original: Original
+    size: tuple[int, int]
+    """(height, width)."""
+    place: Place
+    error: str
+    """Why it can't be used; empty if it can."""
+
+
 class Located(NamedTuple):
     """A record and where its bytes are."""
 
     record: Record
     place: Place
+    beginning: Beginning | None = None
 
 
 class Broken(NamedTuple):
@@ -151,21 +163,37 @@ def scan(
 
         source = draw_set(SceneSet.parse(source), cache or Store(cache_home()), progress).root
     listing = list_source(source)
-    metadata = collect_metadata(listing) if rule.reads_metadata else {}
+    told = collect_metadata(listing) if rule.reads_metadata else Told({}, {})
+    metadata = told.captions
     texts = needed_sidecars(listing, metadata) if rule.reads_sidecars else {}
     wanted = [*listing.images.values(), *listing.containers.values(), *texts.values()]
     seen = look_up(listing.store, wanted, None if cache is None else Index(cache, listing.store.url()), inspect)
-    result = Scan()
-    for key in sorted([*listing.images, *listing.containers]):
+    result, beginnings = Scan(), set(told.originals.values()) - metadata.keys()
+    for key in sorted({*listing.images, *listing.containers} - beginnings):
         sidecar = texts.get(posixpath.splitext(key)[0])
         text = None if sidecar is None else seen[sidecar.key]
         if text is not None and text.text is None:
             result.broken += [Broken(text.url, image.error) for image in text.images]
             continue
         lines = None if text is None else split_lines(text.text or "")
+        others = {image.name: image for image in seen[key].images}
         for image in seen[key].images:
-            _add(result, listing.store, key, image, rule, weight, metadata.get(key), lines)
+            if image.column:
+                continue
+            beginning = None
+            if (origin := told.originals.get(key)) is not None:
+                beginning = _beginning(listing.store, origin, seen[origin].images[0])
+            elif image.original:
+                beginning = _beginning(listing.store, key, others[image.original])
+            _add(result, listing.store, key, image, rule, weight, metadata.get(key), lines, beginning)
     return result
+
+
+def _beginning(store: Store, key: str, image: Seen) -> Beginning:
+    """Of an image in a file."""
+    original = Original(uri_of(store.url(key), image.name), image.sha256)
+    place = Place(store.root, key, image.offset, image.length, image.row, image.column)
+    return Beginning(original, (image.height, image.width), place, image.error)
 
 
 def look_up(store: Store, wanted: list[File], index: Index | None, inspect: Inspect) -> dict[str, SeenFile]:
@@ -185,25 +213,43 @@ def look_up(store: Store, wanted: list[File], index: Index | None, inspect: Insp
     return fresh
 
 
-def collect_metadata(listing: Listing) -> dict[str, list[str]]:
-    """Captions by image key from every metadata file; it may lie in any folder, and names are relative to it.
+class Told(NamedTuple):
+    """What metadata files say, by image key."""
+
+    captions: dict[str, list[str]]
+    originals: dict[str, str]
+    """The image that one is an edit of."""
+
+
+def collect_metadata(listing: Listing) -> Told:
+    """What every metadata file says; it may lie in any folder, and names are relative to it.
 
     Raises:
-        UserError: a line is wrong, or captions an image that is not there.
+        UserError: a line is wrong, or names an image that is not there.
     """
     captions: dict[str, list[str]] = {}
+    originals: dict[str, str] = {}
     for key in listing.metadata:
         url = listing.store.url(key)
         if posixpath.basename(key) == ATTRIBUTES:
             for image, text in captions_of(listing.store.read(key), url, listing.images):
                 captions.setdefault(image, []).append(text)
             continue
-        for line, name, texts in read_metadata(listing.store.read(key), url):
-            image = posixpath.normpath(posixpath.join(posixpath.dirname(key), name))
+        for row in read_metadata(listing.store.read(key), url):
+            image = posixpath.normpath(posixpath.join(posixpath.dirname(key), row.name))
             if image not in listing.images:
-                raise UserError(f"{url}:{line}: file_name {name!r}: no such image; remove the line or add the file")
-            captions.setdefault(image, []).extend(texts)
-    return captions
+                raise UserError(
+                    f"{url}:{row.line}: file_name {row.name!r}: no such image; remove the line or add the file"
+                )
+            captions.setdefault(image, []).extend(row.captions)
+            if row.original is None:
+                continue
+            origin = posixpath.normpath(posixpath.join(posixpath.dirname(key), row.original))
+            if origin not in listing.images:
+                raise UserError(f"{url}:{row.line}: {ORIGINAL} {row.original!r}: no such image")
+            if originals.setdefault(image, origin) != origin:
+                raise UserError(f"{url}:{row.line}: {ORIGINAL} {row.original!r}: {row.name} has another one already")
+    return Told(captions, originals)
 
 
 def needed_sidecars(listing: Listing, captioned: Mapping[str, object]) -> dict[str, File]:
@@ -220,7 +266,7 @@ def uri_of(url: str, name: str) -> str:
 
 def _add(
     result: Scan, store: Store, key: str, image: Seen, rule: CaptionRule, weight: float,
-    metadata: list[str] | None, sidecar: list[str] | None,
+    metadata: list[str] | None, sidecar: list[str] | None, beginning: Beginning | None,
 ) -> None:  # fmt: skip
     uri = uri_of(store.url(key), image.name)
     if image.error:
@@ -232,4 +278,5 @@ def _add(
     file = image.name if image.length >= 0 else key
     captions = rule.choose(file, folder, metadata, sidecar)
     record = Record(uri, image.sha256, (image.height, image.width), captions, weight)
-    result.images.append(Located(record, Place(store.root, key, image.offset, image.length, image.row)))
+    place = Place(store.root, key, image.offset, image.length, image.row)
+    result.images.append(Located(record, place, beginning))

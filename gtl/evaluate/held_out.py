@@ -23,6 +23,7 @@ from gtl.data.prepare import prepare
 from gtl.evaluate.estimate import Estimate, estimate
 from gtl.evaluate.result import Score, make_score
 from gtl.evaluate.validation import MAX_IMAGES, Chunk, Validation, parts_of
+from gtl.families import denoising
 from gtl.generate.crew import (
     Batch,
     Crew,
@@ -130,7 +131,9 @@ def name_of(held_out: HeldOut, dataset: Dataset, model: Model) -> str:
     """The objective, with a hash of all but the adapter that the loss depends on."""
     config = held_out.objective.model_dump(mode="json")
     told = {key: value for key, value in config.items() if f"objective.{key}" not in SAME_LOSS}
-    images = [[entry.variants[0], entry.record.captions[:1]] for entry in dataset.entries[:MAX_IMAGES]]
+    images = [
+        [entry.variants[0], entry.record.captions[:1], *entry.originals[:1]] for entry in dataset.entries[:MAX_IMAGES]
+    ]
     decided = json.dumps([model.fingerprint, held_out.seed, told, images], sort_keys=True)
     return f"{held_out.objective.type}:{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
 
@@ -211,13 +214,17 @@ def load(model: Model, held_out: HeldOut, device: str) -> Callable[[int], list[f
         UserError: the model, an adapter or the cache is wrong.
     """
     from gtl.objectives import live_parts, make_objective
+    from gtl.objectives.instruct import show_originals
 
-    family, adapters = open_model(model)
+    opened, adapters = open_model(model)
+    family = denoising(opened)
     objective, dtype = make_objective(held_out.objective, family), getattr(torch, DTYPES[model.dtype])
     parts = {
         part: family.load(part, torch.float32 if part == family.codec else dtype, device)
         for part in live_parts(objective, family, held_out.needs)
     }
+    if held_out.needs.originals:  # the model alone, too
+        show_originals(family, parts[family.main])
     for index, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{index}", scale)
     player = next(iter(objective.players(parts, dtype).values())).eval()

@@ -78,7 +78,8 @@ def evaluate(
     family = open_family(origin.source, origin.family, revision=origin.revision, variant=origin.variant)
     base = family.fingerprint()
     together = [(each,) if isinstance(each, str) else each or () for each in adapters]
-    chosen = [tuple(find(shelf, adapter, base) for adapter in each) for each in together]
+    draws = bool(of_pictures(recipe.evaluate.metrics))
+    chosen = [tuple(find(shelf, adapter, base, draws) for adapter in each) for each in together]
     with session() as cluster:
         images = reference(recipe.data, family, recipe.storage.cache, progress)
         check_images(recipe.evaluate, images)
@@ -160,11 +161,17 @@ def losses_of(
     return [{"val_loss": score} for score in scores]
 
 
-def find(shelf: Registry, adapter: str, base: str) -> Published:
+def find(shelf: Registry, adapter: str, base: str, draws: bool = True) -> Published:
     """The version that a reference means, with its scale.
 
+    Args:
+        shelf: Holds it.
+        adapter: NAME[@VERSION|@ALIAS][:SCALE].
+        base: Fingerprint of the model that it has to be for.
+        draws: Whether pictures of prompts alone are to be drawn with it.
+
     Raises:
-        UserError: there is none, its files are damaged, or it was made for another model.
+        UserError: there is none, its files are damaged, or it was made for another model or to edit images.
     """
     card, version = shelf.resolve(adapter)
     if card.base.fingerprint != base:
@@ -173,6 +180,11 @@ def find(shelf: Registry, adapter: str, base: str) -> Published:
             f"the recipe's model is another one ({base[:12]})"
         )
     name = f"{card.name}@{version}"
+    if draws and card.edits:
+        raise UserError(
+            f"--adapter {adapter}: was taught to edit images, and these metrics are of prompts alone; set "
+            "evaluate.metrics: [val_loss]"
+        )
     shelf.fetch(name)  # a damaged one is known now
     return Published(shelf.store.root, name, parse_reference(adapter).scale, card.sampler)
 

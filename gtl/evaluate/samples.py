@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gtl.families.base import Conditions, Family
+    from gtl.generate.edit import Edit
 
 MAX_BATCH = 4
 
@@ -32,6 +33,7 @@ def draw_share(
     encoded: Mapping[str, Conditions] | None,
     device: torch.device,
     dtype: torch.dtype,
+    edits: Sequence[Edit] = (),
 ) -> list[Image.Image]:
     """The pictures of this rank's `share` of the requests, in their order. Collective.
 
@@ -44,11 +46,16 @@ def draw_share(
         encoded: Conditions of every prompt among the requests.
         device: Where the parts are.
         dtype: Of the arithmetic; other than fp32 it runs under autocast.
+        edits: What each request begins at, where they are no pictures of prompts alone.
     """
     padded = [*requests, *[requests[-1]] * (-len(requests) % dist.get_world_size())]
     known = encode(family, parts, requests) if encoded is None and family.encoders else encoded
     engine = open_drawer(family, parts, device, torch.float32, MAX_BATCH, known)
-    mine = {engine.add(request): turn for turn, request in enumerate(share(padded))}
+    begun = [*edits, *[edits[-1]] * (len(padded) - len(edits))] if edits else [None] * len(padded)
+    mine = {
+        engine.add(request, edit=edit): turn
+        for turn, (request, edit) in enumerate(zip(share(padded), share(begun), strict=True))
+    }
     pictures: dict[int, Image.Image] = {}
     while len(engine):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -72,9 +79,7 @@ def gather(mine: Iterable[Item], total: int) -> list[Item]:
 
 
 @torch.inference_mode()
-def encode(
-    family: Family, parts: Mapping[str, nn.Module], requests: Sequence[Request]
-) -> dict[str, Conditions]:
+def encode(family: Family, parts: Mapping[str, nn.Module], requests: Sequence[Request]) -> dict[str, Conditions]:
     """Conditions of all texts of all requests. Collective.
 
     Every rank encodes all of them in the same order: the engine would encode those of its share only, and weights that

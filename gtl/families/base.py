@@ -163,6 +163,11 @@ class DiffusionFamily(Family, Protocol):
         """
         ...
 
+    @property
+    def input_layer(self) -> str | None:
+        """The main part's convolution over latents, if it can be given further channels; see `gtl.families.wide`."""
+        ...
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Shape [C, h, w] of one sample's latents."""
         ...

@@ -49,6 +49,8 @@ class LatentDiffusion(DiffusersLayout, ABC):
     critics: tuple[str, ...] = ()
     token_limits: Mapping[str, int] = {}
     """Of some encoders: how many tokens the model reads, whatever the tokenizer's length."""
+    input_layer: str | None = None
+    """None: patches are read by layers of other kinds."""
     words: Mapping[str, int] = {}
     """Learned words that the tokenizers know, see `reading` -> number of their vectors."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gtl.families.base import Conditions
+from gtl.families.files import INDEX, read_json
 from gtl.families.latent import LatentDiffusion
 from gtl.families.targets import CROSS, find_targets
 from gtl.families.unet import unet_blocks, unet_cross_attentions, unet_embedders, unet_sections
@@ -21,6 +24,10 @@ class LatentUNet(LatentDiffusion, ABC):
     """A UNet over the latents of a VAE, with CLIP text encoders; predicts noise or velocity."""
 
     main: ClassVar[str] = "unet"
+    learns: ClassVar[tuple[str, ...]] = (*LatentDiffusion.learns, "instruct")
+    input_layer: str | None = "conv_in"
+    editor: ClassVar[str]
+    """The class that diffusers has for those whose network sees an image that is to be edited."""
     corrections: ClassVar[Mapping[str, Any]] = {}
     """Keys of early scheduler configs that the family's pipeline in diffusers replaces."""
 
@@ -66,6 +73,16 @@ class LatentUNet(LatentDiffusion, ABC):
         """The UNet's raw output for noisy latents [B, C, h, w] at steps t [B]."""
         prediction: Tensor = main(noisy, t, **conditions, return_dict=False)[0]
         return prediction
+
+    def export(self, parts: Mapping[str, nn.Module], folder: Path) -> None:
+        """Write a full diffusers-layout model; of a network that sees an image to edit, one of the class for those."""
+        from gtl.families.wide import settle
+
+        is_editor = self.main in parts and settle(parts[self.main])
+        super().export(parts, folder)
+        if is_editor:
+            index = {**read_json(folder / INDEX), "_class_name": self.editor}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def sampler(self, steps: int, height: int, width: int, kind: Sampler = "model") -> Any:
         """A fresh diffusers scheduler with its timesteps set."""

@@ -23,6 +23,7 @@ class StableDiffusion(LatentUNet):
         "text_encoder": ("transformers", "CLIPTextModel"),
     }
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
+    editor: ClassVar[str] = "StableDiffusionInstructPix2PixPipeline"
     corrections: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     def tokenize(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:

@@ -28,6 +28,7 @@ class StableDiffusionXL(LatentUNet):
         "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     }
     companions: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    editor: ClassVar[str] = "StableDiffusionXLInstructPix2PixPipeline"
 
     def check_index(self) -> None:
         """Settle which parts the model has.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,6 +20,8 @@ from gtl.session import session
 from gtl.types import DTYPES, GUIDANCE, STEPS, Progress, Sampler, UserError, sampler_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gtl.adapters.card import Base
     from gtl.families.base import Family
     from gtl.generate.cascade import Upscaler
@@ -40,6 +42,8 @@ class Adapter(NamedTuple):
     base: Base
     sampler: Sampler = "model"
     """That it was taught for."""
+    edits: bool = False
+    """Whether it was taught to edit an image that it is shown."""
 
     def __str__(self) -> str:
         return f"{self.name}:{self.scale:g}"
@@ -100,6 +104,8 @@ def run(
     lines = None if prompt is prompts is None else read_prompts(prompt, None if prompts is None else Path(prompts))
     shelf = Registry(registry)
     chosen = find_adapters(shelf, adapters)
+    if (editor := next((adapter for adapter in chosen if adapter.edits), None)) is not None:
+        raise UserError(f"--adapter {editor.name}: was taught to edit images; give it one by gtl edit IMAGE")
     check_writable(out)
     origin = choose_base(model, chosen, revision, variant)
     family, fingerprint = open_model(origin, chosen)
@@ -184,7 +190,8 @@ def find_adapters(registry: Registry, references: Sequence[str]) -> list[Adapter
         name = f"{card.name}@{version}"
         if any(name == other.name for other in found):
             raise UserError(f"--adapter {reference}: {name} is given twice; give it once, with the scale you want")
-        found.append(Adapter(name, registry.fetch(name), parse_reference(reference).scale, card.base, card.sampler))
+        scale = parse_reference(reference).scale
+        found.append(Adapter(name, registry.fetch(name), scale, card.base, card.sampler, card.edits))
     return found
 
 
@@ -259,7 +266,8 @@ def check_options(
         else:
             check_cascade(request, family, second)
     except UserError as error:
-        raise UserError(f"--{error}") from None
+        name, colon, rest = str(error).partition(":")
+        raise UserError(f"--{name.replace('_', '-')}{colon}{rest}") from None
 
 
 def check_writable(out: Path) -> None:
@@ -285,9 +293,9 @@ def writing(out: Path) -> Iterator[None]:
 def draw_here(
     family: Family, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
     recipe: Mapping[str, Any], columns: int | None, progress: Progress | None, edit: Edit | None = None,
-    second: Upscaler | None = None,
+    second: Upscaler | None = None, finish: Callable[[Image], Image] | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Draw in this process and save."""
+    """Draw in this process and save, what `finish` makes of each picture if there is more to do."""
     import torch
 
     from gtl.generate.images import generate
@@ -299,7 +307,10 @@ def draw_here(
     drawn = generate(
         family, requests, folders, device=device, dtype=dtype, edit=edit, upscaler=second, progress=progress
     )
-    files = ((index, encode_png(image, {**dataclasses.asdict(requests[index]), **recipe})) for index, image in drawn)
+    files = (
+        (index, encode_png(finish(image) if finish else image, {**dataclasses.asdict(requests[index]), **recipe}))
+        for index, image in drawn
+    )
     return save(files, requests, out, recipe, columns)
 
 

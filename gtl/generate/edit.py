@@ -1,4 +1,5 @@
-"""Requests that begin at a picture: image to image, and inpainting where a mask keeps a part of it as it is.
+"""Requests that begin at a picture: image to image, inpainting where a mask keeps a part of it as it is, and edits by
+inversion, which begin at the noise that draws it.
 
 A picture that is noised on its way keeps its rough shapes and gets new details (SDEdit, Meng et al. 2021, arXiv
 2108.01073). What a mask keeps is put back, noised as far, after every step (Avrahami et al. 2022, arXiv 2206.02779).
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl.types import UserError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
     from gtl.generate.request import Request
 
+STRENGTH, IMAGE_GUIDANCE = 0.8, 1.5
+"""Where nobody says; the scale is the one that arXiv 2211.09800 recommends."""
 HALF = 128
 """Mask values from here on are drawn anew."""
 
@@ -34,17 +37,25 @@ class Edit:
     """RGB, of the request's size."""
     mask: Image | None = None
     """L, of the image's size: what is light is drawn anew, and the rest stays what it is in every pixel. None: all."""
-    strength: float = 0.8
+    strength: float = STRENGTH
     """Share of the steps that are taken, above 0 and up to 1: how far the picture may go from the image."""
+    image_guidance: float | None = None
+    """Of a model that was taught to edit: it sees the image while it draws, from noise on, and this is the scale of its
+    guidance by that, 1 is off. None: the model sees nothing."""
+    shows: str | None = None
+    """What is to be seen in the image: it is drawn from the noise that draws it with this prompt, unguided (as the
+    baseline of Mokady et al. 2022, arXiv 2211.09794), so that what both prompts say stays. None: not so."""
     moments: Mapping[str, Tensor] | None = None
     """Of the image, by the codec of the model that draws, each [1, C, h, w]; None until they are needed."""
+    inverted: Tensor | None = None
+    """Latents [1, C, h, w] as far up as the strength says, where it `shows` something; None until they are needed."""
 
 
 def first_step(edit: Edit | None, steps: int, path: NoisePath) -> int:
     """How many of the steps are left out at the noisy end; rounded as diffusers does it for each kind of path."""
-    if edit is None:
+    if edit is None or edit.image_guidance is not None:
         return 0
-    if path.prediction == "flow":
+    if path.prediction == "flow" and edit.shows is None:
         return int(steps - steps * edit.strength)
     return steps - int(steps * edit.strength)
 
@@ -57,9 +68,13 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
     """
     if not 0 < edit.strength <= 1:
         raise UserError(f"strength: {edit.strength:g}: expected a number above 0 and up to 1")
+    if edit.image_guidance is not None and not (math.isfinite(edit.image_guidance) and edit.image_guidance >= 1):
+        raise UserError(f"image_guidance: {edit.image_guidance:g}: expected a number >= 1; 1 is no guidance")
     if first_step(edit, request.steps, family.path) >= request.steps:
         least = math.ceil(100 / request.steps) / 100
         raise UserError(f"strength: {edit.strength:g}: leaves none of {request.steps} steps; expected at least {least}")
+    if edit.shows is not None:
+        check_inversion(edit, request)
     if edit.image.size != (request.width, request.height):
         raise UserError(f"image: {size_text(edit.image)}: expected {request.width}x{request.height}, what is drawn")
     if edit.mask is None:
@@ -68,6 +83,38 @@ def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
         raise UserError(f"mask: {size_text(edit.mask)}: expected {size_text(edit.image)}, the image's size")
     if not repainted(edit.mask).any():
         raise UserError("mask: marks nothing; expected something to be drawn anew, or no mask")
+
+
+def check_inversion(edit: Edit, request: Request) -> None:
+    """Refuse what an inversion does not go together with.
+
+    Raises:
+        UserError: names it.
+    """
+    if edit.mask is not None:
+        raise UserError("invert: keeps by itself what is not said to change; leave the mask out")
+    if edit.image_guidance is not None:
+        raise UserError("invert: an adapter that was taught to edit sees the image itself; take one of the two")
+    if request.sampler != "model":
+        raise UserError("invert: an adapter for few steps adds new noise at each; take one of the two")
+
+
+def check_shown(edit: Edit | None, edits: bool) -> None:
+    """Refuse to show an image to a model that sees none, and to draw without one where the model was taught to edit.
+
+    Raises:
+        UserError: so it is.
+    """
+    is_shown = edit is not None and edit.image_guidance is not None
+    if edits and not is_shown:
+        raise UserError("adapters: one was taught to edit an image that it is shown; it draws nothing without")
+    if is_shown and not edits:
+        raise UserError("image_guidance: no adapter here was taught to edit the image that it is shown; leave it out")
+
+
+def marks(mask: Image) -> bool:
+    """Whether it marks anything."""
+    return any(mask.histogram()[HALF:])
 
 
 def size_text(image: Image) -> str:
@@ -99,7 +146,7 @@ def fit(edit: Edit, height: int, width: int) -> Edit:
         return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
 
     mask = None if edit.mask is None else cut(edit.mask, Images.Resampling.BILINEAR)
-    return Edit(cut(edit.image, Images.Resampling.LANCZOS), mask, edit.strength)
+    return replace(edit, image=cut(edit.image, Images.Resampling.LANCZOS), mask=mask, moments=None, inverted=None)
 
 
 def encode(edit: Edit, family: DiffusionFamily, codec: Any, device: torch.device) -> dict[str, Tensor]:
@@ -155,6 +202,8 @@ class Start(NamedTuple):
     first: int = 0
     """Place in the scheduler's times."""
     kept: Kept | None = None
+    seen: Tensor | None = None
+    """What the model sees of the image, [1, C, h, w], where it was taught to edit."""
 
 
 def begin(
@@ -180,6 +229,13 @@ def begin(
     if edit is None:
         return Start(draw() * sigma)
     assert edit.moments is not None
+    if edit.inverted is not None:
+        return Start(edit.inverted, first_step(edit, request.steps, family.path))
+    is_shown = edit.image_guidance is not None
+    # The mean of the latents, not scaled: so models were trained that others published.
+    seen = edit.moments["mean"] if is_shown else None
+    if is_shown and edit.mask is None:
+        return Start(draw() * sigma, seen=seen)
     clean, noise = family.sample_latents(edit.moments, draw()), draw()
     first = first_step(edit, request.steps, family.path) * getattr(scheduler, "order", 1)
     if hasattr(scheduler, "set_begin_index"):
@@ -190,8 +246,8 @@ def begin(
     # Every latent that holds something of what is marked: diffusers asks one pixel of each, and misses thin lines.
     mask = torch.nn.functional.adaptive_max_pool2d(repainted(edit.mask).float(), tuple(clean.shape[-2:]))
     kept = Kept(clean, noise, mask.bool().unsqueeze(0).to(device))
-    if edit.strength == 1:
-        return Start(noise * sigma, first, kept)
+    if edit.strength == 1 or is_shown:
+        return Start(noise * sigma, first, kept, seen)
     return Start(noised(scheduler, clean, noise, scheduler.timesteps[first]), first, kept)
 
 

@@ -5,19 +5,21 @@ The unit of work is one step of one batch: requests join and leave between any t
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
-from gtl.generate.edit import Edit, Kept, begin, encode, paste
+from gtl.diffusion.solver import Rising, Solver
+from gtl.families.wide import is_wide
+from gtl.generate.edit import Edit, begin, check_shown, encode, first_step, paste
 from gtl.generate.request import Request, check
+from gtl.generate.state import State
 from gtl.types import Geometry
 
 if TYPE_CHECKING:
@@ -28,74 +30,6 @@ if TYPE_CHECKING:
 DECODE_BATCH = 4
 """Decoding is the peak of memory, so its batches have a bound of their own."""
 CACHED_PROMPTS = 256
-
-
-@dataclass
-class State:
-    """A request on its way. Schedulers keep a history and a counter, so each request has its own."""
-
-    handle: int
-    request: Request
-    scheduler: Any
-    generator: torch.Generator
-    """On the CPU, so that a seed draws the same noise on every device."""
-    latents: Tensor
-    """[1, C, h, w], fp32."""
-    conditions: Conditions
-    negative: Conditions | None
-    """None without guidance."""
-    seat: Seat = BASE
-    previews: Sequence[int] = ()
-    """After which steps an estimate of the picture is wanted."""
-    edit: Edit | None = None
-    first: int = 0
-    """Where in the schedule it began."""
-    kept: Kept | None = None
-    """What is put back after every step."""
-    index: int = field(init=False)
-    """Where in the schedule it is."""
-    key: Hashable = field(init=False)
-    """Only states of one key share a batch."""
-
-    def __post_init__(self) -> None:
-        self.index = self.first
-        guided = self.negative and shapes(self.negative)
-        self.key = self.seat.company, tuple(self.latents.shape), shapes(self.conditions), guided
-
-    @property
-    def steps_done(self) -> int:
-        """Those that it took itself."""
-        return self.index - self.first
-
-    @property
-    def timestep(self) -> Tensor:
-        """The scheduler's next time, a scalar."""
-        timestep: Tensor = self.scheduler.timesteps[self.index]
-        return timestep
-
-    def model_input(self) -> Tensor:
-        """The latents as the model reads them at this step."""
-        if not hasattr(self.scheduler, "scale_model_input"):
-            return self.latents
-        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
-        return scaled
-
-    def mean(self, prediction: Tensor) -> Tensor:
-        """A prediction [1, C, h, w] without the variance that may be in further channels."""
-        return prediction[:, : self.latents.shape[1]]
-
-    def advance(self, prediction: Tensor) -> bool:
-        """Take one step with the model's output, see `DiffusionFamily.predict`; whether it was the last."""
-        if not str(self.scheduler.config.get("variance_type")).startswith("learned"):
-            prediction = self.mean(prediction)
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": self.generator} if takes_generator else {}
-        self.latents = self.scheduler.step(prediction, self.timestep, self.latents, **extra, return_dict=False)[0]
-        self.index += 1
-        is_last = self.index == len(self.scheduler.timesteps)
-        if self.kept is not None:
-            self.latents = self.kept.put_back(self.latents, self.scheduler, None if is_last else self.timestep)
-        return is_last
 
 
 @dataclass(frozen=True)
@@ -163,6 +97,8 @@ class Engine:
         self.max_batch, self.max_pixels = max_batch, max_pixels
         self._sizes = batch_sizes(max_batch) if compile else ()
         self._main: nn.Module = parts[family.main]
+        self._edits = is_wide(self._main)
+        """Whether the model sees an image with whatever adapters."""
         if compile:
             self._main = cast("nn.Module", torch.compile(self._main, dynamic=False))
         self._states: dict[int, State] = {}
@@ -213,20 +149,43 @@ class Engine:
             UserError: the family cannot draw it; see `check`.
         """
         check(request, self.family, edit)
-        if edit.moments is not None:
+        if edit.moments is None:
+            with self._codec_lock:
+                codec = self.parts[self.family.codec] if self.family.codec else None
+                edit = replace(edit, moments=encode(edit, self.family, codec, self.device))
+        if edit.shows is None or edit.inverted is not None:
             return edit
-        with self._codec_lock:
-            codec = self.parts[self.family.codec] if self.family.codec else None
-            return replace(edit, moments=encode(edit, self.family, codec, self.device))
+        return replace(edit, inverted=self._inverted(edit, request))
+
+    def _inverted(self, edit: Edit, request: Request) -> Tensor:
+        """The latents that a `Solver` draws the image from, as far up as its strength says; of the base's own prompt.
+
+        The model looks at it alone: in the one thread that draws, where there are others.
+        """
+        assert edit.shows is not None and edit.moments is not None
+        request = replace(request, prompt=edit.shows, guidance=1.0)
+        rises = request.steps - first_step(edit, request.steps, self.family.path)
+        clean = self.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
+        conditions = self._completed(self._encoded(edit.shows, BASE), request)
+        scheduler = Rising(self.family.path, request.steps, rises)
+        state = State(next(self._handles), request, scheduler, torch.Generator(), clean, conditions, None)
+        while not state.advance(self._predict([state])[:1]):
+            pass
+        return state.latents
 
     def _begin(
         self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None, small: Small | None
     ) -> State:
         check(request, self.family, edit, enlarges=small is not None)
-        scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
+        check_shown(edit, self._edits or seat.edits)
         generator = torch.Generator().manual_seed(request.seed) if small is None else small.generator
-        guided = self.family.classifier_free and request.guidance > 1
+        by_image = edit is not None and edit.image_guidance is not None and edit.image_guidance > 1
+        guided = self.family.classifier_free and (request.guidance > 1 or by_image)
         edit = None if edit is None else self.encode(edit, request)
+        if edit is not None and edit.inverted is not None:
+            scheduler: Any = Solver(self.family.path, request.steps)
+        else:
+            scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
         start = begin(edit, request, self.family, scheduler, generator, self.device)
         family, size = cast("EnlargingFamily", self.family), (request.height, request.width)
         given = {} if small is None else family.enlarging(small.picture, *size, generator)
@@ -247,6 +206,7 @@ class Engine:
             edit=edit,
             first=start.first,
             kept=start.kept,
+            seen=start.seen,
         )
 
     def cancel(self, handle: int) -> None:
@@ -322,25 +282,36 @@ class Engine:
         return batch
 
     def _predict(self, batch: Sequence[State]) -> Tensor:
-        """The model's outputs [B, C, h, w] in fp32; under guidance every state is two rows of the forward pass.
+        """The model's outputs [B, C, h, w] in fp32; under guidance every state is some rows of the forward pass.
 
         Where batches have fixed sizes the last state fills up what is left, and B may be larger than the batch.
         """
         size = next((size for size in self._sizes if size >= len(batch)), len(batch))
         batch = [*batch, *[batch[-1]] * (size - len(batch))]
-        guided = batch[0].negative is not None
-        each = 2 if guided else 1  # side by side, so that the rows of an adapter are one run
-        noisy = torch.cat([state.model_input() for state in batch]).repeat_interleave(each, 0)
+        rows = [row for state in batch for row in state.rows()]  # those of an adapter are one run
+        each = len(rows) // len(batch)
+        noisy, conditions = torch.cat([latents for latents, _ in rows]), [given for _, given in rows]
         t = torch.stack([state.timestep for state in batch]).repeat_interleave(each, 0)
-        conditions = [given for s in batch for given in (s.negative, s.conditions) if given is not None]
         if self.residents is not None:
             self.residents.wear([state.seat for state in batch for _ in range(each)], self.family.main)
         inputs = noisy.to(self.dtype), t.to(self.device), self.family.collate(conditions)
         prediction = self.family.predict(self._main, *inputs).float()
-        if not guided:
+        if each == 1:
             return prediction
-        scale = torch.tensor([state.request.guidance for state in batch], device=self.device).view(-1, 1, 1, 1)
-        return self.family.guide(prediction[0::2], prediction[1::2], scale)
+        scale = self._scales([state.request.guidance for state in batch])
+        if each == 2:
+            return self.family.guide(prediction[0::2], prediction[1::2], scale)
+        return self._guide_twice(prediction.unflatten(0, (-1, 3)), scale, [state.edit for state in batch])
+
+    def _scales(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
+
+    def _guide_twice(self, rows: Tensor, scale: Tensor, edits: Sequence[Edit | None]) -> Tensor:
+        """Guidance by the prompt and by the image, each with a scale of its own (arXiv 2211.09800, equation 3); rows
+        [B, 3, C, h, w] are without both, with the image, and with both."""
+        blind, seeing, told = rows.unbind(1)
+        more = self._scales([(edit.image_guidance or 1.0) - 1 for edit in edits if edit is not None])
+        return self.family.guide(seeing, told, scale.clamp(min=1)) + more * (seeing - blind)
 
     def _encoded(self, prompt: str, seat: Seat) -> Conditions:
         # One by one, so that a prompt's embedding does not depend on its neighbours.
@@ -365,11 +336,6 @@ class Engine:
         sizes = self.family.size_conditions(Geometry(original=size, crop=(0, 0), target=size))
         guidance = self.family.guidance_conditions(request.guidance)
         return {name: value.to(self.device) for name, value in {**conditions, **sizes, **guidance}.items()}
-
-
-def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes: conditions that agree in them are batched without padding."""
-    return tuple(sorted((name, tuple(value.shape)) for name, value in conditions.items()))
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:

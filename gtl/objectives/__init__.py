@@ -20,6 +20,7 @@ OBJECTIVES = {
     "consistency": "gtl.objectives.consistency:Consistency",
     "denoise": "gtl.objectives.denoise:Denoise",
     "distill": "gtl.objectives.distill:Distill",
+    "instruct": "gtl.objectives.instruct:Instruct",
 }
 """`objective.type` -> module:class."""
 

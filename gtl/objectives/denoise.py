@@ -59,14 +59,19 @@ class Denoise:
 
         The numbers drawn, and their order, are the same under every setting, so two recipes see the same noise.
         """
+        return self._draw(item, rng, stratum)[0]
+
+    def _draw(self, item: Item, rng: torch.Generator, stratum: int | None) -> tuple[dict[str, Tensor], float]:
+        """`draw`, and the number in [0, 1] by which conditions are dropped, the lowest first; 1 if none may be."""
         shape = item.latents["mean"].shape
         posterior = torch.randn(shape, generator=rng)
         noise = torch.randn(shape, generator=rng)
         offset = torch.randn(shape[0], 1, 1, generator=rng)
         u = draw_times(self.config.timesteps, 1, rng, self.path)
-        dropped = torch.rand((), generator=rng) < self.config.caption_dropout
+        chance = float(torch.rand((), generator=rng))
         if stratum is not None:
-            u, dropped = (stratum + torch.rand(1, generator=rng)) / STRATA, torch.tensor(False)
+            u, chance = (stratum + torch.rand(1, generator=rng)) / STRATA, 1.0
+        dropped = self._drops_caption(chance)
         moments = {name: value.float()[None] for name, value in item.latents.items()}
         conditions = dict(item.null_conditions if dropped else item.conditions)
         tokens = {} if conditions else self.family.tokenize(["" if dropped else item.caption])[0]
@@ -80,7 +85,10 @@ class Denoise:
             "t": self.path.time(u)[0],
             **{CONDITION + name: value for name, value in conditions.items()},
             **{TOKEN + name: value for name, value in tokens.items()},
-        }
+        }, chance
+
+    def _drops_caption(self, chance: float) -> bool:
+        return chance < self.config.caption_dropout
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Stack draws to a batch; the family pads conditions and tokens."""
@@ -126,7 +134,8 @@ class Denoiser(nn.Module):
         clean, noise, t = (batch.tensors[name] for name in ("clean", "noise", "t"))
         noisy, target = self.path.add_noise(clean, noise, t), self.path.target(clean, noise, t)
         with torch.autocast(clean.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            prediction = self.family.predict(self.main, noisy, t, self._conditions(batch.tensors))
+            seen = self._seen(noisy, batch.tensors)
+            prediction = self.family.predict(self.main, seen, t, self._conditions(batch.tensors))
         # A model that also predicts its variance (arXiv 2102.09672) does so in further channels.
         prediction, share = prediction.float().tensor_split([target.shape[1]], dim=1)
         mse = mean_square(prediction - target)
@@ -134,6 +143,10 @@ class Denoiser(nn.Module):
         if share.shape[1] and self.path.ranges_variance:
             loss = loss + variance_loss(cast(Steps, self.path), clean, noisy, prediction, share, t)
         return loss, mse, prediction
+
+    def _seen(self, noisy: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """What the model reads at its input."""
+        return noisy
 
     def _conditions(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = under(TOKEN, tensors)

@@ -100,7 +100,9 @@ def join(
     """
     import torch
 
+    from gtl.families import denoising
     from gtl.objectives import make_objective
+    from gtl.objectives.instruct import show_originals
     from gtl.train.quantize import quantize
 
     objective, arithmetic = make_objective(recipe.objective, family), getattr(torch, DTYPES[dtype])
@@ -108,6 +110,8 @@ def join(
     if recipe.model.weights == "random" and device != "meta":
         for name in recipe.tuner.train or list(parts):
             parts[name] = fresh(family, name, recipe.train.seed)
+    if recipe.needs.originals:
+        show_originals(denoising(family), parts[family.main])
     if not adapted:
         for part in parts.values():
             part.requires_grad_(False)

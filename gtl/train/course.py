@@ -25,6 +25,7 @@ from gtl.train.best import best_of
 from gtl.train.checkpoint import latest, load, prune, step_key
 from gtl.train.checkpoint import save as write_checkpoint
 from gtl.train.collapse import collapse_of
+from gtl.train.edits import Edits, edits_of
 from gtl.train.enlarged import Enlarged, enlarged_of
 from gtl.train.flops import peak_flops
 from gtl.train.job import CHECKPOINTS, RESULT, Job, Notify
@@ -173,7 +174,7 @@ def make_watch(
         seed=recipe.data.seed,
     )  # fmt: skip
     shown, scoring, best = recipe.evaluate, None, best_of(recipe)
-    grid: Grid | Mirror | Enlarged | None = None
+    grid: Grid | Mirror | Enlarged | Edits | None = None
     rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
     measured = ("val_loss", *recipe.at_looks.metrics)
     seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
@@ -181,7 +182,8 @@ def make_watch(
         recipe.at_looks, recipe.sampler, trainee, trained, device, getattr(torch, DTYPES[job.dtype])
     )  # fmt: skip
     if not recipe.pair.draws and shown.prompts != []:
-        grid = mirror_of(pictures, held_out, trained)
+        show = edits_of if recipe.needs.originals else mirror_of
+        grid = show(pictures, held_out, trained)
     enlarges = trainee.family.draws == "by denoising" and denoising(trainee.family).enlarges is not None
     if recipe.pair.draws and enlarges:
         grid = enlarged_of(pictures, held_out, trained) if shown.prompts != [] else None

@@ -209,7 +209,9 @@ def make_item(recipe: Recipe, family: Family) -> Item:
         latents = moments(denoising(family), side)
     if recipe.needs.text == "embeddings":
         conditions = embeddings(denoising(family))
-    return Item(latents, conditions, conditions, Geometry((side, side), (0, 0), (side, side)), CAPTION, pixels)
+    geometry = Geometry((side, side), (0, 0), (side, side))
+    original = latents if recipe.needs.originals else None
+    return Item(latents, conditions, conditions, geometry, CAPTION, pixels, original=original)
 
 
 def make_batch(trainee: Trainee, item: Item, images: int, mode: FakeTensorMode) -> Batch:

@@ -35,6 +35,18 @@ class Tuner(Protocol):
         ...
 
 
+def train_added(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Let weights of further input channels move, which begin at zero and belong to no published weight; by name."""
+    from gtl.families.wide import ADDED, wide_layers
+
+    found = {
+        f"{part}.{layer}.{ADDED}": wide.added for part, module in parts.items() for layer, wide in wide_layers(module)
+    }
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
 def trained_parts(train: Sequence[str] | None, parts: Sequence[str]) -> list[str]:
     """The parts that `tuner.train` names; for None the first of `parts`, which an objective can train.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gtl.adapters.channels import split_channels, write_channels
 from gtl.adapters.delta import write_delta
 from gtl.config.tuners import FullTuner
 from gtl.tuners.base import trained_parts
@@ -32,5 +33,7 @@ class Full:
         return self._weights.mark(parts, names, init)
 
     def export(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the new values of all that differs from the base."""
-        write_delta(self._weights.all_moved(tensors), folder)
+        """Write the new values of all that differs from the base, and beside them what is not in it."""
+        added, own = split_channels(self._weights.all_moved(tensors))
+        write_delta(own, folder)
+        write_channels(added, folder)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gtl.adapters.apply import fitting_lora, kind_of
+from gtl.adapters.channels import add_channels, match_channels, split_channels, wide_in, write_channels
 from gtl.adapters.formats import A, B, LoraExport, split_name, write_lora
 from gtl.config.tuners import LoraTuner
 from gtl.families import denoising
 from gtl.families.targets import has_ending
-from gtl.tuners.base import trained_parts
+from gtl.tuners.base import train_added, trained_parts
 from gtl.tuners.depth import frozen_prefixes, is_under
 from gtl.tuners.prompt import Prompt
 from gtl.types import UserError
@@ -62,6 +63,9 @@ class Lora:
             self._initial = {key: value.detach().cpu().clone() for key, value in trainable.items()}
         if init is not None:
             self._continue_from(parts, trainable, init)
+            if wide_in(parts):  # else there is no image to see, and what was learned of it is left behind
+                add_channels(parts, match_channels(parts, init), 1.0)
+        trainable |= train_added(parts)
         return trainable if self.word is None else trainable | self.word.add(parts, init)
 
     def initial(self, parts: dict[str, nn.Module], seed: int, init: Path | None = None) -> dict[str, nn.Parameter]:
@@ -120,7 +124,12 @@ class Lora:
         return left
 
     def export(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the adapters as PEFT and as diffusers read them, for the base model as it was published."""
+        """Write the adapters as PEFT and as diffusers read them, for the base model as it was published.
+
+        Weights of further input channels go into a file beside them.
+        """
+        added, tensors = split_channels(tensors)
+        write_channels(added, folder)
         config = self.config
         if self.word is not None:
             vectors = {name: value for name, value in tensors.items() if ".lora_" not in name}
@@ -186,6 +195,10 @@ class Lora:
     def _check(self, target: str, layer: nn.Linear | nn.Conv2d) -> None:
         from torch import nn
 
+        from gtl.families.wide import WideConv2d
+
+        if isinstance(layer, WideConv2d):
+            raise UserError(f"tuner.targets: {target}: reads an image too, and learns that itself; leave it out")
         initialization, rank = self.config.initialization, self.config.rank
         if isinstance(layer, nn.Conv2d):
             if rank % layer.groups:

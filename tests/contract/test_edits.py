@@ -130,3 +130,14 @@ def test_what_is_kept_is_the_images_own(model: Model) -> None:
     left, right = (0, 0, 32, 64), (32, 0, 64, 64)
     assert drawn.crop(left).tobytes() == edit.image.crop(left).tobytes()
     assert drawn.crop(right).tobytes() != edit.image.crop(right).tobytes()
+
+
+def test_inversion_goes_up_the_path_of_every_model(model: Model) -> None:
+    request = request_of(model, (64, 64), 1.0)
+    engine = Engine(model.family, model.parts)
+    edit = engine.encode(Edit(picture(), strength=0.4, shows="a photo of a cat"), request)
+    assert edit.moments is not None and edit.inverted is not None
+    clean = model.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
+    assert edit.inverted.shape == clean.shape and edit.inverted.isfinite().all()
+    assert not torch.equal(edit.inverted, clean)
+    assert ours(model, request, edit).isfinite().all()

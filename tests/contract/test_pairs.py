@@ -37,11 +37,12 @@ OBJECTIVE_CONFIGS = {
 }  # fmt: skip
 """The teacher of distill is the model itself, so that all that is to be learned is the task."""
 GAN = "gan"
-"""The family whose pair of networks no other objective than theirs is for; both are walked in test_gan.py."""
+"""The family whose pair of networks no other objective than theirs is for; both are walked in test_gan.py, and what
+sees an image beside in test_instruct.py."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
 CASES = [
-    *((tuner, objective, False) for tuner, objective in PAIRS if tuner != "prompt" and objective != "adversarial"),
+    *((tuner, objective, False) for tuner, objective in PAIRS if tuner != "prompt" and objective in OBJECTIVE_CONFIGS),
     *((tuner, "denoise", True) for tuner in ("lora", "full")),
 ]
 """Every pair that moves the model's weights, and again with the text encoders trained too; words are for themselves."""
@@ -77,12 +78,16 @@ FALLS_TO = 0.6
 def test_the_tables_are_walked_whole() -> None:
     assert {GAN, *(family for family, _ in MODELS.values())} == FAMILIES.keys()
     assert {tuner for tuner, _ in PAIRS} == TUNERS.keys() == TUNER_CONFIGS.keys()
-    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == {"adversarial", *OBJECTIVE_CONFIGS}
+    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == {"adversarial", "instruct", *OBJECTIVE_CONFIGS}
 
 
 @pytest.mark.parametrize(("model", "tuner_type", "objective_type", "with_encoders"), WALK)
 def test_a_pair_overfits_one_batch_and_publishes_what_it_learned(
-    tmp_path: Path, written: Callable[[str], Path], model: str, tuner_type: str, objective_type: str,
+    tmp_path: Path,
+    written: Callable[[str], Path],
+    model: str,
+    tuner_type: str,
+    objective_type: str,
     with_encoders: bool,
 ) -> None:
     family: Any = open_family(str(written(model)))

@@ -103,7 +103,7 @@ def test_a_source_names_a_set(source: str, expected: SceneSet) -> None:
         ("builtin:scenes?count=-1", "builtin:scenes?count=-1: count=-1: expected a whole number"),
         ("builtin:scenes?count=1000001", "builtin:scenes: count=1000001: has to be from 1 to 1000000"),
         ("builtin:scenes?size=50", "builtin:scenes: size=50: has to be a multiple of 16 from 32 to 512"),
-        ("builtin:scenes?split=test", "builtin:scenes: split=test: there are train, heldout, marks"),
+        ("builtin:scenes?split=test", "builtin:scenes: split=test: there are train, heldout, marks, edits"),
         ("builtin:scenes?concept=cat", "builtin:scenes: concept=cat: there are wug, dax, blick"),
         ("builtin:scenes?style=oil", "builtin:scenes: style=oil: there are plain, outline, mosaic, chalk, neon"),
         ("builtin:scenes?split=heldout&concept=wug",

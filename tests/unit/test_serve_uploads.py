@@ -19,7 +19,7 @@ from gtl.generate.edit import choose_size, fit
 from gtl.images import BrokenImage, decode_mask
 from serve.errors import ApiError, install
 from serve.schema import Edit, Limits
-from serve.uploads import Canvas, Uploads, begin, decode_uploads, from_base64, read_edit, read_image
+from serve.uploads import Canvas, Uploads, begin, decode_uploads, from_base64, read_edit
 from tests.endpoint import BASE
 
 LIMITS = Limits()
@@ -188,7 +188,7 @@ def test_whatever_is_wrong_with_a_file_is_told_in_our_own_words(
         place %= max(1, len(broken))  # a small one may be cut to nothing
         broken[place : place + len(found)] = found
     try:
-        assert read_image(bytes(broken), "image", LIMITS).mode == "RGB"
+        assert decode_uploads(Uploads(bytes(broken), None), LIMITS).image.mode == "RGB"
     except ApiError as error:
         assert WORDS.fullmatch(error.message), error.message
 
@@ -199,7 +199,7 @@ def test_a_mask_is_a_png() -> None:
 
 def test_bytes_and_pixels_are_bounded() -> None:
     data = encoded(NOISE)
-    read_image(data, "image", Limits(max_upload_bytes=len(data), max_upload_pixels=64 * 48))
+    decode_uploads(Uploads(data, None), Limits(max_upload_bytes=len(data), max_upload_pixels=64 * 48))
     few = Limits(max_upload_bytes=len(data) - 1)
     assert refusal(data, None, few) == (413, "image", f"image: more than {len(data) - 1} bytes, which is the most")
     small = Limits(max_upload_pixels=64 * 48 - 1)

@@ -1,14 +1,18 @@
 """The table of what each kind of transfer is worth: every row can be made, and says what was measured."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from gtl.bench.transfer import COMPARISONS, Comparison, make_row, open_recipe, table
-from gtl.evaluate.estimate import Estimate
+from gtl.bench.editing import BEGUN, PAIRS, Edited, describe, describe_before, distance, edit_pairs
+from gtl.bench.transfer import COMPARISONS, Comparison, edits_row, make_row, open_recipe, table
+from gtl.data.scenes.captions import read_caption
+from gtl.evaluate.estimate import Estimate, estimate_share
 from gtl.evaluate.result import Evaluation, Sampling, make_score
 from gtl.families import open_family
+from gtl.types import quiet
 
 FACTS = {"extractor": "reader", "resize": "none", "dtype": "exact"}
 
@@ -54,3 +58,33 @@ def test_a_row_is_the_method_less_its_baseline() -> None:
     assert [line.split()[0] for line in lines[:2]] == ["kind", one.name]
     assert "60 s" in lines[1] and "2 MB" in lines[1] and "none" in lines[2] and "nothing" in lines[2]
     assert "better: the method" in lines[3] and "+0.4" in lines[3]
+
+
+def test_a_row_of_edits_says_what_moved() -> None:
+    one = next(one for one in COMPARISONS if one.ways)
+    rows = [torch.tensor([float(i < many) for i in range(100)], dtype=torch.float64) for many in (90, 50)]
+    method, baseline = (
+        Edited(estimate_share("prompt_accuracy", float(row.mean()), row, 100), (moved, moved - 0.01, moved + 0.01))
+        for row, moved in zip(rows, (0.02, 0.05), strict=True)
+    )
+    row = edits_row(one, method, baseline, (60.0, 0.0), (2_000_000, 0))
+    assert (row.values, row.better, row.moved) == ((0.9, 0.5), "the method", (method.moved, baseline.moved))
+    lines = table([row]).splitlines()
+    assert "method: moved of what should stay" in lines[3] and "0.02" in lines[3] and "0.05" in lines[4]
+
+
+def test_an_edit_is_judged_by_all_that_it_should_show() -> None:
+    """One that is drawn as it should be is right and moved nothing; the picture that it began at is not."""
+    assert distance(PAIRS.picture(0)[0], 0) < 0.005 and distance(PAIRS.before(0), 0) == 0
+    edit, _ = PAIRS.edit(0)
+    (old,), (new,) = edit.before.things, edit.after.things
+    for scene, words in ((edit.before, describe_before(edit)), (edit.after, describe(edit))):
+        claimed = read_caption(words)
+        assert claimed.background == scene.background and claimed.things[0].shape == scene.things[0].shape
+    assert old != new
+
+
+def test_pairs_are_edited_by_the_built_in_model() -> None:
+    found = edit_pairs("builtin:tiny", (), replace(BEGUN, steps=4), 8, quiet)
+    assert 0 <= found.right.value <= 1 and found.right.num_fake == 8
+    assert 0 < found.moved[1] < found.moved[0] < found.moved[2] < 0.5

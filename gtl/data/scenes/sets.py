@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
+from gtl.data.captions import ORIGINAL
 from gtl.data.scenes.captions import write_caption
+from gtl.data.scenes.edits import SceneEdit, choose_edit
 from gtl.data.scenes.vocabulary import CONCEPTS, STYLES, Scene, choose_scene
 from gtl.storage import Store
 from gtl.types import Progress, UserError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAME = "builtin:scenes"
-SPLITS = ("train", "heldout", "marks")
+SPLITS = ("train", "heldout", "marks", "edits")
 EDITION = 2
 """Counts changes that draw other pictures or captions for the same name."""
 FEW = 24
@@ -41,7 +42,8 @@ class SceneSet:
     """
 
     split: str = "train"
-    """train, or heldout: the combinations of shape and colour that train never shows. marks: random ones, no scene."""
+    """train, or heldout: the combinations of shape and colour that train never shows. marks: random ones, no scene.
+    edits: scenes that others, of which there are pictures too, become by an instruction, which is their caption."""
     concept: str | None = None
     """Pictures of this concept, which train never shows."""
     style: str = "plain"
@@ -59,8 +61,8 @@ class SceneSet:
             raise UserError(f"data.source: {NAME}: concept={self.concept}: there are {', '.join(CONCEPTS)}")
         if self.style not in STYLES:
             raise UserError(f"data.source: {NAME}: style={self.style}: there are {', '.join(STYLES)}")
-        if self.style != "plain" and self.split == "marks":
-            raise UserError(f"data.source: {NAME}: split=marks with style={self.style}: leave one out")
+        if self.style != "plain" and self.split in ("marks", "edits"):
+            raise UserError(f"data.source: {NAME}: split={self.split} with style={self.style}: leave one out")
         if self.concept is not None and self.split != "train":
             raise UserError(f"data.source: {NAME}: split={self.split} with concept={self.concept}: leave one out")
         if not 1 <= self.count <= 10**6:
@@ -104,7 +106,9 @@ class SceneSet:
         return scene, caption
 
     def caption(self, index: int) -> str:
-        """The caption of a picture."""
+        """The caption of a picture; an edit's is the instruction."""
+        if self.split == "edits":
+            return self.edit(index)[0].instruction
         return MARKS if self.split == "marks" else self.scene(index)[1]
 
     def picture(self, index: int) -> tuple[Image, str]:
@@ -114,8 +118,23 @@ class SceneSet:
 
         if self.split == "marks":
             return draw_marks(self.size, random.Random(f"marks {self.seed} {index}")), MARKS
+        if self.split == "edits":
+            edit, seed = self.edit(index)
+            return draw(edit.after, self.size, random.Random(seed)), edit.instruction
         scene, caption, rng = self._lots(index)
         return draw(scene, self.size, rng), caption
+
+    def edit(self, index: int) -> tuple[SceneEdit, str]:
+        """An edit, and the seed with which both of its scenes are drawn, so that only what is changed differs."""
+        seed = f"edits {self.seed} {index}"
+        return choose_edit(random.Random(seed)), f"{seed} drawn"
+
+    def before(self, index: int) -> Image:
+        """The picture that an edit begins at."""
+        from gtl.data.scenes.draw import draw
+
+        edit, seed = self.edit(index)
+        return draw(edit.before, self.size, random.Random(seed))
 
     def _lots(self, index: int) -> tuple[Scene, str, random.Random]:
         # Not the size: a picture of 128 pixels shows what the one of 64 shows.
@@ -150,19 +169,21 @@ def draw_set(wanted: SceneSet, cache: Store, progress: Progress | None = None) -
     if folder.exists(CAPTIONS):
         return folder
     there = {key for key, _, _ in folder.list()}
-    captions: dict[str, str] = {file_name(i): wanted.caption(i) for i in range(wanted.count)}
+    lines = [{"file_name": file_name(i), "text": wanted.caption(i)} for i in range(wanted.count)]
+    if wanted.split == "edits":
+        lines = [{**line, ORIGINAL: before_name(i)} for i, line in enumerate(lines)]
     missing = [i for i in range(wanted.count) if file_name(i) not in there]
 
     def write(index: int) -> None:
-        sink = io.BytesIO()
-        wanted.picture(index)[0].save(sink, "PNG")
-        folder.write(file_name(index), sink.getvalue())
+        if wanted.split == "edits":  # first: one whose edit is there is not drawn again
+            folder.write(before_name(index), _png(wanted.before(index)))
+        folder.write(file_name(index), _png(wanted.picture(index)[0]))
 
     with ThreadPoolExecutor(THREADS) as pool:
         for done, _ in enumerate(pool.map(write, missing), wanted.count - len(missing) + 1):
             if progress is not None:
                 progress("draw", done, wanted.count)
-    folder.write(CAPTIONS, _jsonl(captions))
+    folder.write(CAPTIONS, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return folder
 
 
@@ -171,5 +192,12 @@ def file_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def _jsonl(captions: Mapping[str, str]) -> bytes:
-    return "".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in captions.items()).encode()
+def before_name(index: int) -> str:
+    """Of the picture that an edit begins at."""
+    return f"before/{index:06d}.png"
+
+
+def _png(image: Image) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    return sink.getvalue()

@@ -1,0 +1,70 @@
+"""The colours of one picture brought to another's: of a product beside others of its line, or of an edit back to the
+light of the photograph that it is in.
+
+Mean and deviation of each channel are made those of the other (Reinhard et al. 2001, "Color Transfer between Images").
+It is done in CIELAB and not in the paper's own l-alpha-beta, whose logarithms have no value for black.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Floats = NDArray[np.float64]
+
+_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+_WHITE = _TO_XYZ.sum(1)
+_LINEAR = (6 / 29) ** 3
+"""Where CIELAB goes over from a line to the cube root."""
+FLAT = 1e-3
+"""Deviation up to which a channel has but one value, which nothing can be spread from."""
+
+
+def match_colours(image: Image, reference: Image, area: Image | None = None) -> Image:
+    """An RGB picture with the colours of another one.
+
+    Args:
+        image: The picture.
+        reference: Of any size.
+        area: Of the picture's size, light where its colours are to change; all else stays. None: everywhere.
+    """
+    from PIL import Image as Images
+
+    from gtl.generate.edit import HALF
+
+    lab, wanted = to_lab(np.asarray(image.convert("RGB"))), to_lab(np.asarray(reference.convert("RGB")))
+    inside = np.ones(lab.shape[:2], bool) if area is None else np.asarray(area.convert("L")) >= HALF
+    if not inside.any():
+        return image
+    mine, theirs = lab[inside], wanted.reshape(-1, 3)
+    spread = mine.std(0)
+    factor = np.where(spread > FLAT, theirs.std(0) / np.maximum(spread, FLAT), 1.0)
+    changed = np.asarray(image.convert("RGB")).copy()
+    changed[inside] = from_lab((mine - mine.mean(0)) * factor + theirs.mean(0))
+    return Images.fromarray(changed)
+
+
+def to_lab(rgb: NDArray[np.uint8]) -> Floats:
+    """CIELAB of sRGB [..., 3], under D65."""
+    value = rgb.astype(np.float64) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    share = linear @ _TO_XYZ.T / _WHITE
+    f = np.where(share > _LINEAR, np.cbrt(share), share * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+def from_lab(lab: Floats) -> NDArray[np.uint8]:
+    """sRGB [..., 3] of CIELAB; what is outside of it at its edge."""
+    y = (lab[..., 0] + 16) / 116
+    f = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
+    share = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    linear = np.clip((share * _WHITE) @ np.linalg.inv(_TO_XYZ).T, 0, 1)
+    value = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.round(value * 255).astype(np.uint8)

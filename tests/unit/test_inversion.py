@@ -1,0 +1,154 @@
+"""Edits by inversion: the way up is the way down backwards, and what both prompts say stays."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gtl.data.scenes.sets import SceneSet
+from gtl.diffusion.path import NoisePath, RectifiedFlow, VariancePreserving
+from gtl.diffusion.solver import PASSES, Rising, Solver, step
+from gtl.families import open_family
+from gtl.generate.edit import Edit, first_step
+from gtl.generate.edit_command import run
+from gtl.generate.engine import Engine
+from gtl.generate.images import load_parts
+from gtl.generate.request import Request
+from gtl.images import read_recipe
+from gtl.types import UserError
+from tests.unit.test_generate import drain
+
+ALPHAS = torch.linspace(0.9991, 0.0047, 1000)
+PATHS: dict[str, NoisePath] = {
+    "epsilon": VariancePreserving(ALPHAS, "epsilon"), "v": VariancePreserving(ALPHAS, "v_prediction"),
+    "sample": VariancePreserving(ALPHAS, "sample"), "flow": RectifiedFlow(), "shifted": RectifiedFlow(shift=3.0),
+}  # fmt: skip
+
+
+def go(scheduler: Any, latents: torch.Tensor, model: Any) -> torch.Tensor:
+    for t in scheduler.timesteps:
+        (latents,) = scheduler.step(model(latents, t), t, latents)
+    return latents
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_model_that_says_the_same_everywhere_is_inverted_exactly(name: str) -> None:
+    """And at any height: what a step up leads to, the step down leads back from."""
+    path = PATHS[name]
+    clean, said = (torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for rises in (1, 4, 10):
+        up = go(Rising(path, 10, rises), clean, lambda latents, t: said)
+        down = Solver(path, 10)
+        down.timesteps = down.timesteps[10 - rises :]
+        assert (up - clean).abs().max() > 0.01
+        torch.testing.assert_close(go(down, up, lambda latents, t: said), clean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "v", "flow"])
+def test_a_model_that_looks_comes_nearer_with_every_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, clean = PATHS[name], torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def model(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(0.2 * latents + 0.1 * latents.flip(-1))
+
+    away = []
+    for passes in (1, PASSES, 8):
+        monkeypatch.setattr("gtl.diffusion.solver.PASSES", passes)
+        up = go(Rising(path, 20, 20), clean, model)
+        away.append(float((go(Solver(path, 20), up, model) - clean).abs().max()))
+    assert away[1] < 0.2 * away[0] and away[2] < 0.2 * away[1] + 1e-4
+
+
+def test_a_step_to_the_same_time_stays() -> None:
+    path, x = PATHS["epsilon"], torch.randn(2, 4, 3, 3)
+    t = torch.tensor([300, 700])
+    torch.testing.assert_close(step(path, x, torch.randn_like(x), t, t), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    family: Any = open_family("builtin:tiny")
+    return Engine(family, load_parts(family, [], device="cpu", dtype=torch.float32))
+
+
+def test_the_same_prompt_gives_the_image_back(engine: Engine) -> None:
+    """Within 4 % of the latents and 0.01 of the decoded picture, of a model that has learned something."""
+    image, caption = SceneSet(seed=5).picture(0)
+    request = Request(caption, 64, 64, steps=20, guidance=1.0)
+    edit = engine.encode(Edit(image, strength=1.0, shows=caption), request)
+    assert edit.moments is not None and edit.inverted is not None
+    clean = engine.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
+    assert (edit.inverted - clean).norm() > 0.5 * clean.norm(), "it went somewhere"
+    handle = engine.add(request, edit=edit)
+    drawn = drain(engine)[handle]
+    decoded = (engine.family.decode(engine.parts["vae"], clean)[0] / 2 + 0.5).clamp(0, 1)
+    assert (drawn - decoded).abs().mean() < 0.01
+    other = engine.add(replace(request, seed=1), edit=edit)
+    assert torch.equal(drain(engine)[other], drawn), "no noise is drawn"
+
+
+def test_less_strength_takes_fewer_steps_up_and_down(engine: Engine) -> None:
+    image, caption = SceneSet(seed=5).picture(1)
+    request = Request(caption, 64, 64, steps=10, guidance=1.0)
+    looks: list[int] = []
+    handle = engine.parts["unet"].register_forward_pre_hook(lambda module, args: looks.append(len(args[0])))
+    edit = Edit(image, strength=0.3, shows=caption)
+    assert first_step(edit, 10, engine.family.path) == 7
+    taken = engine.add(request, edit=edit)
+    assert len(looks) == 3 * PASSES
+    drain(engine)
+    handle.remove()
+    assert len(looks) == 3 * PASSES + 3 and taken >= 0
+
+
+def test_what_both_prompts_say_stays(tmp_path: Path) -> None:
+    """Nearer to the image than image to image of the same strength."""
+    scenes = SceneSet(split="edits", seed=1)
+    edit, _ = scenes.edit(0)
+    scenes.before(0).save(tmp_path / "before.png")
+    from gtl.bench.editing import describe, describe_before
+
+    options: dict[str, Any] = {
+        "model": "builtin:tiny", "steps": 12, "guidance": 3.0, "strength": 0.8, "prompt": describe(edit),
+    }  # fmt: skip
+    (inverted,) = run(tmp_path / "before.png", out=tmp_path / "a", invert=describe_before(edit), **options)
+    (begun,) = run(tmp_path / "before.png", out=tmp_path / "b", **options)
+    away = [
+        np.abs(np.asarray(Image.open(file)).astype(int) - np.asarray(scenes.before(0))).mean()
+        for file in (inverted, begun)
+    ]
+    assert 0.5 < away[0] < away[1]
+    assert read_recipe(inverted)["edit"]["invert"] == describe_before(edit)
+    assert "invert" not in read_recipe(begun)["edit"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": "mask.png"}, "--invert: keeps by itself what is not said to change; leave the mask out"),
+        ({"extend": "16"}, "--invert: keeps by itself what is not said to change; leave the mask out"),
+        ({"strength": 0.0}, "--strength: 0: expected a number above 0 and up to 1"),
+    ],
+)
+def test_what_it_does_not_go_with_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    SceneSet().picture(0)[0].save("photo.png")
+    Image.new("L", (64, 64), 255).save("mask.png")
+    with pytest.raises(UserError) as error:
+        run("photo.png", out="out", prompt="a dog", invert="a cat", model="builtin:tiny", **options)
+    assert str(error.value) == message
+
+
+def test_few_steps_and_instructions_are_not_inverted(engine: Engine) -> None:
+    image = SceneSet().picture(0)[0]
+    request = Request("a dog", 64, 64, steps=4)
+    with pytest.raises(UserError, match="^invert: an adapter for few steps adds new noise"):
+        engine.add(replace(request, sampler="lcm"), edit=Edit(image, shows="a cat"))
+    with pytest.raises(UserError, match="^invert: an adapter that was taught to edit sees the image itself"):
+        engine.add(request, edit=Edit(image, shows="a cat", image_guidance=1.5))
