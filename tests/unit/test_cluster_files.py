@@ -463,9 +463,9 @@ def test_a_spot_machine_hands_its_notice_to_ray(cloud: str, most: int, tmp_path:
         assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=60).returncode == 0
         server.shutdown()
     assert Metadata.asked == 2, "once in vain"
-    command, *words = (tmp_path / "called").read_text().splitlines()
+    name, *words = (tmp_path / "called").read_text().splitlines()
     given = drain_node.make_context("drain-node", words).params
-    assert (command, given["reason"], given["node_id"]) == ("drain-node", "DRAIN_NODE_REASON_PREEMPTION", None)
+    assert (name, given["reason"], given["node_id"]) == ("drain-node", "DRAIN_NODE_REASON_PREEMPTION", None)
     assert 20 <= given["deadline_remaining_seconds"] < most
     assert subprocess.run([str(NOTICE), "azure"], capture_output=True).returncode == 2
 

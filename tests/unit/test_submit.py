@@ -289,7 +289,8 @@ def test_a_machine_that_an_autoscaler_found_idle_is_not_lost() -> None:
         {"NodeID": "c", "Alive": False, "DeathReason": DRAINED_IDLE}, {"NodeID": "d", "Alive": False, "DeathReason": 3},
         {"NodeID": "e", "Alive": False, "DeathReason": 2},
     ]  # fmt: skip
-    assert lost(nodes, ["a", "b", "c", "d"]) == {"b", "d"}
+    assert lost(nodes, ["e"]) == {"b", "d"}, "whether they were there when the command began or came later"
+    assert lost(nodes) == {"b", "d", "e"}
 
 
 def test_a_place_that_another_machine_does_not_see_has_a_reason(tmp_path: Path) -> None:
