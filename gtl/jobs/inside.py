@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
             if order["room"]:
                 probe.make_room(order["room"], tell)
             probe.check_nodes(order["writes"])
-            before = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
+            before = probe.lost(ray.nodes())
         more = go_on(order, arguments)
         if more is None:
             return 0

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 STOP_S = 600
 """That a job which is stopped may take to save. Ray kills after three seconds where it is not told."""
+TAKEN = "use a different submission_id"
+"""How Ray refuses a submission id that it has."""
 NO_AGENT = "No available agent"
 AGENT_S = 60.0
 """That a head may have none."""
@@ -33,6 +35,10 @@ ENTRY = (
     "install gtl {version} in its image' >&2; exit 2; }}; exec python -m gtl.jobs.inside {command}"
 )
 """What Ray runs, in a shell."""
+
+
+class Taken(Exception):  # noqa: N818 - it is what happened
+    """The cluster has a job of that id already."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def begin(
         only_checks: The job ends before its command begins.
 
     Raises:
+        Taken: somebody else began the same just now.
         UserError: the cluster does not take it.
     """
     order: dict[str, Any] = {
@@ -117,7 +124,10 @@ def begin(
                     runtime_env=runtime, metadata=dict(metadata or {}),
                 )  # fmt: skip
                 return
-            except RuntimeError as error:  # a head that has just begun has its dashboard before its agent
+            except RuntimeError as error:
+                if TAKEN in str(error):
+                    raise Taken from None
+                # A head that has just begun has its dashboard before its agent.
                 if NO_AGENT not in str(error) or time.monotonic() - asked > AGENT_S:
                     raise
                 time.sleep(1)

@@ -125,12 +125,12 @@ def make_room(bundles: Sequence[Mapping[str, float]], progress: Progress) -> Non
         request_resources(bundles=[])  # it would outlive the job; the workers hold what they need from here on
 
 
-def lost(nodes: Sequence[Mapping[str, Any]], before: Collection[str]) -> set[str]:
-    """Ids of the nodes that were there before and died, other than by an autoscaler that found them idle.
+def lost(nodes: Sequence[Mapping[str, Any]], before: Collection[str] = ()) -> set[str]:
+    """Ids of the nodes that died, other than by an autoscaler that found them idle; also those that came late.
 
     Args:
         nodes: As `ray.nodes()` lists them, dead ones too.
-        before: Ids.
+        before: Ids of those that had died already.
     """
     dead = (node for node in nodes if not node["Alive"] and node.get("DeathReason") != DRAINED_IDLE)
-    return {str(node["NodeID"]) for node in dead} & set(before)
+    return {str(node["NodeID"]) for node in dead} - set(before)

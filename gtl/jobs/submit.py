@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from gtl import __version__
 from gtl.jobs import checks, pack
 from gtl.jobs.ahead import check_there
-from gtl.jobs.client import ATTEMPT, COMMAND, CONTENT, MARK, SINCE, our_jobs
-from gtl.jobs.parcel import Parcel, begin, laid
+from gtl.jobs.client import ATTEMPT, COMMAND, CONTENT, MARK, SINCE, our_jobs, wipe_secrets
+from gtl.jobs.parcel import Parcel, Taken, begin, laid
 from gtl.jobs.work import Work
 from gtl.types import UserError
 
@@ -100,7 +100,7 @@ def find_or_send(client: JobSubmissionClient, parcel: Parcel, say: Callable[[str
 def send(
     client: JobSubmissionClient, parcel: Parcel, attempt: int, key: str | None, since: str | None = None
 ) -> Sent:  # fmt: skip
-    """Submit an attempt.
+    """Submit an attempt; if somebody else has just submitted the same one, theirs is it.
 
     Args:
         client: Of the cluster.
@@ -113,5 +113,11 @@ def send(
         UserError: the cluster does not take it.
     """
     metadata = {MARK: __version__, CONTENT: parcel.content, COMMAND: parcel.command, ATTEMPT: str(attempt)}
-    begin(client, parcel, parcel.id(attempt), key, metadata | ({SINCE: since} if since else {}), since=since)
-    return Sent(parcel.id(attempt), attempt, since, key)
+    job = parcel.id(attempt)
+    try:
+        begin(client, parcel, job, key, metadata | ({SINCE: since} if since else {}), since=since)
+    except Taken:
+        if key:
+            wipe_secrets(client, key)
+        return Sent(job, attempt, since, status="PENDING")
+    return Sent(job, attempt, since, key)

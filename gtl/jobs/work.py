@@ -110,8 +110,12 @@ def inputs_of(recipe: Recipe) -> dict[str, str]:
     sources = recipe.data.source
     listed = [sources] if isinstance(sources, str) else [one.source for one in sources]
     keys = ["data.source"] if isinstance(sources, str) else [f"data.source[{i}].source" for i in range(len(listed))]
-    places = dict(zip(keys, listed, strict=True)) | {"model.source": recipe.model.source}
-    return {key: place for key, place in places.items() if os.path.isabs(place) and not is_url(place)}
+    models = {
+        "model.source": recipe.model.source, "objective.teacher": getattr(recipe.objective, "teacher", None),
+        "evaluate.backbone": recipe.evaluate.backbone, "evaluate.clip": recipe.evaluate.clip,
+    }  # fmt: skip
+    places = dict(zip(keys, listed, strict=True)) | models
+    return {key: place for key, place in places.items() if place and os.path.isabs(place) and not is_url(place)}
 
 
 def place_of(path: str, what: str, tree: Path | None) -> str:

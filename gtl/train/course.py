@@ -91,7 +91,8 @@ class Course:
         peak = peak_flops(device, getattr(torch, DTYPES[job.dtype]))
         every = recipe.train.checkpoints.every
         self._cadence = Cadence(every, done, self._saver)
-        self.lane = Lane(recipe.train.seed, every, self._save, self._report, self._look, device, peak, done)
+        save, report, waits = self._save, self._report, bool(job.waits)
+        self.lane = Lane(recipe.train.seed, every, save, report, self._look, device, peak, done, save_looks=waits)
         self.batches = make_loader(images.trained, images.batches, trainee, plan, recipe.data.seed, done, device)
 
     def __enter__(self) -> Course:
@@ -139,7 +140,8 @@ class Course:
             self._notify({"step": row["step"], "said": warning, "of": "collapse"})
         wish = self._notify({**row, "steps": self._plan.steps})
         self._has_enough |= wish == "enough"
-        if wish is None and seconds and self._cadence.is_early(step, seconds):
+        # What others go on from is saved at its looks, and between them only if somebody asks.
+        if wish is None and seconds and not self._job.waits and self._cadence.is_early(step, seconds):
             return "save"
         return "stop" if wish == "enough" else wish
 

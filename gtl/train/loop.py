@@ -187,6 +187,8 @@ class Lane:
     """Operations a second that this rank's device can do at most, if known."""
     done: int = 0
     """Optimizer steps made; set when a run is resumed."""
+    save_looks: bool = False
+    """Whether the state of every look is saved, too, for others to go on from."""
 
     def __post_init__(self) -> None:
         self._saved = self.done
@@ -265,8 +267,9 @@ class Lane:
             **utilisation(self._flops / seconds, self.peak_flops),
         }
         self._row, self._flops = {}, 0.0
-        self._tell({**row, **self.look(done)})
-        if self._agreed_save or done - self._saved >= self.save_every:
+        seen = self.look(done)
+        self._tell({**row, **seen})
+        if self._agreed_save or done - self._saved >= self.save_every or (self.save_looks and seen):
             self._save_now()
         return self._agreed_stop
 
@@ -285,9 +288,9 @@ class Lane:
             self._save_now()
 
     def _save_now(self) -> None:
+        self._agreed_save = self._asked_save = False  # whoever asked behind this step has it, too
         self.save(self.done)
         self._saved = self.done
-        self._agreed_save = False
 
     def _diverged(self, what: str, value: float) -> DivergedError:
         kept = f"the checkpoint of step {self._saved} stands" if self._saved else "nothing had been saved"

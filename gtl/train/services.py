@@ -106,7 +106,10 @@ def uses_wandb() -> bool:
     import wandb
 
     mode = wandb.setup().settings.mode
-    return mode in ("offline", "dryrun") or (mode != "disabled" and bool(wandb.login(prompt=False)))
+    is_used = mode in ("offline", "dryrun") or (mode != "disabled" and bool(wandb.login(prompt=False)))
+    if not is_used and wandb.run is None:
+        wandb.teardown()  # its process was begun to ask; a job that is stopped would end in a traceback of its end
+    return is_used
 
 
 def uses_mlflow() -> bool:

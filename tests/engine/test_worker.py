@@ -15,13 +15,16 @@ from gtl.bench.models import write_dataset, write_model
 from gtl.config import parse_recipe
 from gtl.families import open_family
 from gtl.storage import Store
+from gtl.train import saver
 from gtl.train.assemble import assemble
+from gtl.train.checkpoint import complete
 from gtl.train.course import finish, images_of, make_watch
 from gtl.train.engine import Engine
-from gtl.train.job import Job
+from gtl.train.job import CHECKPOINTS, Job
 from gtl.train.plan import TrainPlan
-from gtl.train.worker import check_base
+from gtl.train.worker import check_base, run
 from gtl.types import UserError
+from tests.engine import runs
 from tests.engine.group import Group
 from tests.engine.toy import make_train
 from tests.tiny import make_sd
@@ -122,3 +125,23 @@ def test_an_export_on_a_full_disk_is_one_line(solo: Group, tmp_path: Path, small
     (said,) = solo.run(export_to, tmp_path, make_job(tmp_path), small_disk)
     assert said.startswith(f"{small_disk}/")
     assert said.endswith(": the disk is full; free some space and go on with --resume")
+
+
+def run_with_long_writes(job: Job, ask: int) -> None:
+    """Every write counts as one that begins early, and somebody asks for a save behind a step."""
+    brief, saver.BRIEF_S = saver.BRIEF_S, 0.0
+    try:
+        run(job, torch.device("cpu"), lambda row: "save" if row["step"] == ask else None)
+    finally:
+        saver.BRIEF_S = brief
+
+
+@pytest.mark.parametrize(("waits", "saved"), [(("val_loss",), [4, 6, 8, 12, 14]), ((), [4, 6, 9, 12, 14])])
+def test_a_run_that_others_go_on_from_is_saved_at_its_looks(
+    solo: Group, tmp_path: Path, waits: tuple[str, ...], saved: list[int]
+) -> None:
+    job = replace(runs.make_job(tmp_path, steps=14, checkpoints={"every": 4, "keep": 9}), waits=waits)
+    job.recipe["data"]["validation"] = 0.3
+    job.recipe["evaluate"]["every"] = 4
+    solo.run(run_with_long_writes, job, 5)
+    assert complete(job.run, CHECKPOINTS) == [f"{CHECKPOINTS}/{step:08d}" for step in saved]

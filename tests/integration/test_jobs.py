@@ -182,6 +182,17 @@ def test_the_same_again_is_the_same_job(remote: Remote, trained: tuple[str, str,
     assert remote.jobs() == before
 
 
+def test_of_two_who_send_the_same_at_once_the_second_has_the_job_of_the_first(remote: Remote) -> None:
+    script = (
+        "from gtl.jobs.client import connect; from gtl.jobs.parcel import Parcel; from gtl.jobs.submit import send\n"
+        f"client = connect({remote.url!r})\n"
+        "parcel = Parcel('train', ('train', 'none.yaml'), {}, False, 'none', {})\n"
+        "print([(sent.job == parcel.id(1), sent.status) for sent in (send(client, parcel, 1, None) for _ in range(2))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=remote.environment(), capture_output=True, text=True)
+    assert done.stdout == "[(True, None), (True, 'PENDING')]\n", done.stderr
+
+
 def test_a_secret_reaches_the_command_and_nothing_that_is_kept_or_shown(
     remote: Remote, trained: tuple[str, str, Path]
 ) -> None:

@@ -7,7 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ GUIDE = (CLUSTER / "README.md").read_text()
 DOCKERFILE = (CLUSTER / "image" / "Dockerfile").read_text()
 SBATCH = CLUSTER / "slurm" / "gtl.sbatch"
 AGAIN = CLUSTER / "again.sh"
+NOTICE = CLUSTER / "notice.sh"
 LAUNCHERS = sorted((CLUSTER / "ray-up").glob("*.yaml"))
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().splitlines()
 PINS = {pin.name: pin for pin in map(Requirement, (line for line in CONSTRAINTS if not line.startswith("#")))}
@@ -54,7 +57,7 @@ def test_every_file_is_known() -> None:
     """Raise a number with every file you add, and see to it that a test below reads it."""
     files = [file for file in CLUSTER.rglob("*") if file.is_file()]
     assert Counter(file.suffix or file.name for file in files) == {
-        ".yaml": 25, ".env": 1, ".md": 1, ".sh": 1, ".sbatch": 1, "Dockerfile": 1, ".dockerignore": 1,
+        ".yaml": 25, ".env": 1, ".md": 1, ".sh": 2, ".sbatch": 1, "Dockerfile": 1, ".dockerignore": 1,
     }  # fmt: skip
     assert Counter(one["kind"] for one in plain()) == {
         "Namespace": 1, "ServiceAccount": 1, "NetworkPolicy": 3, "RayCluster": 1, "RayJob": 2, "RayService": 1,
@@ -346,7 +349,7 @@ sys.exit(started.wait())
 
 def scripts() -> dict[str, str]:
     """Every shell script there is, also inside manifests."""
-    found = {str(file.relative_to(ROOT)): file.read_text() for file in (AGAIN, SBATCH)}
+    found = {str(file.relative_to(ROOT)): file.read_text() for file in (AGAIN, NOTICE, SBATCH)}
     for one in plain():
         for path, pod in pods(one):
             for container in pod["containers"]:
@@ -363,7 +366,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
     if program is None:
         pytest.skip("shellcheck is not here; it comes with the extra `dev`")
     found = scripts()
-    assert len(found) == 2 + 1 + 3 * 3  # redis; a head and two groups of workers, in the cluster and where it is inside
+    assert len(found) == 3 + 1 + 3 * 3  # redis; a head and two groups of workers, in the cluster and where it is inside
     for name, script in found.items():
         done = subprocess.run([program, "-"], input=script, capture_output=True, text=True)
         assert done.stdout == "", name
@@ -411,8 +414,60 @@ def test_ray_up_takes_the_file(file: Path) -> None:
     (key,) = set(spot) & set(gpu)
     assert key not in head and spot[key].items() <= gpu[key].items()
     known = {option for parameter in start.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+    *workers, notice = config["worker_start_ray_commands"]
+    assert notice.startswith(f"setsid --fork notice {file.stem} <")
+    assert "COPY cluster/notice.sh /usr/local/bin/notice" in DOCKERFILE and re.search(r"install .* curl ", DOCKERFILE)
+    for command in (*config["head_start_ray_commands"], *workers):
         assert set(re.findall(r"--[\w-]+", command)) <= known
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """A cloud's, which takes the machine away when it is asked for the second time."""
+
+    asked = 0
+
+    def answer(self, status: int, body: str = "") -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_PUT(self) -> None:  # noqa: N802
+        is_known = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self.answer(200, "a-token") if is_known else self.answer(404)
+
+    def do_GET(self) -> None:  # noqa: N802
+        Metadata.asked += 1
+        token, flavor = self.headers["X-aws-ec2-metadata-token"], self.headers["Metadata-Flavor"]
+        if self.path == "/latest/meta-data/spot/instance-action" and token == "a-token":
+            self.answer(200 if Metadata.asked > 1 else 404, '{"action": "terminate", "time": "2017-09-18T08:22:00Z"}')
+        elif self.path == "/computeMetadata/v1/instance/preempted" and flavor == "Google":
+            self.answer(200, "TRUE" if Metadata.asked > 1 else "FALSE")
+        else:
+            self.answer(401)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize(("cloud", "most"), [("aws", 120), ("gcp", 30)])
+def test_a_spot_machine_hands_its_notice_to_ray(cloud: str, most: int, tmp_path: Path) -> None:
+    from ray.scripts.scripts import drain_node
+
+    (tmp_path / "ray").write_text('#!/bin/sh\nfor word; do echo "$word"; done > called\n')
+    (tmp_path / "ray").chmod(0o755)
+    Metadata.asked = 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [str(NOTICE), cloud, f"http://127.0.0.1:{server.server_port}"]
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=60).returncode == 0
+        server.shutdown()
+    assert Metadata.asked == 2, "once in vain"
+    name, *words = (tmp_path / "called").read_text().splitlines()
+    given = drain_node.make_context("drain-node", words).params
+    assert (name, given["reason"], given["node_id"]) == ("drain-node", "DRAIN_NODE_REASON_PREEMPTION", None)
+    assert 20 <= given["deadline_remaining_seconds"] < most
+    assert subprocess.run([str(NOTICE), "azure"], capture_output=True).returncode == 2
 
 
 @pytest.mark.soak

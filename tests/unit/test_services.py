@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +117,17 @@ def test_a_service_that_fails_is_named_once_and_the_run_goes_on(
     assert len(said) == 1
     assert said[0].startswith("tracking mlflow: ")
     assert said[0].endswith("the run goes on without it")
+
+
+ASKING = """
+import psutil
+from gtl.train.services import uses_wandb
+print(uses_wandb(), psutil.Process().children())
+"""
+
+
+def test_who_is_logged_in_nowhere_has_no_process_of_a_service(tmp_path: Path) -> None:
+    """It would outlive the question, and die of a signal that the run survives."""
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", ASKING], env=environment, capture_output=True, text=True)
+    assert done.stdout == "False []\n", done.stderr

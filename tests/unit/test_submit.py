@@ -258,6 +258,21 @@ def test_folders_of_the_tree_are_refused_where_there_are_several_machines(here: 
         check_places(Work("train", {}, {}, mounted, work.reads), 3, here)
 
 
+def test_every_model_that_a_recipe_reads_from_a_folder_stays_here(here: Path) -> None:
+    named = ("objective.teacher", "evaluate.backbone", "evaluate.clip")
+    for number, key in enumerate(named):
+        (here / f"models/{number}").mkdir(parents=True)
+        (here / f"models/{number}/weights").write_text(key)
+    settings = [word for n, key in enumerate(named) for word in ("--set", f"{key}=./models/{n}")]
+    work, _ = work_of("train", "recipes/dog.yaml", "--set", "tuner.type=full", "--set", "objective.type=distill",
+                      *settings, tree=here)  # fmt: skip
+    models = {key: f"{here}/models/{number}" for number, key in enumerate(named)}
+    assert work.reads == {"data.source": f"{here}/photos", **models}
+    assert not [path for path in pack.list_files(here, list(work.reads.values())) if path.startswith("models/")]
+    with pytest.raises(UserError, match=f"^objective.teacher: {here}/models/0: a folder of this machine, and the "):
+        check_places(Work("train", {}, {}, {}, {"objective.teacher": models["objective.teacher"]}), 3, here)
+
+
 def test_workers_that_never_fit_are_refused_unless_the_cluster_grows() -> None:
     recipe = load_recipe("recipes/dog.yaml", ["train.workers=2", "train.gpus_per_worker=1"])
     assert check_room(recipe, site(gpus=2)) == []
@@ -274,7 +289,8 @@ def test_a_machine_that_an_autoscaler_found_idle_is_not_lost() -> None:
         {"NodeID": "c", "Alive": False, "DeathReason": DRAINED_IDLE}, {"NodeID": "d", "Alive": False, "DeathReason": 3},
         {"NodeID": "e", "Alive": False, "DeathReason": 2},
     ]  # fmt: skip
-    assert lost(nodes, ["a", "b", "c", "d"]) == {"b", "d"}
+    assert lost(nodes, ["e"]) == {"b", "d"}, "whether they were there when the command began or came later"
+    assert lost(nodes) == {"b", "d", "e"}
 
 
 def test_a_place_that_another_machine_does_not_see_has_a_reason(tmp_path: Path) -> None:
