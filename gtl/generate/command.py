@@ -267,7 +267,8 @@ def check_options(
             check_cascade(request, family, second)
     except UserError as error:
         name, colon, rest = str(error).partition(":")
-        raise UserError(f"--{name.replace('_', '-')}{colon}{rest}") from None
+        option = name.replace("_", "-") if name.isidentifier() else name
+        raise UserError(f"--{option}{colon}{rest}") from None
 
 
 def check_writable(out: Path) -> None:

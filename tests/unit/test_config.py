@@ -22,8 +22,8 @@ BASE: dict[str, Any] = {"model": {"source": "org/name"}, "data": {"source": "s3:
 
 KNOWN = ", ".join(METRICS)
 
-KINDS = "'denoise', 'autoencode', 'consistency', 'distill', 'align' or 'adversarial'"
-WITH_LORA = "align, consistency, denoise"
+KINDS = "'denoise', 'autoencode', 'consistency', 'distill', 'align', 'instruct' or 'adversarial'"
+WITH_LORA = "align, consistency, denoise, instruct"
 """Objectives."""
 
 
