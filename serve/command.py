@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 import signal
 import threading
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gtl.config.explain import explain
 from gtl.config.keys import put
 from gtl.config.load import read_override, read_sections
 from gtl.session import session
@@ -32,6 +34,8 @@ class Config(NamedTuple):
     http: dict[str, Any]
     """`http_options`."""
     settings: Settings
+    deployments: tuple[str, ...] = ()
+    """Names of those whose options it says; Ray Serve puts them in place of the ones that `settings` lead to."""
 
     @property
     def url(self) -> str:
@@ -64,18 +68,23 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         key, value = read_override(override)
         put(args, key, value, f"--set {override}")
     ours[0]["args"] = args
-    try:
-        checked = ServeDeploySchema.model_validate(values)
+    try:  # Ray Serve itself passes over a key that it does not know
+        checked = ServeDeploySchema.model_validate(values, extra="forbid")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{where}: {explain(error, values, ServeDeploySchema)}") from None
     application = next(one for one in checked.applications if one.import_path == BUILDER)
     settings = resolved(args)
     http = checked.http_options.model_dump(exclude_unset=True)
     http = {"host": "127.0.0.1", "port": 8000, **http}
     if settings.keys is None and not is_loopback(http["host"]):
         raise UserError(f"{where}: http_options.host: {http['host']}: others reach it; set args.keys to a file of keys")
-    return Config(application.name, application.route_prefix or "/", str(checked.proxy_location.value), http, settings)
+    if not 0 < http["port"] < 2**16:
+        raise UserError(f"{where}: http_options.port: {http['port']}: expected 1 to {2**16 - 1}")
+    route = application.route_prefix or "/"
+    if route != f"/{route.strip('/')}" or set(route) & set("{}"):
+        raise UserError(f"{where}: route_prefix: {route!r}: expected / or a path that begins with / and ends without")
+    names = tuple(one.name for one in application.deployments)
+    return Config(application.name, route, str(checked.proxy_location.value), http, settings, names)
 
 
 def is_loopback(host: str) -> bool:
@@ -101,9 +110,14 @@ def check(config: Config) -> Catalog:
     if config.settings.keys is not None:
         KeyFile(config.settings.keys)
     check_safety(config.settings)
+    check_output(config.settings)
     catalog = Catalog(config.settings)
+    known = {"Ingress", *(f"Generator:{base.name}" for base in catalog.bases)}
+    if unknown := next((name for name in config.deployments if name not in known), None):
+        raise UserError(f"deployments: {unknown!r}: there is none; expected {', '.join(sorted(known))}")
     for base in catalog.bases:
-        check_size(base, config.settings.limits)
+        check_base(base, config.settings.limits)
+        catalog.check_merged(base)
     return catalog
 
 
@@ -120,19 +134,47 @@ def describe(catalog: Catalog) -> str:
     return "\n".join(lines)
 
 
-def check_size(base: Base, limits: Limits) -> None:
-    """Find a base's model, and that it may draw pictures of the size that it was made for.
+def check_base(base: Base, limits: Limits) -> None:
+    """Find a base's model, and that it draws what is asked of it where a request says nothing.
 
     Raises:
-        UserError: there is no such model, or so small a limit that `size: auto` would be beyond it.
+        UserError: there is no such model, its steps are more than it has, or so small a limit that `size: auto` would
+            be beyond it.
     """
-    from gtl.families import open_family
+    from gtl.families import denoising, open_family
+    from gtl.generate.request import Request
+    from gtl.generate.request import check as check_request
 
-    height, width = open_family(base.source, revision=base.revision, variant=base.variant).default_size
+    family = denoising(open_family(base.source, revision=base.revision, variant=base.variant))
+    height, width = family.default_size
     most = most_pixels(base, limits, (height, width))
     if most is not None and most < height * width:
         key = "limits.max_pixels" if most == limits.max_pixels else f"bases: {base.name}: max_picture_pixels"
         raise UserError(f"{key}: {most}: should be at least {height * width}, of the model's own {width}x{height}")
+    try:
+        check_request(Request("", height, width, steps=base.steps, guidance=base.guidance), family)
+    except UserError as error:
+        raise UserError(f"bases: {base.name}: {error}") from None
+
+
+def check_output(settings: Settings) -> None:
+    """See that pictures can be written to where they shall be, and away again.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if settings.output is None:
+        return
+    from gtl.storage import Store
+
+    try:
+        store, key = Store(settings.output), f"{uuid.uuid4().hex}.check"
+        store.write(key, b"")
+        store.delete(key)
+    except FileNotFoundError:  # of a bucket, or of what is no place for files
+        raise UserError(f"output: {settings.output}: nothing can be written there") from None
+    except UserError as error:
+        raise UserError(f"output: {error}") from None
 
 
 def check_safety(settings: Settings) -> None:

@@ -63,6 +63,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "keys": ({"args": {"keys": "/nowhere/keys"}}, "keys /nowhere/keys: cannot be read"),
     "host": ({"http_options": {"host": "0.0.0.0"}}, "http_options.host: 0.0.0.0: others reach it"),
     "port": ({"http_options": {"port": "many"}}, "http_options.port"),
+    "port beyond": ({"http_options": {"port": 65536}}, "http_options.port: 65536: expected 1 to 65535"),
+    "option": (
+        {"http_options": {"hots": "127.0.0.1"}},
+        "http_options.hots: unknown key; did you mean",
+    ),
+    "section": ({"http_option": {}}, "http_option: unknown key; did you mean http_options?"),
+    "output": ({"args": {"output": "s3://"}}, "output: s3://: names no bucket"),
+    "nowhere to write": ({"args": {"output": "/proc/pictures"}}, "output: /proc/pictures: nothing can be"),
+    "steps": ({"args": {"bases": [{**BASES[0], "steps": 5000}]}}, "bases: tiny: steps: 5000: expected 1 to 999"),
+    "merged": ({"args": {"bases": [{**BASES[0], "merged": ["cat"]}]}}, "bases: tiny: merged: 'cat': no adapter of it"),
+    "no denoiser": ({"args": {"bases": [{"name": "x", "source": "builtin:gan"}]}}, "this is for models that draw by"),
     "none of ours": ({"applications": []}, "applications: 0 with import_path serve.app:build; expected one"),
     "ray's": ({"proxy_location": "Nowhere"}, "proxy_location"),
 }
@@ -74,6 +85,33 @@ def test_what_is_wrong_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         check(read_config(write(tmp_path, **changes)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"route_prefix": "x/"}, "route_prefix: 'x/': expected / or a path"),
+        (
+            {"deployments": [{"name": "Generator"}]},
+            "deployments: 'Generator': there is none; expected Gen",
+        ),
+        ({"deployments": [{"name": "Ingress", "num_replica": 3}]}, "num_replica: unknown key; did you mean"),
+    ],
+    ids=["route", "deployment", "its option"],
+)
+def test_what_is_wrong_with_the_application(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = write(tmp_path)
+    values = yaml.safe_load(file.read_text())
+    values["applications"][0] |= more
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as caught:
+        check(read_config(file))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_check_leaves_nothing_where_pictures_go(tmp_path: Path) -> None:
+    check(read_config(write(tmp_path, args={"output": str(tmp_path / "out")})))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_is_no_file_or_no_yaml(tmp_path: Path) -> None:
