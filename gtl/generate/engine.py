@@ -9,7 +9,8 @@ import inspect
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,6 +53,8 @@ class State:
     """Where in the schedule it began."""
     kept: Kept | None = None
     """What is put back after every step."""
+    codec: Mapping[str, Tensor] = field(default_factory=dict)
+    """What its adapters put in place of the codec's own weights."""
     index: int = field(init=False)
     """Where in the schedule it is."""
     key: Hashable = field(init=False)
@@ -104,6 +107,8 @@ class Output:
     """Which estimate it is, from 0; None: it is the picture, and the request is through."""
     edit: Edit | None = None
     """What it began at."""
+    codec: Mapping[str, Tensor] = field(default_factory=dict)
+    """As of its state."""
 
 
 class Engine:
@@ -186,8 +191,13 @@ class Engine:
         return state.handle
 
     @torch.inference_mode()
-    def encode(self, edit: Edit, request: Request) -> Edit:
+    def encode(self, edit: Edit, request: Request, own: Mapping[str, Tensor] = {}) -> Edit:
         """An edit that `add` need not encode any more, for this request or others; from any thread.
+
+        Args:
+            edit: What they begin at.
+            request: One of them.
+            own: What their adapters put in place of the codec's weights.
 
         Raises:
             UserError: the family cannot draw it; see `check`.
@@ -195,8 +205,8 @@ class Engine:
         check(request, self.family, edit)
         if edit.moments is not None:
             return edit
-        with self._codec_lock:
-            codec = self.parts[self.family.codec] if self.family.codec else None
+        codec = self.parts[self.family.codec] if self.family.codec else None
+        with self._codec_lock, wearing(codec, own):
             return replace(edit, moments=encode(edit, self.family, codec, self.device))
 
     def _begin(self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None) -> State:
@@ -204,7 +214,8 @@ class Engine:
         scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
         generator = torch.Generator().manual_seed(request.seed)
         guided = self.family.classifier_free and request.guidance > 1
-        edit = None if edit is None else self.encode(edit, request)
+        codec = {} if self.residents is None else self.residents.own(seat, self.family.codec)
+        edit = None if edit is None else self.encode(edit, request, codec)
         start = begin(edit, request, self.family, scheduler, generator, self.device)
         return State(
             handle=next(self._handles),
@@ -219,6 +230,7 @@ class Engine:
             edit=edit,
             first=start.first,
             kept=start.kept,
+            codec=codec,
         )
 
     def cancel(self, handle: int) -> None:
@@ -248,10 +260,10 @@ class Engine:
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
                 self.cancel(state.handle)
-                outputs.append(Output(state.handle, state.request, state.latents, edit=state.edit))
+                outputs.append(Output(state.handle, state.request, state.latents, None, state.edit, state.codec))
             elif estimate is not None:
                 number = state.previews.index(state.steps_done)
-                outputs.append(Output(state.handle, state.request, estimate, number, state.edit))
+                outputs.append(Output(state.handle, state.request, estimate, number, state.edit, state.codec))
         return outputs
 
     def _estimate(self, state: State, prediction: Tensor) -> Tensor:
@@ -265,9 +277,12 @@ class Engine:
         codec = self.parts[self.family.codec] if self.family.codec else None
         dtype = next(codec.parameters()).dtype if codec is not None else torch.float32
         pictures: list[Tensor] = []
-        for _, group in itertools.groupby(outputs, key=lambda item: item.latents.shape):
+        for _, same in itertools.groupby(
+            outputs, key=lambda item: (item.latents.shape, [*map(id, item.codec.values())])
+        ):
+            group = list(same)
             for chunk in torch.cat([item.latents for item in group]).split(DECODE_BATCH):
-                with self._codec_lock:
+                with self._codec_lock, wearing(codec, group[0].codec):
                     pixels = self.family.decode(codec, chunk.to(dtype)).float()
                 pictures += (pixels / 2 + 0.5).clamp(0, 1).cpu().unbind()
         edits = [item.edit for item in outputs]
@@ -335,6 +350,28 @@ class Engine:
         sizes = self.family.size_conditions(Geometry(original=size, crop=(0, 0), target=size))
         guidance = self.family.guidance_conditions(request.guidance)
         return {name: value.to(self.device) for name, value in {**conditions, **sizes, **guidance}.items()}
+
+
+def decoded_with(output: Output) -> tuple[torch.Size, list[int]]:
+    """What those have in common that are decoded together."""
+    return output.latents.shape, [id(value) for value in output.codec.values()]
+
+
+@contextmanager
+def wearing(module: nn.Module | None, own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it a module has other weights in place of those of these names."""
+    before = {name: module.get_parameter(name).data for name in own} if module is not None else {}
+
+    def put(weights: Mapping[str, Tensor]) -> None:
+        for name in before:
+            parameter = cast("nn.Module", module).get_parameter(name)
+            parameter.data = weights[name].to(parameter.device, parameter.dtype)
+
+    try:
+        put(own)
+        yield
+    finally:
+        put(before)
 
 
 def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:
