@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import signal
+import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gtl.config.explain import explain
 from gtl.config.keys import put
 from gtl.config.load import read_override, read_sections
-from gtl.session import session
+from gtl.session import begins_one, session
 from gtl.types import Progress, UserError, quiet
 from serve.settings import Base, Settings, most_pixels, resolved
 
@@ -83,6 +84,12 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     route = application.route_prefix or "/"
     if route != f"/{route.strip('/')}" or set(route) & set("{}"):
         raise UserError(f"{where}: route_prefix: {route!r}: expected / or a path that begins with / and ends without")
+    allowed = http.get("request_timeout_s")
+    if allowed is not None and allowed <= settings.timeout_s:
+        raise UserError(
+            f"{where}: http_options.request_timeout_s: {allowed:g}: should be above timeout_s, {settings.timeout_s:g}: "
+            "Ray Serve ends a request in words of its own"
+        )
     names = tuple(one.name for one in application.deployments)
     return Config(application.name, route, str(checked.proxy_location.value), http, settings, names)
 
@@ -202,6 +209,8 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
     progress("check", 0, 0)
     settings = config.settings.model_copy(update={"bases": list(check(config).bases)})
     stop = stop or threading.Event()
+    if begins_one():
+        check_port(config.http)
     progress("start", 0, 0, "Ray")
     with session():
         try:
@@ -216,6 +225,21 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
             serve.delete(config.name)  # shutting down at once would take the proxy from under what is being drawn
         finally:
             serve.shutdown()
+
+
+def check_port(http: Mapping[str, Any]) -> None:
+    """See that the endpoint can be listened for, which Ray Serve's proxy finds out when all else has been started.
+
+    Raises:
+        UserError: it cannot, mostly since another process listens there.
+    """
+    host, port = http["host"], http["port"]
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise UserError(f"http_options: {host}:{port}: cannot be listened at: {error.strerror or error}") from None
 
 
 def catch(stop: threading.Event) -> None:

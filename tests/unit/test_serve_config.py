@@ -1,5 +1,6 @@
 """Configs of the endpoint: what they mean, and one line for what is wrong, before anything is started."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 
 from gtl.adapters import Registry
 from gtl.types import UserError
-from serve.command import check, describe, read_config
+from serve.command import check, describe, read_config, run
 from tests.endpoint import BASE
 
 PRODUCTION = Path(__file__).parents[2] / "serve" / "production.yaml"
@@ -68,6 +69,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"http_options": {"hots": "127.0.0.1"}},
         "http_options.hots: unknown key; did you mean",
     ),
+    "time": ({"http_options": {"request_timeout_s": 300}}, "request_timeout_s: 300: should be above timeout_s, 300"),
     "section": ({"http_option": {}}, "http_option: unknown key; did you mean http_options?"),
     "output": ({"args": {"output": "s3://"}}, "output: s3://: names no bucket"),
     "nowhere to write": ({"args": {"output": "/proc/pictures"}}, "output: /proc/pictures: nothing can be"),
@@ -107,6 +109,19 @@ def test_what_is_wrong_with_the_application(more: dict[str, Any], message: str, 
     with pytest.raises(UserError) as caught:
         check(read_config(file))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("serve.command.begins_one", lambda: True)  # whatever other tests have begun here
+    told: list[str] = []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = read_config(write(tmp_path, http_options={"port": port}))
+        with pytest.raises(UserError, match=f"^http_options: 127.0.0.1:{port}: cannot be listened at: Addr"):
+            run(config, lambda phase, *_: told.append(phase))
+    assert told == ["check"]
 
 
 def test_a_check_leaves_nothing_where_pictures_go(tmp_path: Path) -> None:
