@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import signal
 import socket
 import threading
@@ -200,7 +201,7 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
     """Start the endpoint and keep it up until `stop`, Ctrl-C or SIGTERM; what is being drawn is finished.
 
     Raises:
-        UserError: the config is wrong, or the port is taken.
+        UserError: the config is wrong, the port is taken, or a generator does not start.
     """
     from ray import serve
 
@@ -217,7 +218,10 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
             serve.start(proxy_location=config.proxy_location, http_options=config.http)
             progress("start", 0, 0, "models")
             application = build(settings.model_dump(mode="json"))
-            serve.run(application, name=config.name, route_prefix=config.route_prefix)
+            try:
+                serve.run(application, name=config.name, route_prefix=config.route_prefix)
+            except RuntimeError as error:  # it names the deployment, and not what is the matter with it
+                raise UserError(f"the endpoint does not start: {reason_of(config.name) or error}") from error
             catch(stop)
             progress("ready", 0, 0, config.url)
             while not stop.wait(0.2):
@@ -225,6 +229,21 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
             serve.delete(config.name)  # shutting down at once would take the proxy from under what is being drawn
         finally:
             serve.shutdown()
+
+
+def reason_of(application: str) -> str | None:
+    """Why a deployment of an application does not start, as its replicas say; None: nothing is known of it."""
+    from ray import serve
+
+    told = serve.status().applications.get(application)
+    failed = [one.message for one in told.deployments.values() if one.status == "DEPLOY_FAILED"] if told else []
+    return last_error(failed[0]) if failed else None
+
+
+def last_error(message: str) -> str:
+    """What a traceback ends with, in one line and without the name of the exception's class."""
+    last = message.strip().rpartition("\n")[2]
+    return re.sub(r"^[A-Za-z_][\w.]*: ", "", last)
 
 
 def check_port(http: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from gtl.adapters import Registry
 from gtl.types import UserError
-from serve.command import check, describe, read_config, run
+from serve.command import check, describe, last_error, read_config, run
 from tests.endpoint import BASE
 
 PRODUCTION = Path(__file__).parents[2] / "serve" / "production.yaml"
@@ -122,6 +122,18 @@ def test_a_port_that_is_taken_is_found_before_anything_is_started(tmp_path: Path
         with pytest.raises(UserError, match=f"^http_options: 127.0.0.1:{port}: cannot be listened at: Addr"):
             run(config, lambda phase, *_: told.append(phase))
     assert told == ["check"]
+
+
+def test_what_a_replica_says_when_it_does_not_start_is_one_line() -> None:
+    message = (
+        "The deployment failed to start 3 times in a row. See controller logs for details. Error:\n"
+        "\x1b[36mray::ServeReplica:gtl:Generator:tiny.initialize_and_get_metadata()\x1b[39m (pid=1, ip=127.0.0.1)\n"
+        '  File "replica.py", line 1928, in initialize\n    raise RuntimeError(traceback.format_exc()) from None\n'
+        'RuntimeError: Traceback (most recent call last):\n  File "generator.py", line 61, in __init__\n'
+        "gtl.types.UserError: /models/unet: damaged: 12 bytes, 24 are told\n"
+    )
+    assert last_error(message) == "/models/unet: damaged: 12 bytes, 24 are told"
+    assert last_error("CUDA out of memory") == "CUDA out of memory"
 
 
 def test_a_check_leaves_nothing_where_pictures_go(tmp_path: Path) -> None:
