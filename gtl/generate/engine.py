@@ -9,14 +9,14 @@ import inspect
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
+from gtl.generate.codec import wearing
 from gtl.generate.edit import Edit, Kept, begin, encode, paste
 from gtl.generate.request import Request, check
 from gtl.types import Geometry
@@ -109,6 +109,11 @@ class Output:
     """What it began at."""
     codec: Mapping[str, Tensor] = field(default_factory=dict)
     """As of its state."""
+
+    @property
+    def alike(self) -> tuple[torch.Size, list[int]]:
+        """What those have in common that are decoded together."""
+        return self.latents.shape, [id(value) for value in self.codec.values()]
 
 
 class Engine:
@@ -350,28 +355,6 @@ class Engine:
         sizes = self.family.size_conditions(Geometry(original=size, crop=(0, 0), target=size))
         guidance = self.family.guidance_conditions(request.guidance)
         return {name: value.to(self.device) for name, value in {**conditions, **sizes, **guidance}.items()}
-
-
-def decoded_with(output: Output) -> tuple[torch.Size, list[int]]:
-    """What those have in common that are decoded together."""
-    return output.latents.shape, [id(value) for value in output.codec.values()]
-
-
-@contextmanager
-def wearing(module: nn.Module | None, own: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it a module has other weights in place of those of these names."""
-    before = {name: module.get_parameter(name).data for name in own} if module is not None else {}
-
-    def put(weights: Mapping[str, Tensor]) -> None:
-        for name in before:
-            parameter = cast("nn.Module", module).get_parameter(name)
-            parameter.data = weights[name].to(parameter.device, parameter.dtype)
-
-    try:
-        put(own)
-        yield
-    finally:
-        put(before)
 
 
 def shapes(conditions: Conditions) -> tuple[tuple[str, tuple[int, ...]], ...]:
