@@ -65,12 +65,19 @@ def session(*, dashboard: bool = False) -> Iterator[Cluster]:
             ray.shutdown()
 
 
+def begins_one() -> bool:
+    """Whether a session would begin a cluster of its own, on this machine."""
+    import ray
+
+    return not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
 def _initialize(dashboard: bool) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
+    if not begins_one():
+        address = os.environ["RAY_ADDRESS"]
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:

@@ -142,6 +142,15 @@ class Catalog:
         """A base's family, for its configs, and the most pixels of its pictures; None: it is not known here."""
         return self._families[base.name], self._most[base.name]
 
+    def check_merged(self, base: Base) -> None:
+        """See that what a base is to have merged into its weights is served.
+
+        Raises:
+            UserError: one is not.
+        """
+        if unknown := next((name for name in base.merged if self._find(base, name) is None), None):
+            raise UserError(f"bases: {base.name}: merged: {unknown!r}: no adapter of it in {self.registry.store.root}")
+
     def choose(self, model: str | None, adapters: Iterable[Adapter]) -> Chosen:
         """The base and the versions that a request means.
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import signal
+import socket
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gtl.config.explain import explain
 from gtl.config.keys import put
 from gtl.config.load import read_override, read_sections
-from gtl.session import session
+from gtl.session import begins_one, session
 from gtl.types import Progress, UserError, quiet
 from serve.settings import Base, Settings, most_pixels, resolved
 
@@ -32,6 +36,8 @@ class Config(NamedTuple):
     http: dict[str, Any]
     """`http_options`."""
     settings: Settings
+    deployments: tuple[str, ...] = ()
+    """Names of those whose options it says; Ray Serve puts them in place of the ones that `settings` lead to."""
 
     @property
     def url(self) -> str:
@@ -64,18 +70,29 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         key, value = read_override(override)
         put(args, key, value, f"--set {override}")
     ours[0]["args"] = args
-    try:
-        checked = ServeDeploySchema.model_validate(values)
+    try:  # Ray Serve itself passes over a key that it does not know
+        checked = ServeDeploySchema.model_validate(values, extra="forbid")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"{where}: {explain(error, values, ServeDeploySchema)}") from None
     application = next(one for one in checked.applications if one.import_path == BUILDER)
     settings = resolved(args)
     http = checked.http_options.model_dump(exclude_unset=True)
     http = {"host": "127.0.0.1", "port": 8000, **http}
     if settings.keys is None and not is_loopback(http["host"]):
         raise UserError(f"{where}: http_options.host: {http['host']}: others reach it; set args.keys to a file of keys")
-    return Config(application.name, application.route_prefix or "/", str(checked.proxy_location.value), http, settings)
+    if not 0 < http["port"] < 2**16:
+        raise UserError(f"{where}: http_options.port: {http['port']}: expected 1 to {2**16 - 1}")
+    route = application.route_prefix or "/"
+    if route != f"/{route.strip('/')}" or set(route) & set("{}"):
+        raise UserError(f"{where}: route_prefix: {route!r}: expected / or a path that begins with / and ends without")
+    allowed = http.get("request_timeout_s")
+    if allowed is not None and allowed <= settings.timeout_s:
+        raise UserError(
+            f"{where}: http_options.request_timeout_s: {allowed:g}: should be above timeout_s, {settings.timeout_s:g}: "
+            "Ray Serve ends a request in words of its own"
+        )
+    names = tuple(one.name for one in application.deployments)
+    return Config(application.name, route, str(checked.proxy_location.value), http, settings, names)
 
 
 def is_loopback(host: str) -> bool:
@@ -101,9 +118,14 @@ def check(config: Config) -> Catalog:
     if config.settings.keys is not None:
         KeyFile(config.settings.keys)
     check_safety(config.settings)
+    check_output(config.settings)
     catalog = Catalog(config.settings)
+    known = {"Ingress", *(f"Generator:{base.name}" for base in catalog.bases)}
+    if unknown := next((name for name in config.deployments if name not in known), None):
+        raise UserError(f"deployments: {unknown!r}: there is none; expected {', '.join(sorted(known))}")
     for base in catalog.bases:
-        check_size(base, config.settings.limits)
+        check_base(base, config.settings.limits)
+        catalog.check_merged(base)
     return catalog
 
 
@@ -120,19 +142,47 @@ def describe(catalog: Catalog) -> str:
     return "\n".join(lines)
 
 
-def check_size(base: Base, limits: Limits) -> None:
-    """Find a base's model, and that it may draw pictures of the size that it was made for.
+def check_base(base: Base, limits: Limits) -> None:
+    """Find a base's model, and that it draws what is asked of it where a request says nothing.
 
     Raises:
-        UserError: there is no such model, or so small a limit that `size: auto` would be beyond it.
+        UserError: there is no such model, its steps are more than it has, or so small a limit that `size: auto` would
+            be beyond it.
     """
-    from gtl.families import open_family
+    from gtl.families import denoising, open_family
+    from gtl.generate.request import Request
+    from gtl.generate.request import check as check_request
 
-    height, width = open_family(base.source, revision=base.revision, variant=base.variant).default_size
+    family = denoising(open_family(base.source, revision=base.revision, variant=base.variant))
+    height, width = family.default_size
     most = most_pixels(base, limits, (height, width))
     if most is not None and most < height * width:
         key = "limits.max_pixels" if most == limits.max_pixels else f"bases: {base.name}: max_picture_pixels"
         raise UserError(f"{key}: {most}: should be at least {height * width}, of the model's own {width}x{height}")
+    try:
+        check_request(Request("", height, width, steps=base.steps, guidance=base.guidance), family)
+    except UserError as error:
+        raise UserError(f"bases: {base.name}: {error}") from None
+
+
+def check_output(settings: Settings) -> None:
+    """See that pictures can be written to where they shall be, and away again.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if settings.output is None:
+        return
+    from gtl.storage import Store
+
+    try:
+        store, key = Store(settings.output), f"{uuid.uuid4().hex}.check"
+        store.write(key, b"")
+        store.delete(key)
+    except FileNotFoundError:  # of a bucket, or of what is no place for files
+        raise UserError(f"output: {settings.output}: nothing can be written there") from None
+    except UserError as error:
+        raise UserError(f"output: {error}") from None
 
 
 def check_safety(settings: Settings) -> None:
@@ -151,7 +201,7 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
     """Start the endpoint and keep it up until `stop`, Ctrl-C or SIGTERM; what is being drawn is finished.
 
     Raises:
-        UserError: the config is wrong, or the port is taken.
+        UserError: the config is wrong, the port is taken, or a generator does not start.
     """
     from ray import serve
 
@@ -160,13 +210,18 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
     progress("check", 0, 0)
     settings = config.settings.model_copy(update={"bases": list(check(config).bases)})
     stop = stop or threading.Event()
+    if begins_one():
+        check_port(config.http)
     progress("start", 0, 0, "Ray")
     with session():
         try:
             serve.start(proxy_location=config.proxy_location, http_options=config.http)
             progress("start", 0, 0, "models")
             application = build(settings.model_dump(mode="json"))
-            serve.run(application, name=config.name, route_prefix=config.route_prefix)
+            try:
+                serve.run(application, name=config.name, route_prefix=config.route_prefix)
+            except RuntimeError as error:  # it names the deployment, and not what is the matter with it
+                raise UserError(f"the endpoint does not start: {reason_of(config.name) or error}") from error
             catch(stop)
             progress("ready", 0, 0, config.url)
             while not stop.wait(0.2):
@@ -174,6 +229,36 @@ def run(config: Config, progress: Progress = quiet, stop: threading.Event | None
             serve.delete(config.name)  # shutting down at once would take the proxy from under what is being drawn
         finally:
             serve.shutdown()
+
+
+def reason_of(application: str) -> str | None:
+    """Why a deployment of an application does not start, as its replicas say; None: nothing is known of it."""
+    from ray import serve
+
+    told = serve.status().applications.get(application)
+    failed = [one.message for one in told.deployments.values() if one.status == "DEPLOY_FAILED"] if told else []
+    return last_error(failed[0]) if failed else None
+
+
+def last_error(message: str) -> str:
+    """What a traceback ends with, in one line and without the name of the exception's class."""
+    last = message.strip().rpartition("\n")[2]
+    return re.sub(r"^[A-Za-z_][\w.]*: ", "", last)
+
+
+def check_port(http: Mapping[str, Any]) -> None:
+    """See that the endpoint can be listened for, which Ray Serve's proxy finds out when all else has been started.
+
+    Raises:
+        UserError: it cannot, mostly since another process listens there.
+    """
+    host, port = http["host"], http["port"]
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise UserError(f"http_options: {host}:{port}: cannot be listened at: {error.strerror or error}") from None
 
 
 def catch(stop: threading.Event) -> None:

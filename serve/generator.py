@@ -291,7 +291,7 @@ def load(base: Base) -> Engine:
     targets = {family.main: family.lora_targets(parts[family.main], base.targets)}
     targets |= {part: family.encoder_targets(parts[part], "all-linear") for part in family.encoders}
     residents = Residents(
-        {part: parts[part] for part in targets}, targets, base.slots + 1, base.max_rank,
+        {part: parts[part] for part in (*targets, family.codec) if part}, targets, base.slots + 1, base.max_rank,
         host_bytes=int(base.host_gib * GIB), steady=base.compile,
     )  # fmt: skip
     height, width = family.default_size

@@ -89,21 +89,32 @@ def body_of(model: type[Drawing], kind: str = "application/json", files: Mapping
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}, "responses": PICTURES}
 
 
-async def told(first: asyncio.Future[bytes], events: AsyncIterator[bytes], identity: str) -> AsyncIterator[bytes]:
-    """A stream's events, with comments while there are none; an error is its last event."""
-    following = first
+async def told(events: AsyncIterator[bytes], identity: str) -> AsyncIterator[bytes]:
+    """A stream's events, with comments while there are none; an error is its last event.
+
+    What it tells first is nothing, after a wait in which an error is still raised. It has begun then, so that the
+    events end with it, also where a client leaves before it is sent anything.
+    """
+    following = asyncio.ensure_future(anext(events))
     try:
+        await asyncio.wait([following], timeout=GRACE_S)
+        if following.done():
+            following.result()
+        yield b""
         while True:
             done, _ = await asyncio.wait([following], timeout=KEEP_ALIVE_S)
             if not done:
                 yield b": still drawing\n\n"
                 continue
-            yield following.result()
+            try:
+                event = following.result()
+            except StopAsyncIteration:
+                return
+            except Exception as error:
+                yield errors.sse_error(errors.api_error(error, identity))
+                return
+            yield event
             following = asyncio.ensure_future(anext(events))
-    except StopAsyncIteration:
-        return
-    except Exception as error:
-        yield errors.sse_error(errors.api_error(error, identity))
     finally:
         following.cancel()
 
@@ -324,13 +335,9 @@ class Ingress:
     async def _stream(
         self, asked: Drawing, chosen: Chosen, order: Order, kind: str, who: str, request: Request
     ) -> Response:
-        events = self._events(asked, chosen, order, kind, who)
-        first = asyncio.ensure_future(anext(events))
-        await asyncio.wait([first], timeout=GRACE_S)
-        if first.done():
-            first.result()
+        lines = told(self._events(asked, chosen, order, kind, who), errors.request_id(request))
+        await anext(lines)
         headers = {**errors.id_headers(request), "Cache-Control": "no-store"}
-        lines = told(first, events, errors.request_id(request))
         return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
 
     async def _events(self, asked: Drawing, chosen: Chosen, order: Order, kind: str, who: str) -> AsyncIterator[bytes]:

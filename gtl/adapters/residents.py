@@ -59,6 +59,10 @@ class Loaded:
         names = (*self.stacks, *self.weights)
         return bool(self.words) or any(name.partition(".")[0] not in MAIN_PARTS for name in names)
 
+    def own(self, part: str | None) -> dict[str, Tensor]:
+        """Of the whole weights those of a part, by its own names."""
+        return own_of(self.weights, part)
+
     @property
     def bytes(self) -> int:
         """Of host memory."""
@@ -102,8 +106,9 @@ class Residents:
         """Give the parts' layers slots, in place.
 
         Args:
-            parts: Frozen, on the device: the main part and the encoders.
-            targets: Names of each part's layers that get slots.
+            parts: Frozen, on the device: the main part, the encoders and the codec.
+            targets: Names of each part's layers that get slots. A part without an entry here is never worn, since it
+                does not run in the passes that rows are worn for: see `own`.
             slots: How many at once, with slot 0, which is the base.
             rank: The most that a slot holds in a layer.
             host_bytes: Of adapters in host memory.
@@ -263,14 +268,25 @@ class Residents:
             for part, vectors in word.vectors.items():
                 table = table_of(self._parts[part]).weight
                 add_word(self._parts[part], word.token, vectors.to(table.device, table.dtype))
+        weights = {name: value for name, value in weights.items() if name.partition(".")[0] in self._stacks}
         self._swapped = {name: self._live[name].data for name in weights}
         for name, value in weights.items():
             self._live[name].data = value
         self._worn = company
 
+    def own(self, seat: Seat, part: str | None) -> dict[str, Tensor]:
+        """Whole weights of a part that a seat brings, on the device, by the part's own names."""
+        _, weights, _ = self._alone.get(seat.company, (0, {}, ()))
+        return own_of(weights, part)
+
     def resident(self) -> tuple[Adapters, ...]:
         """What is in slots, that which was used last first."""
         return tuple(key for key in reversed(self._slots.values()) if key is not None)
+
+
+def own_of(weights: Mapping[str, Tensor], part: str | None) -> dict[str, Tensor]:
+    """Those of `<part>.<parameter>` that are of this part."""
+    return {name.partition(".")[2]: value for name, value in weights.items() if name.partition(".")[0] == part}
 
 
 def unscaled(adapters: Adapters) -> Adapters:

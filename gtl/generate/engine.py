@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.diffusion.solver import Rising, Solver
 from gtl.families.wide import is_wide
+from gtl.generate.codec import wearing
 from gtl.generate.edit import Edit, begin, check_shown, encode, first_step, paste
 from gtl.generate.request import Request, check
 from gtl.generate.state import State
@@ -44,8 +45,15 @@ class Output:
     """Which estimate it is, from 0; None: it is the picture, and the request is through."""
     edit: Edit | None = None
     """What it began at."""
+    codec: Mapping[str, Tensor] = field(default_factory=dict)
+    """As of its state."""
     generator: torch.Generator | None = None
     """Of a picture that is through, as it left it: what goes on from here draws on."""
+
+    @property
+    def alike(self) -> tuple[torch.Size, list[int]]:
+        """What those have in common that are decoded together."""
+        return self.latents.shape, [id(value) for value in self.codec.values()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,16 +150,21 @@ class Engine:
         return state.handle
 
     @torch.inference_mode()
-    def encode(self, edit: Edit, request: Request) -> Edit:
+    def encode(self, edit: Edit, request: Request, own: Mapping[str, Tensor] = {}) -> Edit:
         """An edit that `add` need not encode any more, for this request or others; from any thread.
+
+        Args:
+            edit: What they begin at.
+            request: One of them.
+            own: What their adapters put in place of the codec's weights.
 
         Raises:
             UserError: the family cannot draw it; see `check`.
         """
         check(request, self.family, edit)
         if edit.moments is None:
-            with self._codec_lock:
-                codec = self.parts[self.family.codec] if self.family.codec else None
+            codec = self.parts[self.family.codec] if self.family.codec else None
+            with self._codec_lock, wearing(codec, own):
                 edit = replace(edit, moments=encode(edit, self.family, codec, self.device))
         if edit.shows is None or edit.inverted is not None:
             return edit
@@ -181,7 +194,8 @@ class Engine:
         generator = torch.Generator().manual_seed(request.seed) if small is None else small.generator
         by_image = edit is not None and edit.image_guidance is not None and edit.image_guidance > 1
         guided = self.family.classifier_free and (request.guidance > 1 or by_image)
-        edit = None if edit is None else self.encode(edit, request)
+        codec = {} if self.residents is None else self.residents.own(seat, self.family.codec)
+        edit = None if edit is None else self.encode(edit, request, codec)
         if edit is not None and edit.inverted is not None:
             scheduler: Any = Solver(self.family.path, request.steps)
         else:
@@ -207,6 +221,7 @@ class Engine:
             first=start.first,
             kept=start.kept,
             seen=start.seen,
+            codec=codec,
         )
 
     def cancel(self, handle: int) -> None:
@@ -236,10 +251,11 @@ class Engine:
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
                 self.cancel(state.handle)
-                outputs.append(Output(state.handle, state.request, state.latents, None, state.edit, state.generator))
+                of = state.edit, state.codec, state.generator
+                outputs.append(Output(state.handle, state.request, state.latents, None, *of))
             elif estimate is not None:
                 number = state.previews.index(state.steps_done)
-                outputs.append(Output(state.handle, state.request, estimate, number, state.edit))
+                outputs.append(Output(state.handle, state.request, estimate, number, state.edit, state.codec))
         return outputs
 
     def _estimate(self, state: State, prediction: Tensor) -> Tensor:
@@ -255,9 +271,12 @@ class Engine:
         codec = self.parts[self.family.codec] if self.family.codec else None
         dtype = next(codec.parameters()).dtype if codec is not None else torch.float32
         pictures: list[Tensor] = []
-        for _, group in itertools.groupby(outputs, key=lambda item: item.latents.shape):
+        for _, same in itertools.groupby(
+            outputs, key=lambda item: (item.latents.shape, [*map(id, item.codec.values())])
+        ):
+            group = list(same)
             for chunk in torch.cat([item.latents for item in group]).split(DECODE_BATCH):
-                with self._codec_lock:
+                with self._codec_lock, wearing(codec, group[0].codec):
                     pixels = self.family.decode(codec, chunk.to(dtype)).float()
                 pictures += (pixels / 2 + 0.5).clamp(0, 1).cpu().unbind()
         edits = [item.edit for item in outputs]

@@ -188,7 +188,8 @@ class EngineLoop:
         if ticket.adapters and self.engine.residents is not None:
             ticket.loaded = self.engine.residents.read(ticket.adapters, alone=ticket.alone)
         if ticket.edit is not None:
-            ticket.edit = self.engine.encode(ticket.edit, ticket.request)
+            own = {} if ticket.loaded is None else ticket.loaded.own(self.engine.family.codec)
+            ticket.edit = self.engine.encode(ticket.edit, ticket.request, own)
 
     def _arrive(self, ticket: Ticket, future: Future[None]) -> None:
         """What a request needs is in memory, or refused."""

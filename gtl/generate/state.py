@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ class State:
     """What is put back after every step."""
     seen: Tensor | None = None
     """What the model sees of the image that it edits, [1, C, h, w]."""
+    codec: Mapping[str, Tensor] = field(default_factory=dict)
+    """What its adapters put in place of the codec's own weights."""
     index: int = field(init=False)
     """Where in the schedule it is."""
     key: Hashable = field(init=False)

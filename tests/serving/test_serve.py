@@ -5,6 +5,7 @@ import io
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from PIL import Image, ImageChops
 from prometheus_client.parser import text_string_to_metric_families
 
 from gtl.adapters import Registry
+from gtl.adapters.delta import write_delta
 from gtl.families import open_family
+from gtl.generate.edit import Edit
 from gtl.generate.images import generate
 from gtl.generate.request import Request
 from tests.endpoint import BASE
@@ -209,6 +212,30 @@ def test_an_adapter_that_was_removed_is_not_found(client: OpenAI, endpoint: str,
             draw(client, "tiny:gone@v1", 9)
         assert caught.value.code == "model_not_found"
     finally:
+        httpx.post(f"{endpoint}/v1/registry/refresh")
+
+
+def test_a_codec_of_an_adapter_draws_what_it_draws_alone(client: OpenAI, endpoint: str, shelf: Path) -> None:
+    """Also what begins at an image, which it encodes."""
+    registry, family = Registry(shelf), open_family(BASE)
+    moved = {f"vae.{name}": value * 1.1 for name, value in family.load("vae").named_parameters() if value.ndim > 1}
+    with tempfile.TemporaryDirectory() as place:
+        write_delta(moved, Path(place))
+        card = registry.show("frozen@v1").model_copy(update={"name": "codec"})
+        registry.publish("codec", "v1", Path(place), card)
+    httpx.post(f"{endpoint}/v1/registry/refresh")
+    try:
+        drawn = draw(client, "tiny:codec@v1", 9)
+        assert same(drawn, alone(shelf, 9, ("codec@v1", 1.0))) and not same(drawn, alone(shelf, 9))
+        fields: dict[str, Any] = {"prompt": PROMPT, "model": "tiny:codec@v1", "image": png(drawn)}
+        extra = {"seed": 9, "num_inference_steps": STEPS}
+        (edited,) = client.images.edit(extra_body=extra, **fields).data or ()
+        request = Request(PROMPT, 64, 64, seed=9, steps=STEPS)
+        folder = registry.fetch("codec@v1")
+        ((_, expected),) = generate(family, [request], [(folder, 1.0)], edit=Edit(drawn.convert("RGB")))
+        assert same(picture_of(str(edited.b64_json)), expected)
+    finally:
+        registry.remove("codec@v1")
         httpx.post(f"{endpoint}/v1/registry/refresh")
 
 

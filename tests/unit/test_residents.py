@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from PIL import Image
 from torch import Tensor
 
 from gtl.adapters.delta import write_delta
 from gtl.adapters.formats import LoraExport, write_lora
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.families import open_family
+from gtl.generate.edit import Edit, pixels_of
 from gtl.generate.engine import Engine
 from gtl.generate.images import generate, load_parts
 from gtl.generate.request import Request
@@ -49,6 +51,8 @@ def folders(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     write_lora(dora, place / "dora", config=LoraExport(rank=RANK, alpha=2.0, dora=True))
     moved = {f"unet.{name}": value * 1.3 for name, value in unet.named_parameters() if name.startswith("up_blocks")}
     write_delta(moved, place / "delta")
+    codec = {f"vae.{name}": value * 1.1 for name, value in parts["vae"].named_parameters() if value.ndim > 1}
+    write_delta(codec, place / "codec")
     return {folder.name: folder for folder in place.iterdir()}
 
 
@@ -150,6 +154,29 @@ def test_what_cannot_share_adds_up_with_what_can(sd: Path, folders: dict[str, Pa
     assert seat.company == adapters
     (picture,) = (engine.add(DOG, seat), drain(engine))[1].values()
     assert distance(picture, alone(sd, adapters, DOG)) < SAME + 0.5 / 255
+
+
+def test_a_codec_of_its_own_is_that_of_its_pictures_alone(sd: Path, folders: dict[str, Path]) -> None:
+    """The pictures of a step are decoded together, and an edit begins at what its own codec makes of the image."""
+    codec, edit = (folders["codec"], 1.0), Edit(Image.new("RGB", (64, 64), (200, 80, 20)), strength=0.7)
+    asked: list[tuple[Adapters, Edit | None]] = [
+        ((), None), ((codec,), None), ((codec,), None), ((codec, (folders["a"], 0.5)), None), ((codec,), edit),
+        ((), edit),
+    ]  # fmt: skip
+    engine = make_engine(sd, max_alone=2)
+    before = {name: value.clone() for name, value in engine.parts["vae"].state_dict().items()}
+    handles = [engine.add(DOG, take(engine, adapters), edit=edit) for adapters, edit in asked]
+    outputs = []
+    while len(engine):
+        outputs += engine.step()
+    pictures = dict(zip([output.handle for output in outputs], engine.decode(outputs), strict=True))
+    for handle, (adapters, edit) in zip(handles, asked, strict=True):
+        ((_, image),) = generate(open_family(str(sd)), [DOG], adapters, edit=edit)
+        assert distance(pictures[handle], pixels_of(image)) < SAME + 0.5 / 255
+    assert distance(pictures[handles[0]], pictures[handles[1]]) > 0.02
+    assert distance(pictures[handles[4]], pictures[handles[5]]) > 0.02
+    after = engine.parts["vae"].state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_a_lora_can_be_merged(sd: Path, folders: dict[str, Path]) -> None:

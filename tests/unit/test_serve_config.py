@@ -1,5 +1,6 @@
 """Configs of the endpoint: what they mean, and one line for what is wrong, before anything is started."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml
 
 from gtl.adapters import Registry
 from gtl.types import UserError
-from serve.command import check, describe, read_config
+from serve.command import check, describe, last_error, read_config, run
 from tests.endpoint import BASE
 
 PRODUCTION = Path(__file__).parents[2] / "serve" / "production.yaml"
@@ -63,6 +64,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "keys": ({"args": {"keys": "/nowhere/keys"}}, "keys /nowhere/keys: cannot be read"),
     "host": ({"http_options": {"host": "0.0.0.0"}}, "http_options.host: 0.0.0.0: others reach it"),
     "port": ({"http_options": {"port": "many"}}, "http_options.port"),
+    "port beyond": ({"http_options": {"port": 65536}}, "http_options.port: 65536: expected 1 to 65535"),
+    "option": (
+        {"http_options": {"hots": "127.0.0.1"}},
+        "http_options.hots: unknown key; did you mean",
+    ),
+    "time": ({"http_options": {"request_timeout_s": 300}}, "request_timeout_s: 300: should be above timeout_s, 300"),
+    "section": ({"http_option": {}}, "http_option: unknown key; did you mean http_options?"),
+    "output": ({"args": {"output": "s3://"}}, "output: s3://: names no bucket"),
+    "nowhere to write": ({"args": {"output": "/proc/pictures"}}, "output: /proc/pictures: nothing can be"),
+    "steps": ({"args": {"bases": [{**BASES[0], "steps": 5000}]}}, "bases: tiny: steps: 5000: expected 1 to 999"),
+    "merged": ({"args": {"bases": [{**BASES[0], "merged": ["cat"]}]}}, "bases: tiny: merged: 'cat': no adapter of it"),
+    "no denoiser": ({"args": {"bases": [{"name": "x", "source": "builtin:gan"}]}}, "this is for models that draw by"),
     "none of ours": ({"applications": []}, "applications: 0 with import_path serve.app:build; expected one"),
     "ray's": ({"proxy_location": "Nowhere"}, "proxy_location"),
 }
@@ -74,6 +87,58 @@ def test_what_is_wrong_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         check(read_config(write(tmp_path, **changes)))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"route_prefix": "x/"}, "route_prefix: 'x/': expected / or a path"),
+        (
+            {"deployments": [{"name": "Generator"}]},
+            "deployments: 'Generator': there is none; expected Gen",
+        ),
+        ({"deployments": [{"name": "Ingress", "num_replica": 3}]}, "num_replica: unknown key; did you mean"),
+    ],
+    ids=["route", "deployment", "its option"],
+)
+def test_what_is_wrong_with_the_application(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = write(tmp_path)
+    values = yaml.safe_load(file.read_text())
+    values["applications"][0] |= more
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as caught:
+        check(read_config(file))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("serve.command.begins_one", lambda: True)  # whatever other tests have begun here
+    told: list[str] = []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = read_config(write(tmp_path, http_options={"port": port}))
+        with pytest.raises(UserError, match=f"^http_options: 127.0.0.1:{port}: cannot be listened at: Addr"):
+            run(config, lambda phase, *_: told.append(phase))
+    assert told == ["check"]
+
+
+def test_what_a_replica_says_when_it_does_not_start_is_one_line() -> None:
+    message = (
+        "The deployment failed to start 3 times in a row. See controller logs for details. Error:\n"
+        "\x1b[36mray::ServeReplica:gtl:Generator:tiny.initialize_and_get_metadata()\x1b[39m (pid=1, ip=127.0.0.1)\n"
+        '  File "replica.py", line 1928, in initialize\n    raise RuntimeError(traceback.format_exc()) from None\n'
+        'RuntimeError: Traceback (most recent call last):\n  File "generator.py", line 61, in __init__\n'
+        "gtl.types.UserError: /models/unet: damaged: 12 bytes, 24 are told\n"
+    )
+    assert last_error(message) == "/models/unet: damaged: 12 bytes, 24 are told"
+    assert last_error("CUDA out of memory") == "CUDA out of memory"
+
+
+def test_a_check_leaves_nothing_where_pictures_go(tmp_path: Path) -> None:
+    check(read_config(write(tmp_path, args={"output": str(tmp_path / "out")})))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_is_no_file_or_no_yaml(tmp_path: Path) -> None:
