@@ -143,8 +143,7 @@ class DeepFloydUpscaler(DeepFloyd):
 
         text = {name: value for name, value in conditions.items() if name not in (SMALL, NOISED)}
         both = torch.cat([noisy, conditions[SMALL].to(noisy)], dim=1)
-        prediction: Tensor = main(both, t, class_labels=conditions[NOISED], **text, return_dict=False)[0]
-        return prediction
+        return super().predict(main, both, t, {**text, "class_labels": conditions[NOISED]})
 
     def lent(self, first: DiffusionFamily) -> DeepFloydUpscaler:
         """The family as it reads prompts by the first stage's text encoder and tokenizer, its own or none.
