@@ -42,6 +42,7 @@ class DeepFloydUpscaler(DeepFloyd):
     """
 
     name: ClassVar[str] = "deepfloyd_upscaler"
+    draws_alone: ClassVar[bool] = False
     optional: ClassVar[frozenset[str]] = frozenset({READER})
 
     def check_index(self) -> None:
@@ -73,7 +74,7 @@ class DeepFloydUpscaler(DeepFloyd):
         return (READER,)
 
     @property
-    def enlarges(self) -> int | None:
+    def enlarges(self) -> int:
         """How many times."""
         return self._scale
 

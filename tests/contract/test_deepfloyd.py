@@ -17,6 +17,7 @@ from gtl.config import parse_recipe
 from gtl.config.objectives import ConsistencyObjective, DenoiseObjective
 from gtl.data.cache import Space, prompt_key
 from gtl.data.dataset import BYTE_SPACE, Cuts, Dataset
+from gtl.data.prepare import ENCODED, spaces
 from gtl.diffusion.variance import variance_loss
 from gtl.families import open_family
 from gtl.generate.cascade import Upscaler, check_cascade, open_cascade
@@ -186,6 +187,16 @@ def test_the_second_stage_learns_from_small_pictures_with_noise_of_their_own(tmp
     torch.testing.assert_close(loss.parts["mse"], (each * batch.weight).sum())
     each = each + variance_loss(family.path, clean, noisy, both[:, :3], both[:, 3:], t)
     torch.testing.assert_close(loss.total, (each * batch.weight).sum())
+
+
+def test_the_cache_of_pixels_is_one_for_both_stages_and_every_dtype(stages: Stages, tmp_path: Path) -> None:
+    """Other than texts: bytes say all there is of an 8-bit picture."""
+    second = open_family(str(make_deepfloyd_upscaler(tmp_path)))
+    found = {spaces(family, dtype, ENCODED) for family in (stages.family, second) for dtype in ("fp32", "bf16")}
+    assert {images for images, _ in found} == {BYTE_SPACE}
+    assert len({texts for _, texts in found}) == 2, "they share their text encoder"
+    with pytest.raises(UserError, match="has no text_encoder, so that it can only be drawn with, as the upscaler"):
+        spaces(stages.upscaler.family, "fp32", ENCODED)
 
 
 def test_a_small_picture_holds_what_its_level_leaves_of_it(tmp_path: Path) -> None:
@@ -402,3 +413,20 @@ def test_a_run_of_the_second_stage_measures_no_pictures(
         check_drawn(recipe, stages.upscaler.family)
     assert str(caught.value).startswith(message)
     check_drawn(recipe, stages.family)
+
+
+def test_a_server_has_the_first_stage_and_not_the_second(stages: Stages) -> None:
+    from gtl.adapters.card import Base as CardBase
+    from gtl.adapters.card import Card
+    from serve.catalog import bases_of, find_here
+    from serve.settings import Base
+
+    sources = {"deepfloyd": stages.first, "deepfloyd_upscaler": stages.second}
+    cards = [
+        Card(name="a", version="1", base=CardBase(source=str(folder), fingerprint="0", family=family), tuner={})
+        for family, folder in sources.items()
+    ]
+    assert [base.source for base in bases_of(cards)] == [str(stages.first)]
+    assert find_here(Base(name="first", source=str(stages.first))).name == "deepfloyd"  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="^bases: second: .*: a model of family deepfloyd_upscaler only enlarges pictu"):
+        find_here(Base(name="second", source=str(stages.second)))
