@@ -371,10 +371,13 @@ def alone() -> Iterator[None]:
 def test_a_run_of_the_second_stage_shows_what_it_makes_of_small_pictures(tmp_path: Path) -> None:
     """Three rows: as seen, as enlarged, as they are; captions are those of the cache."""
     folder = make_deepfloyd_upscaler(tmp_path / "model")
-    recipe = parse_recipe({
-        "model": {"source": str(folder), "dtype": "fp32"}, "data": {"source": str(tmp_path), "resolution": 16},
-        "evaluate": {"steps": 2, "guidance": 2.0},
-    })
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(folder), "dtype": "fp32"},
+            "data": {"source": str(tmp_path), "resolution": 16},
+            "evaluate": {"steps": 2, "guidance": 2.0},
+        }
+    )
     trainee = assemble(recipe, "fp32")
     family: Any = trainee.family
     encoder = {"text_encoder": family.load("text_encoder")}
@@ -406,9 +409,13 @@ def test_a_run_of_the_second_stage_shows_what_it_makes_of_small_pictures(tmp_pat
 def test_a_run_of_the_second_stage_measures_no_pictures(
     stages: Stages, tmp_path: Path, told: dict[str, Any], message: str
 ) -> None:
-    recipe = parse_recipe({
-        "model": {"source": str(stages.second)}, "data": {"source": str(tmp_path), "validation": 0.1}, **told,
-    })
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(stages.second)},
+            "data": {"source": str(tmp_path), "validation": 0.1},
+            **told,
+        }
+    )
     with pytest.raises(UserError) as caught:
         check_drawn(recipe, stages.upscaler.family)
     assert str(caught.value).startswith(message)
