@@ -263,6 +263,12 @@ def model_of(entry: Entry, identity: str) -> Model:
     return Model(id=identity, created=int(card.created.timestamp()), gtl=origin)
 
 
+def can_be_served(family: str) -> bool:
+    """Whether its models draw step by step, and by themselves."""
+    kind = family_class(family)
+    return kind.draws == "by denoising" and bool(kind.draws_alone)
+
+
 def bases_of(cards: Iterable[Card]) -> tuple[Base, ...]:
     """What adapters were made for.
 
@@ -271,7 +277,7 @@ def bases_of(cards: Iterable[Card]) -> tuple[Base, ...]:
     """
     found: dict[str, Base] = {}
     for origin in (card.base for card in cards):
-        if origin.family in FAMILIES and family_class(origin.family).draws != "by denoising":
+        if origin.family in FAMILIES and not can_be_served(origin.family):
             continue
         base = Base(name=name_of(origin.source), source=origin.source, revision=origin.revision, variant=origin.variant)
         if found.setdefault(base.name, base) != base:
@@ -297,7 +303,10 @@ def find_here(base: Base) -> DiffusionFamily | None:
     is_here = base.source.startswith("builtin:") or (not is_url(base.source) and os.path.isdir(base.source))
     if not is_here:
         return None
-    return denoising(open_family(base.source, revision=base.revision, variant=base.variant))
+    family = denoising(open_family(base.source, revision=base.revision, variant=base.variant))
+    if not family.draws_alone:
+        raise UserError(f"bases: {base.name}: {base.source}: a model of family {family.name} only enlarges pictures")
+    return family
 
 
 def find_configs(base: Base) -> DiffusionFamily | None:

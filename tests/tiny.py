@@ -58,20 +58,18 @@ def make_sd(
     vocabulary = write_clip_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            **{
-                "sample_size": 8,
-                "block_out_channels": (16, 32),
-                "layers_per_block": 1,
-                "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-                "cross_attention_dim": text_width,
-                "attention_head_dim": (2, 4),
-                "norm_num_groups": 8,
-                "use_linear_projection": is_v2,
-                **(unet_config or {}),
-            }
-        )
+        unet = UNet2DConditionModel(**{
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": text_width,
+            "attention_head_dim": (2, 4),
+            "norm_num_groups": 8,
+            "use_linear_projection": is_v2,
+            **(unet_config or {}),
+        })
         vae = make_vae(vae_levels)
         text_encoder = CLIPTextModel(clip_config(vocabulary, text_width, "gelu" if is_v2 else "quick_gelu"))
     dtype = torch.float16 if variant == "fp16" else torch.float32
@@ -90,39 +88,35 @@ def make_sd(
     text_encoder.config.architectures = ["CLIPTextModel"]
     text_encoder.config.save_pretrained(folder / "text_encoder")
     save_file(tensors, folder / "text_encoder" / f"model{suffix}.safetensors", {"format": "pt"})
-    write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        {
-            "_class_name": scheduler,
-            **SD_BETAS,
-            "prediction_type": prediction_type,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            "clip_sample": False,
-            **({"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}),
-            **(scheduler_config or {}),
-        },
-    )
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "_diffusers_version": "0.38.0",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", scheduler],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
+    write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": scheduler,
+        **SD_BETAS,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+        **({"skip_prk_steps": True} if scheduler == "PNDMScheduler" else {}),
+        **(scheduler_config or {}),
+    })
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.38.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    })
     return folder
 
 
-def make_sdxl(folder: str | Path, *, seed: int = 0, unet_config: Mapping[str, Any] | None = None, **index: Any) -> Path:
+def make_sdxl(
+    folder: str | Path, *, seed: int = 0, unet_config: Mapping[str, Any] | None = None, **index: Any
+) -> Path:
     """Write a Stable-Diffusion-XL-layout pipeline; plain `StableDiffusionXLPipeline.from_pretrained` loads it.
 
     Like `make_sd` it works on 64x64 pixels in latents of 4x8x8, with 8 ResNets; 4 attentions have 8 transformer blocks.
@@ -138,51 +132,43 @@ def make_sdxl(folder: str | Path, *, seed: int = 0, unet_config: Mapping[str, An
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {
-            "unet": UNet2DConditionModel(
-                **{
-                    "sample_size": 8,
-                    "block_out_channels": (16, 32),
-                    "layers_per_block": 1,
-                    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-                    "transformer_layers_per_block": (1, 2),
-                    "cross_attention_dim": 32 + 48,
-                    "attention_head_dim": (2, 4),
-                    "norm_num_groups": 8,
-                    "use_linear_projection": True,
-                    "addition_embed_type": "text_time",
-                    "addition_time_embed_dim": 8,
-                    "projection_class_embeddings_input_dim": 6 * 8 + 24,
-                    **(unet_config or {}),
-                }
-            ),
+            "unet": UNet2DConditionModel(**{
+                "sample_size": 8,
+                "block_out_channels": (16, 32),
+                "layers_per_block": 1,
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "transformer_layers_per_block": (1, 2),
+                "cross_attention_dim": 32 + 48,
+                "attention_head_dim": (2, 4),
+                "norm_num_groups": 8,
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + 24,
+                **(unet_config or {}),
+            }),
             "vae": make_vae(scaling_factor=0.13025, force_upcast=True),
             "text_encoder": CLIPTextModel(clip_config(vocabulary, 32, "quick_gelu")),
             "text_encoder_2": CLIPTextModelWithProjection(clip_config(vocabulary, 48, "gelu", projection_dim=24)),
         }
-    return write_pipeline(
-        folder,
-        "StableDiffusionXLPipeline",
-        parts,
-        {
-            "_class_name": "EulerDiscreteScheduler",
-            **SD_BETAS,
-            "prediction_type": "epsilon",
-            "timestep_spacing": "leading",
-            "interpolation_type": "linear",
-            "steps_offset": 1,
-            "use_karras_sigmas": False,
-        },
-        {
-            "force_zeros_for_empty_prompt": True,
-            "add_watermarker": False,
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            **index,
-        },
-    )
+    return write_pipeline(folder, "StableDiffusionXLPipeline", parts, {
+        "_class_name": "EulerDiscreteScheduler",
+        **SD_BETAS,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "interpolation_type": "linear",
+        "steps_offset": 1,
+        "use_karras_sigmas": False,
+    }, {
+        "force_zeros_for_empty_prompt": True,
+        "add_watermarker": False,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        **index,
+    })
 
 
 def make_sd3(
@@ -227,24 +213,16 @@ def make_sd3(
         if t5:
             parts["text_encoder_3"] = make_t5(write_t5_tokenizer(folder / "tokenizer_3"), 96)
     widen_head(parts["transformer"].proj_out)
-    return write_pipeline(
-        folder,
-        "StableDiffusion3Pipeline",
-        parts,
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 3.0,
-        },
-        {
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            **({} if t5 else {"text_encoder_3": [None, None]}),
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-            "tokenizer_3": ["transformers", "T5TokenizerFast"] if t5 else [None, None],
-        },
-    )
+    return write_pipeline(folder, "StableDiffusion3Pipeline", parts, {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+    }, {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        **({} if t5 else {"text_encoder_3": [None, None]}),
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"] if t5 else [None, None],
+    })
 
 
 def make_flux(
@@ -285,28 +263,22 @@ def make_flux(
             "text_encoder_2": make_t5(num_tokens, 48),
         }  # fmt: skip
     widen_head(parts["transformer"].proj_out)
-    return write_pipeline(
-        folder,
-        "FluxPipeline",
-        parts,
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 4096,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-            "shift": 3.0 if dev else 1.0,
-            "use_dynamic_shifting": dev,
-            **(scheduler_config or {}),
-        },
-        {
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        },
-    )
+    return write_pipeline(folder, "FluxPipeline", parts, {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 3.0 if dev else 1.0,
+        "use_dynamic_shifting": dev,
+        **(scheduler_config or {}),
+    }, {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    })
 
 
 def make_flux2(folder: str | Path, *, seed: int = 0) -> Path:
@@ -365,25 +337,19 @@ def _write_flux2(
         parts["vae"].bn.running_mean.normal_()
         parts["vae"].bn.running_var.uniform_(0.5, 2.0)
     widen_head(parts["transformer"].proj_out)
-    return write_pipeline(
-        folder,
-        pipeline,
-        parts,
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 4096,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-            "shift": 3.0,
-            "use_dynamic_shifting": True,
-        },
-        {
-            **index,
-            "tokenizer": ["transformers", tokenizer],
-        },
-    )
+    return write_pipeline(folder, pipeline, parts, {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    }, {
+        **index,
+        "tokenizer": ["transformers", tokenizer],
+    })
 
 
 def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
@@ -415,25 +381,19 @@ def make_qwen_image(folder: str | Path, *, seed: int = 0) -> Path:
         }
     widen_head(parts["transformer"].proj_out)
     widen_head(parts["vae"].decoder.conv_out)
-    return write_pipeline(
-        folder,
-        "QwenImagePipeline",
-        parts,
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 8192,
-            "base_shift": 0.5,
-            "max_shift": 0.9,
-            "shift": 1.0,
-            "shift_terminal": 0.02,
-            "use_dynamic_shifting": True,
-        },
-        {
-            "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        },
-    )
+    return write_pipeline(folder, "QwenImagePipeline", parts, {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "use_dynamic_shifting": True,
+    }, {
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    })
 
 
 def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
@@ -469,20 +429,14 @@ def make_z_image(folder: str | Path, *, seed: int = 0) -> Path:
             "text_encoder": Qwen3Model(qwen3_config(num_tokens, 48)),
         }  # fmt: skip
     widen_head(parts["transformer"].all_final_layer["2-1"].linear)
-    return write_pipeline(
-        folder,
-        "ZImagePipeline",
-        parts,
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 6.0,
-            "use_dynamic_shifting": False,
-        },
-        {
-            "tokenizer": ["transformers", "Qwen2Tokenizer"],
-        },
-    )
+    return write_pipeline(folder, "ZImagePipeline", parts, {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 6.0,
+        "use_dynamic_shifting": False,
+    }, {
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    })
 
 
 def make_pixart(
@@ -501,43 +455,35 @@ def make_pixart(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {
-            "transformer": PixArtTransformer2DModel(
-                **{
-                    "sample_size": 8,
-                    "num_layers": 3,
-                    "attention_head_dim": 16,
-                    "num_attention_heads": 6,
-                    "cross_attention_dim": 96,
-                    "caption_channels": 48,
-                    **({"use_additional_conditions": False, "interpolation_scale": 2} if sigma else {}),
-                    **(transformer_config or {}),
-                }
-            ),
+            "transformer": PixArtTransformer2DModel(**{
+                "sample_size": 8,
+                "num_layers": 3,
+                "attention_head_dim": 16,
+                "num_attention_heads": 6,
+                "cross_attention_dim": 96,
+                "caption_channels": 48,
+                **({"use_additional_conditions": False, "interpolation_scale": 2} if sigma else {}),
+                **(transformer_config or {}),
+            }),
             "vae": make_vae(scaling_factor=0.13025 if sigma else 0.18215),
             "text_encoder": make_t5(num_tokens, 48),
         }
     widen_head(parts["transformer"].proj_out)
     kind = "PixArtTransformer2DModel" if sigma else "Transformer2DModel"
-    write_pipeline(
-        folder,
-        "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline",
-        parts,
-        {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "algorithm_type": "dpmsolver++",
-            "beta_start": 0.0001,
-            "beta_end": 0.02,
-            "beta_schedule": "linear",
-            "num_train_timesteps": 1000,
-            "prediction_type": "epsilon",
-            "solver_order": 2,
-            "solver_type": "midpoint",
-        },
-        {
-            "tokenizer": ["transformers", "T5TokenizerFast"],
-            "transformer": ["diffusers", kind],
-        },
-    )
+    write_pipeline(folder, "PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline", parts, {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+    }, {
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", kind],
+    })
     file = folder / "transformer" / "config.json"
     write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"_class_name": kind})
     return folder
@@ -565,21 +511,19 @@ def make_sana(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {
-            "transformer": SanaTransformer2DModel(
-                **{
-                    "in_channels": 8,
-                    "out_channels": 8,
-                    "num_attention_heads": 4,
-                    "attention_head_dim": 16,
-                    "num_layers": 3,
-                    "num_cross_attention_heads": 4,
-                    "cross_attention_head_dim": 16,
-                    "cross_attention_dim": 64,
-                    "caption_channels": 48,
-                    "sample_size": 8,
-                    **(transformer_config or {}),
-                }
-            ),
+            "transformer": SanaTransformer2DModel(**{
+                "in_channels": 8,
+                "out_channels": 8,
+                "num_attention_heads": 4,
+                "attention_head_dim": 16,
+                "num_layers": 3,
+                "num_cross_attention_heads": 4,
+                "cross_attention_head_dim": 16,
+                "cross_attention_dim": 64,
+                "caption_channels": 48,
+                "sample_size": 8,
+                **(transformer_config or {}),
+            }),
             "vae": AutoencoderDC(
                 latent_channels=8,
                 attention_head_dim=8,
@@ -595,18 +539,16 @@ def make_sana(
                 upsample_block_type="interpolate",
                 scaling_factor=0.41407,
             ),
-            "text_encoder": Gemma2Model(
-                Gemma2Config(
-                    vocab_size=num_tokens,
-                    hidden_size=48,
-                    intermediate_size=64,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=1,
-                    head_dim=24,
-                    query_pre_attn_scalar=24,
-                )
-            ),
+            "text_encoder": Gemma2Model(Gemma2Config(
+                vocab_size=num_tokens,
+                hidden_size=48,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=24,
+                query_pre_attn_scalar=24,
+            )),
         }
     widen_head(parts["transformer"].proj_out)
     scheduler = scheduler_config or {
@@ -621,15 +563,9 @@ def make_sana(
         "solver_order": 2,
         "use_flow_sigmas": True,
     }
-    return write_pipeline(
-        folder,
-        "SanaPipeline",
-        parts,
-        scheduler,
-        {
-            "tokenizer": ["transformers", "GemmaTokenizerFast"],
-        },
-    )
+    return write_pipeline(folder, "SanaPipeline", parts, scheduler, {
+        "tokenizer": ["transformers", "GemmaTokenizerFast"],
+    })
 
 
 IF_UNET: dict[str, Any] = {
@@ -866,17 +802,14 @@ def write_clip_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> dict[str, 
     write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": 77,
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
-            "pad_token": pad,
-        },
-    )
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad,
+    })
     return vocabulary
 
 
@@ -884,18 +817,16 @@ def make_t5(vocab_size: int, width: int) -> Any:
     """A tiny T5 1.1 encoder of two layers."""
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocab_size,
-            d_model=width,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        )
-    )
+    return T5EncoderModel(T5Config(
+        vocab_size=vocab_size,
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    ))
 
 
 def write_t5_tokenizer(folder: Path) -> int:
@@ -1075,14 +1006,11 @@ def make_gan(
             channels=(8, 16, 16, 32), normalization=normalization, **config
         )
         network.save_pretrained(folder / "discriminator")
-    write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "GanPipeline",
-            "generator": ["gtl", f"{kind}Generator"],
-            "discriminator": ["gtl", f"{kind}Discriminator"],
-        },
-    )
+    write_json(folder / "model_index.json", {
+        "_class_name": "GanPipeline",
+        "generator": ["gtl", f"{kind}Generator"],
+        "discriminator": ["gtl", f"{kind}Discriminator"],
+    })
     return folder
 
 

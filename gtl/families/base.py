@@ -36,6 +36,8 @@ class Family(Protocol):
     """What it can learn, by `objective.type`."""
     draws: ClassVar[Literal["by denoising", "at once"]]
     """How a picture comes about."""
+    draws_alone: ClassVar[bool]
+    """Whether without being given a smaller one; else it is an `EnlargingFamily`."""
     codec: ClassVar[str | None]
     """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
 
@@ -156,14 +158,6 @@ class DiffusionFamily(Family, Protocol):
         ...
 
     @property
-    def enlarges(self) -> int | None:
-        """How many times larger than the picture that it is given its own is; None: it is given none.
-
-        Where it is given one it is an `EnlargingFamily`, and draws nothing by itself.
-        """
-        ...
-
-    @property
     def input_layer(self) -> str | None:
         """The main part's convolution over latents, if it can be given further channels; see `gtl.families.wide`."""
         ...
@@ -276,6 +270,11 @@ class EnlargingFamily(DiffusionFamily, Protocol):
     It is shown the small picture with noise of its own, and told how much (noise conditioning augmentation, Ho et al.
     2021, arXiv 2106.15282): what an earlier stage draws is not quite what training's small pictures are.
     """
+
+    @property
+    def enlarges(self) -> int:
+        """How many times larger than the picture that it is given its own is."""
+        ...
 
     def enlarging(self, small: Tensor, height: int, width: int, rng: torch.Generator) -> Conditions:
         """Conditions of a request, unbatched, for enlarging a picture [3, h, w] in [-1, 1]; `rng` draws its noise."""

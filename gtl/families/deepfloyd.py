@@ -93,6 +93,14 @@ class DeepFloyd(LatentUNet):
         states = encode_tokens_of("text_encoder", encoders, tokens, attention_mask=mask)[0]
         return {"encoder_hidden_states": cast("Tensor", states)}
 
+    def predict(self, main: nn.Module, noisy: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """The noise in pixels [B, 3, H, W] at steps t [B], and behind it the variance: [B, 6, H, W].
+
+        The UNet normalises the text before anything else, which on CPUs has to be in the dtype of its weights.
+        """
+        text = conditions["encoder_hidden_states"].to(next(main.parameters()).dtype)
+        return super().predict(main, noisy, t, {**conditions, "encoder_hidden_states": text})
+
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
         """Guidance of the noise; the variance, where there is one behind it, is that of the condition."""
         import torch

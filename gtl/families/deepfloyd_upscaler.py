@@ -42,6 +42,7 @@ class DeepFloydUpscaler(DeepFloyd):
     """
 
     name: ClassVar[str] = "deepfloyd_upscaler"
+    draws_alone: ClassVar[bool] = False
     optional: ClassVar[frozenset[str]] = frozenset({READER})
 
     def check_index(self) -> None:
@@ -73,7 +74,7 @@ class DeepFloydUpscaler(DeepFloyd):
         return (READER,)
 
     @property
-    def enlarges(self) -> int | None:
+    def enlarges(self) -> int:
         """How many times."""
         return self._scale
 
@@ -143,8 +144,7 @@ class DeepFloydUpscaler(DeepFloyd):
 
         text = {name: value for name, value in conditions.items() if name not in (SMALL, NOISED)}
         both = torch.cat([noisy, conditions[SMALL].to(noisy)], dim=1)
-        prediction: Tensor = main(both, t, class_labels=conditions[NOISED], **text, return_dict=False)[0]
-        return prediction
+        return super().predict(main, both, t, {**text, "class_labels": conditions[NOISED]})
 
     def lent(self, first: DiffusionFamily) -> DeepFloydUpscaler:
         """The family as it reads prompts by the first stage's text encoder and tokenizer, its own or none.

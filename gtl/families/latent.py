@@ -45,6 +45,7 @@ class LatentDiffusion(DiffusersLayout, ABC):
 
     learns: ClassVar[tuple[str, ...]] = ("denoise", "autoencode", "consistency", "distill", "align")
     draws: ClassVar[Literal["by denoising", "at once"]] = "by denoising"
+    draws_alone: ClassVar[bool] = True
     codec: ClassVar[str | None] = "vae"
     critics: tuple[str, ...] = ()
     token_limits: Mapping[str, int] = {}
@@ -67,11 +68,6 @@ class LatentDiffusion(DiffusersLayout, ABC):
     @property
     def max_size(self) -> int | None:
         """None: any size."""
-        return None
-
-    @property
-    def enlarges(self) -> int | None:
-        """None: it draws from noise and text."""
         return None
 
     @functools.cached_property

@@ -41,7 +41,7 @@ class Upscaler:
         Raises:
             UserError: it does not enlarge.
         """
-        if self.family.draws != "by denoising" or denoising(self.family).enlarges is None:
+        if self.family.draws_alone:
             raise UserError(f"upscaler: {self.family.folder}: a model of family {self.family.name} enlarges nothing")
         return cast("EnlargingFamily", self.family)
 
@@ -53,7 +53,7 @@ class Upscaler:
         """
         family = self.enlarging()
         check(self.own(request), family, enlarges=True)
-        scale = family.enlarges or 1
+        scale = family.enlarges
         return replace(request, height=request.height // scale, width=request.width // scale)
 
     def own(self, request: Request) -> Request:

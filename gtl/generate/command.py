@@ -146,7 +146,6 @@ def open_upscaler(asked: Enlarged, shelf: Registry, steps: int | None) -> Opened
         family, fingerprint = open_model(origin, chosen)
         adapters = tuple((adapter.folder, adapter.scale) for adapter in chosen)
         stage = Upscaler(family, adapters, **sampling_of(chosen, steps, asked.guidance))
-        stage.enlarging()
     except UserError as error:
         raise UserError(f"--upscaler {asked.model}: {error}") from None
     return Opened(stage, {**recipe_of(origin, fingerprint, chosen), "guidance": asked.guidance})

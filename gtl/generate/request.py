@@ -53,7 +53,7 @@ def check(
     Raises:
         UserError: names the field, its value and what is allowed.
     """
-    if family.enlarges is not None and not enlarges:
+    if not (family.draws_alone or enlarges):
         raise UserError(
             f"model: a model of family {family.name} only enlarges pictures; draw with its first stage as the model, "
             "and with it as the upscaler of `gtl generate`"

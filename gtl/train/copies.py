@@ -13,7 +13,6 @@ import numpy as np
 from gtl.config import Recipe
 from gtl.data.reference import reference
 from gtl.evaluate.extract import load_square
-from gtl.families import denoising
 from gtl.images import cells, decode, outline, read_recipe
 from gtl.storage import Store
 from gtl.train.look import COLUMNS, SAMPLES
@@ -48,7 +47,7 @@ def look_at(recipe: Recipe, family: Family, run: Store, images: int) -> None:
     Raises:
         UserError: a store or an image cannot be read.
     """
-    if not 1 < images <= FEW or not recipe.pair.draws or not family.encoders or denoising(family).enlarges is not None:
+    if not 1 < images <= FEW or not (recipe.pair.draws and family.draws_alone and family.encoders):
         return
     looks = sorted(key for key, _, _ in run.list(SAMPLES))
     if not looks:

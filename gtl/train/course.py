@@ -18,7 +18,6 @@ from gtl.data.dataset import Dataset
 from gtl.data.loader import Loader
 from gtl.data.plan import Plan
 from gtl.evaluate.validation import Validation
-from gtl.families import denoising
 from gtl.storage import Store, explained
 from gtl.train.assemble import Trainee
 from gtl.train.best import best_of
@@ -186,8 +185,7 @@ def make_watch(
     if not recipe.pair.draws and shown.prompts != []:
         show = edits_of if recipe.needs.originals else mirror_of
         grid = show(pictures, held_out, trained)
-    enlarges = trainee.family.draws == "by denoising" and denoising(trainee.family).enlarges is not None
-    if recipe.pair.draws and enlarges:
+    if recipe.pair.draws and not trainee.family.draws_alone:
         grid = enlarged_of(pictures, held_out, trained) if shown.prompts != [] else None
     elif recipe.pair.draws:
         prompts = auto_prompts(held_out, trained, trainee.family) if shown.prompts == "auto" else shown.prompts

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.nn.functional import interpolate
 
 from gtl.evaluate.samples import MAX_BATCH, encode
-from gtl.families import denoising
 from gtl.generate.engine import Engine, Small
 from gtl.generate.images import to_image
 from gtl.generate.request import Request
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.data.dataset import Dataset
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import DiffusionFamily, EnlargingFamily
     from gtl.storage import Store
 
 SHOWN = 4
@@ -42,10 +41,10 @@ class Enlarged:
     def draw(self, parts: Mapping[str, nn.Module], run: Store, done: int) -> None:
         """Draw and keep them under `samples/`. Collective: where weights are sharded all ranks have to run it."""
         how = self.pictures
-        family, asked = denoising(how.trainee.family), how.asked
+        family, asked = cast("EnlargingFamily", how.trainee.family), how.asked
         height, width = self.large.shape[-2:]
-        scale = family.enlarges or 1
-        small = interpolate(self.large, (height // scale, width // scale), mode="bilinear", antialias=True)
+        size = height // family.enlarges, width // family.enlarges
+        small = interpolate(self.large, size, mode="bilinear", antialias=True)
         requests = [
             Request(
                 caption, height, width, negative_prompt=asked.negative_prompt, seed=asked.seed + i, steps=asked.steps,

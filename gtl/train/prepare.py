@@ -69,7 +69,7 @@ def check_drawn(recipe: Recipe, family: Family) -> None:
     Raises:
         UserError: names the key.
     """
-    if family.draws != "by denoising" or denoising(family).enlarges is None:
+    if family.draws_alone:
         return
     why = f"a model of family {family.name} only enlarges pictures, and has none of its own"
     if metrics := recipe.at_looks.metrics:

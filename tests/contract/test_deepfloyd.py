@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ import torch
 from torch import Tensor
 
 from gtl.adapters.formats import LoraExport, write_lora
+from gtl.config import parse_recipe
 from gtl.config.objectives import ConsistencyObjective, DenoiseObjective
+from gtl.data.cache import Space, prompt_key
+from gtl.data.dataset import BYTE_SPACE, Cuts, Dataset
+from gtl.data.prepare import ENCODED, spaces
 from gtl.diffusion.variance import variance_loss
 from gtl.families import open_family
 from gtl.generate.cascade import Upscaler, check_cascade, open_cascade
+from gtl.generate.command import Enlarged, run
 from gtl.generate.edit import Edit
 from gtl.generate.engine import Engine
 from gtl.generate.images import generate, load_parts
 from gtl.generate.request import Request, check
+from gtl.images import cells, decode, read_recipe
 from gtl.objectives import make_objective
-from gtl.types import Batch, Geometry, Item, UserError
+from gtl.storage import Store
+from gtl.train.assemble import assemble
+from gtl.train.enlarged import enlarged_of
+from gtl.train.look import Pictures
+from gtl.train.prepare import check_drawn
+from gtl.types import Batch, Entry, Geometry, Item, Record, UserError
 from tests.tiny import make_deepfloyd, make_deepfloyd_upscaler, make_sd, write_json
 from tests.unit.test_edit import picture, right_half
 
@@ -177,6 +189,16 @@ def test_the_second_stage_learns_from_small_pictures_with_noise_of_their_own(tmp
     torch.testing.assert_close(loss.total, (each * batch.weight).sum())
 
 
+def test_the_cache_of_pixels_is_one_for_both_stages_and_every_dtype(stages: Stages, tmp_path: Path) -> None:
+    """Other than texts: bytes say all there is of an 8-bit picture."""
+    second = open_family(str(make_deepfloyd_upscaler(tmp_path)))
+    found = {spaces(family, dtype, ENCODED) for family in (stages.family, second) for dtype in ("fp32", "bf16")}
+    assert {images for images, _ in found} == {BYTE_SPACE}
+    assert len({texts for _, texts in found}) == 2, "they share their text encoder"
+    with pytest.raises(UserError, match="has no text_encoder, so that it can only be drawn with, as the upscaler"):
+        spaces(stages.upscaler.family, "fp32", ENCODED)
+
+
 def test_a_small_picture_holds_what_its_level_leaves_of_it(tmp_path: Path) -> None:
     family: Any = open_family(str(make_deepfloyd_upscaler(tmp_path)))
     rng = torch.Generator().manual_seed(0)
@@ -302,3 +324,116 @@ def test_an_upscaler_for_another_encoder_is_refused(stages: Stages, tmp_path: Pa
     other: Any = open_family(str(make_deepfloyd_upscaler(tmp_path, reader=False, unet_config={"encoder_hid_dim": 24})))
     with pytest.raises(UserError, match="reads 24 numbers a token; the text_encoder of .* has 48$"):
         other.lent(stages.family)
+
+
+def test_the_command_draws_through_both_stages(stages: Stages, tmp_path: Path) -> None:
+    """Width and height, the model's own here, are those of the large picture; its file says what enlarged it."""
+    (path,) = run(
+        out=tmp_path / "out", model=str(stages.first), upscaler=Enlarged(str(stages.second), guidance=2.0),
+        prompt=LARGE.prompt, negative_prompt="blurry", seed=3, steps=4, guidance=3.0, registry=str(tmp_path),
+    )  # fmt: skip
+    image = decode(path)
+    pixels = torch.tensor(list(image.tobytes())).view(64, 64, 3).permute(2, 0, 1)
+    assert (pixels - stages.theirs(LARGE, steps=4)[1].clamp(0, 1) * 255).abs().max() <= 0.55  # rounded to bytes
+    found = read_recipe(path)
+    assert found["model"]["source"] == str(stages.first) and (found["width"], found["height"]) == (64, 64)
+    assert found["upscaler"]["model"]["source"] == str(stages.second)
+    assert found["upscaler"]["guidance"] == 2.0 and found["upscaler"]["adapters"] == []
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"model": "second"}, "--model: a model of family deepfloyd_upscaler only enlarges pictures; draw with its "),
+    ({"upscaler": "nowhere"}, "--upscaler {tmp}/nowhere: model.source: {tmp}/nowhere: no such folder"),
+    ({"upscaler": "first"}, "--upscaler: {tmp}/first: a model of family deepfloyd enlarges nothing"),
+    ({"upscaler": "second", "width": 66}, "--width: 66: expected a multiple of 4, such as 64 or 68"),
+    ({"upscaler": "second", "workers": 2}, "--workers: 2: a cascade is drawn here; leave it out"),
+    ({"upscaler": None, "upscaler_adapter": ["x"]}, "--upscaler-adapter: x: there is no --upscaler that it would be"),
+])  # fmt: skip
+def test_a_wrong_cascade_is_one_line(stages: Stages, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    from gtl.cli.drawing import generate as command
+
+    where = stages.first.parent
+    given = {key: str(where / v) if key in ("model", "upscaler") and v else v for key, v in options.items()}
+    with pytest.raises(UserError) as caught:
+        command(tmp_path / "out", **{"model": str(stages.first), "prompt": "a dog", **given})
+    assert str(caught.value).startswith(message.format(tmp=where)) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_of_the_second_stage_shows_what_it_makes_of_small_pictures(tmp_path: Path) -> None:
+    """Three rows: as seen, as enlarged, as they are; captions are those of the cache."""
+    folder = make_deepfloyd_upscaler(tmp_path / "model")
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(folder), "dtype": "fp32"},
+            "data": {"source": str(tmp_path), "resolution": 16},
+            "evaluate": {"steps": 2, "guidance": 2.0},
+        }
+    )
+    trainee = assemble(recipe, "fp32")
+    family: Any = trainee.family
+    encoder = {"text_encoder": family.load("text_encoder")}
+    texts = ["a dog", "a cat", ""]
+    known = dict(zip(map(prompt_key, texts), family.encode_prompts(encoder, texts), strict=True))
+    cache = Store(str(tmp_path / "cache"))
+    Space(cache, "texts").write(known)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Space(cache, BYTE_SPACE).write({f"{i}": {"mean": each} for i, each in enumerate(pixels)})
+    entries = [Entry(Record(f"{i}", f"{i}", (16, 16), (texts[i],)), (16, 16), (f"{i}",)) for i in range(2)]
+    dataset = Dataset(cache, entries, BYTE_SPACE, "texts", Cuts(crops=1, flip=False, seed=0))
+    dataset.refresh()
+    pictures = Pictures(recipe.evaluate, "model", trainee, dataset, torch.device("cpu"), torch.float32)
+    shown = enlarged_of(pictures, Dataset(cache, [], BYTE_SPACE, "texts", dataset.cuts), dataset)
+    with torch.no_grad():
+        shown.draw(pictures.parts(), Store(str(tmp_path / "run")), 7)
+    images = cells(decode(tmp_path / "run" / "samples" / "00000007.png"), 2, 6)
+    found = torch.stack([torch.tensor(list(image.tobytes())).view(16, 16, 3).permute(2, 0, 1) for image in images])
+    assert torch.equal(found[4:], pixels)
+    seen = found[:2, :, ::4, ::4]
+    assert torch.equal(found[:2], seen.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    assert all(found[2 + i].float().std() > 5 and not torch.equal(found[2 + i], found[4 + i]) for i in range(2))
+
+
+@pytest.mark.parametrize(("told", "message"), [
+    ({"evaluate": {"beside": {"metrics": ["kid"]}}}, "evaluate.beside.metrics: kid: a model of family deepfloyd_upsca"),
+    ({"objective": {"prior": {"prompt": "a dog"}}}, "objective.prior: 'a dog': a model of family deepfloyd_upscaler "),
+])  # fmt: skip
+def test_a_run_of_the_second_stage_measures_no_pictures(
+    stages: Stages, tmp_path: Path, told: dict[str, Any], message: str
+) -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(stages.second)},
+            "data": {"source": str(tmp_path), "validation": 0.1},
+            **told,
+        }
+    )
+    with pytest.raises(UserError) as caught:
+        check_drawn(recipe, stages.upscaler.family)
+    assert str(caught.value).startswith(message)
+    check_drawn(recipe, stages.family)
+
+
+def test_a_server_has_the_first_stage_and_not_the_second(stages: Stages) -> None:
+    from gtl.adapters.card import Base as CardBase
+    from gtl.adapters.card import Card
+    from serve.catalog import bases_of, find_here
+    from serve.settings import Base
+
+    sources = {"deepfloyd": stages.first, "deepfloyd_upscaler": stages.second}
+    cards = [
+        Card(name="a", version="1", base=CardBase(source=str(folder), fingerprint="0", family=family), tuner={})
+        for family, folder in sources.items()
+    ]
+    assert [base.source for base in bases_of(cards)] == [str(stages.first)]
+    assert find_here(Base(name="first", source=str(stages.first))).name == "deepfloyd"  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="^bases: second: .*: a model of family deepfloyd_upscaler only enlarges pictu"):
+        find_here(Base(name="second", source=str(stages.second)))

@@ -527,7 +527,7 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     sizes = family.size_conditions(Geometry((height, width), (0, 0), (height, width)))
     conditions = {**family.encode_prompts(case.parts, PROMPTS[:1])[0], **sizes, **family.guidance_conditions(1.0)}
     small = random(3, 16, 16, seed=3)
-    if family.enlarges is not None:
+    if not family.draws_alone:
         conditions |= family.enlarging(small, height, width, generator)
     conditions = family.collate([conditions])
     for t in sampler.timesteps:
@@ -541,7 +541,7 @@ def test_drawing_by_the_verbs_is_the_pipeline(case: Case) -> None:
     image = case.pipeline(
         prompt=PROMPTS[0], **guidance_of(case.pipeline, 1.0), num_inference_steps=4, height=height, width=width,
         generator=torch.Generator().manual_seed(0), output_type="pt", **as_asked(case.pipeline),
-        **({} if family.enlarges is None else {"image": small[None]}),
+        **({} if family.draws_alone else {"image": small[None]}),
     ).images
     image = image if family.codec else (image / 2 + 0.5).clamp(0, 1)  # theirs for pixels leaves them as they are
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), image, rtol=0, atol=1e-5)
