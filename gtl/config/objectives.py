@@ -127,7 +127,7 @@ class AlignObjective(Noising):
     apart; its gradient reaches the model reversed (Ganin et al. 2016, arXiv 1505.07818). mmd: the maximum mean
     discrepancy under five Gaussian kernels (Long et al. 2015, arXiv 1502.02791). coral: how far their covariances are
     apart (Sun & Saenko 2016, arXiv 1607.01719)."""
-    weight: Annotated[float, Field(gt=0)] = 0.1
+    weight: Annotated[float, Field(gt=0)] = 0.01
     """Of it beside the denoising loss; of dann that of the reversed gradient at the end of the run, to which it rises
     from 0 as 2 / (1 + exp(-10 p)) - 1, with p the share of the run that is done."""
 
