@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.evaluate import Evaluate
+from gtl.config.heads import check_heads
 from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
 from gtl.config.objectives import AdversarialObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
@@ -310,7 +311,7 @@ class Recipe(Section):
                 f"train.checkpoints.best: {best!r}: train.early_stopping publishes what is best by {stopping.metric}; "
                 "leave one of the two out"
             )
-        if self.judged_by == "val_loss" and not self.data.validation:
+        if self.judged_by and not of_pictures([self.judged_by]) and not self.data.validation:
             key = "early_stopping" if stopping is not None else "checkpoints.best"
             raise ValueError(f"train.{key}: there is nothing to judge by; set data.validation, such as 0.05")
         return self
@@ -335,7 +336,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_blocks(self) -> "Recipe":
         whole = {
-            "autoencode": "which an autoencoder is not divided into", "adversarial": "and a GAN's blocks are too small"
+            "autoencode": "which an autoencoder is not divided into", "adversarial": "and a GAN's blocks are too small",
+            "classify": "which would count the statistics of a batch twice",
         }  # fmt: skip
         for key in ("activation_checkpointing", "compile"):
             if self.objective.type in whole and getattr(self.train, key):
@@ -348,6 +350,11 @@ class Recipe(Section):
             raise ValueError(
                 "model.weights: random: leaves nothing to build upon; take tuner.type: full without init, or stored"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "Recipe":
+        check_heads(self)
         return self
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ class Dataset:
         digest = hashlib.sha256(json.dumps(self._header()).encode())
         for entry in self.entries:
             record = entry.record
-            told = [record.sha256, record.captions, record.weight, entry.variants]
+            told = [record.sha256, record.captions, record.weight, entry.variants, *filter(None, [record.labels])]
             digest.update(json.dumps([*told, "class"] if record.is_class_image else told).encode())
         return digest.hexdigest()
 
@@ -75,6 +75,7 @@ class Dataset:
             geometry=geometry(record.size, found.bucket, cut),
             caption=record.captions[caption] if record.captions else "",
             pixels=pixels,
+            labels=record.labels,
         )
 
     @cached_property
@@ -116,7 +117,7 @@ class Dataset:
                 {
                     "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
                     "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
-                    "is_class_image": e.record.is_class_image,
+                    "is_class_image": e.record.is_class_image, "labels": e.record.labels,
                 }
                 for e in self.entries
             ]  # fmt: skip
@@ -186,8 +187,14 @@ def read(store: Store, fingerprint: str) -> Dataset:
     entries = [
         Entry(
             Record(
-                row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"],
-                row.get("is_class_image", False),  # unknown to datasets that older versions saved
+                row["uri"],
+                row["sha256"],
+                tuple(row["size"]),
+                tuple(row["captions"]),
+                row["weight"],
+                # Unknown to datasets that older versions saved.
+                row.get("is_class_image", False),
+                row.get("labels", ""),
             ),
             tuple(row["bucket"]),
             tuple(row["variants"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from gtl.data.captions import CaptionRule
 from gtl.data.dataset import PIXEL_SPACE, PIXELS, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
+from gtl.data.labels import CAPTION, check_labels
 from gtl.data.sources import Broken, File, Located, Scan, list_source, scan, uri_of
+from gtl.families import seeing
 from gtl.storage import Store
 from gtl.types import Entry, Progress, UserError, quiet
 
@@ -55,7 +57,10 @@ def prepare(
     """
     tell: Progress = progress or quiet
     cache = Store(cache_url)
-    found = scan_all(data, cache, prior, tell)
+    tasks = seeing(family).tasks if needs.labels else {}
+    found = scan_all(data, cache, prior, tell, {task.column for task in tasks.values()})
+    if tasks:
+        check_labels(found, tasks)
     if needs.text == "none":
         found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
     check_usable(found, data)
@@ -113,20 +118,24 @@ def sources(data: Data) -> list[Source]:
     return data.source if isinstance(data.source, list) else [Source(source=data.source)]
 
 
-def scan_all(data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress) -> Scan:
-    """The images of every source, and of the prior.
+def scan_all(
+    data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress, columns: Collection[str] = ()
+) -> Scan:  # fmt: skip
+    """The images of every source, with labels of those columns, and of the prior.
 
     Raises:
         UserError: a source or a caption is not what it has to be.
     """
     rule = CaptionRule(data.captions, data.caption_template)
+    if columns and CAPTION not in columns:
+        rule = CaptionRule("folder")  # metadata files need no captions then
 
     def look(root: str, files: list[File]) -> Iterator[SeenFile]:
         return inspect_all(root, files, progress)
 
     found = Scan()
     for s in sources(data):
-        part = scan(s.source, rule, s.weight, cache, look, progress)
+        part = scan(s.source, rule, s.weight, cache, look, progress, columns)
         part.images *= s.repeats
         found.extend(part)
     if prior is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 OBJECTIVES = {
     "adversarial": "gtl.objectives.adversarial:Adversarial",
     "autoencode": "gtl.objectives.autoencode:Autoencode",
+    "classify": "gtl.objectives.classify:Classify",
     "consistency": "gtl.objectives.consistency:Consistency",
     "denoise": "gtl.objectives.denoise:Denoise",
     "distill": "gtl.objectives.distill:Distill",

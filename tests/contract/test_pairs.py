@@ -34,12 +34,12 @@ OBJECTIVE_CONFIGS = {
     "distill": {"output": 1e-3, "features": 1e-3},
 }  # fmt: skip
 """The teacher of the last one is the model itself, so that all that is to be learned is the task."""
-GAN = "gan"
-"""The family whose pair of networks no other objective than theirs is for; both are walked in test_gan.py."""
+OWN = {"gan": "adversarial", "classifier": "classify", "diffusion_classifier": "classify"}
+"""Families that no other objective than theirs is for; they are walked in test_gan.py and in test_heads.py."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
 CASES = [
-    *((tuner, objective, False) for tuner, objective in PAIRS if tuner != "prompt" and objective != "adversarial"),
+    *((tuner, objective, False) for tuner, objective in PAIRS if tuner != "prompt" and objective in OBJECTIVE_CONFIGS),
     *((tuner, "denoise", True) for tuner in ("lora", "full")),
 ]
 """Every pair that moves the model's weights, and again with the text encoders trained too; words are for themselves."""
@@ -61,9 +61,9 @@ FALLS_TO = 0.6
 
 
 def test_the_tables_are_walked_whole() -> None:
-    assert {GAN, *(family for family, _ in MODELS.values())} == FAMILIES.keys()
-    assert {tuner for tuner, _ in PAIRS} == TUNERS.keys() == TUNER_CONFIGS.keys()
-    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == {"adversarial", *OBJECTIVE_CONFIGS}
+    assert {*OWN, *(family for family, _ in MODELS.values())} == FAMILIES.keys()
+    assert {tuner for tuner, _ in PAIRS} == TUNERS.keys() == {"head", *TUNER_CONFIGS}
+    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == {*OWN.values(), *OBJECTIVE_CONFIGS}
 
 
 @pytest.mark.parametrize(("model", "tuner_type", "objective_type", "with_encoders"), WALK)
