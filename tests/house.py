@@ -88,6 +88,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "fsspec": ("gtl/storage.py",),
     "boto3": ("gtl/storage.py",),
     "botocore": ("gtl/storage.py",),
+    "faiss": ("gtl/features/index.py",),
     "PIL": ("gtl/images.py", "gtl/data", "gtl/generate"),
     "torchvision": (),
 }  # fmt: skip

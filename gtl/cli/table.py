@@ -347,10 +347,12 @@ def root(
 app.command()(drawing.generate)
 app.command()(drawing.edit)
 app.command()(features.heads)
+app.command()(features.classify)
 app.command()(jobs.submit)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(data_app, name="data")
+app.add_typer(features.app, name="features")
 app.add_typer(bench.app, name="bench")
 
 

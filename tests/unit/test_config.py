@@ -244,9 +244,11 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
          "tuner.freeze_depth: 12.5: should be a fraction in [0, 1), or a whole number of blocks, which is written 12"),
         ("tuner.freeze_depth=true", "tuner.freeze_depth: True: should not be true or false"),
         ("objective.type=autoencod",
-         "objective.type: 'autoencod': should be 'denoise', 'autoencode', 'consistency', 'distill', 'adversarial' or 'classify'"),
+         "objective.type: 'autoencod': should be 'denoise', 'autoencode', 'consistency', 'distill', 'adversarial' or "
+         "'classify'"),
         ("objective.type=",
-         "objective.type: 'None': should be 'denoise', 'autoencode', 'consistency', 'distill', 'adversarial' or 'classify'"),
+         "objective.type: 'None': should be 'denoise', 'autoencode', 'consistency', 'distill', 'adversarial' or "
+         "'classify'"),
         ("objective={type: autoencode, kl: -1}", "objective.kl: -1: should be greater than or equal to 0"),
         ("objective={type: autoencode, l1: 0}",
          "objective: l1 and l2 are both 0; one of them has to be above, or nothing asks for the picture back"),
