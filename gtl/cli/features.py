@@ -27,7 +27,7 @@ def heads(
         metavar="NAME[=COLUMN]", help="A head for this column: of metadata.jsonl or a table, folder, or caption.",
     )],
     out: Annotated[Path, typer.Option(help="A new folder for the model.")],
-    time: Annotated[float, typer.Option(help="Of a diffusion model: how far to noise pictures are, 0 to 1.")] = 0.1,
+    time: Annotated[float, typer.Option(help="Of a diffusion model: how far to noise pictures are, 0 to 1.")] = 0.25,
     block: Annotated[float, typer.Option(help="Of a diffusion model: behind which share of its blocks.")] = 0.6,
     seed: Annotated[int, typer.Option(help="Of the heads' first weights.")] = 0,
 ) -> None:  # fmt: skip

@@ -106,7 +106,7 @@ class Classifier(DiffusersLayout):
         found = super().fingerprint(*parts)
         if parts != ("backbone",):
             return found
-        return hashlib.sha256(json.dumps([found, sorted(self.feature_shapes(0, 0))]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([found, self.feature_shapes(0, 0)]).encode()).hexdigest()
 
     @property
     def is_frozen(self) -> bool:

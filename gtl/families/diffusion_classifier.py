@@ -96,7 +96,7 @@ class DiffusionClassifier(Classifier):
 
     def fingerprint(self, *parts: str) -> str:
         """See `Family`."""
-        told = [self.base.fingerprint(), self.told, sorted(self.feature_shapes(0, 0))] if parts != ("head",) else []
+        told = [self.base.fingerprint(), self.told, self.feature_shapes(0, 0)] if parts != ("head",) else []
         own = [super().fingerprint("head")] if parts != ("backbone",) else []
         return hashlib.sha256(json.dumps([told, own], sort_keys=True).encode()).hexdigest()
 
@@ -139,7 +139,7 @@ class Midway(nn.Module):
             self.register_buffer(f"condition_{name}", value, persistent=False)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] to `pooled` [B, C], the mean of all places, and `map` [B, C, h, w]."""
+        """Pixels [B, 3, H, W] in [-1, 1] to `pooled` [B, 2 C], mean and maximum of all places, and `map` [B, C, h, w]."""
         family, number = self.family, len(pixels)
         moments = family.encode_images(self.codec, pixels)
         clean = family.sample_latents(moments, torch.zeros_like(moments["mean"]))
@@ -156,4 +156,5 @@ class Midway(nn.Module):
             family.predict(self.main, noisy, t, conditions)
         finally:
             hook.remove()
-        return {"pooled": seen[0].mean((2, 3)), "map": seen[0]}
+        places = seen[0]
+        return {"pooled": torch.cat([places.mean((2, 3)), places.amax((2, 3))], 1), "map": places}

@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, layer_norm
+from torch.nn.functional import adaptive_avg_pool2d, batch_norm
 
 from gtl.backbones.scenes import SceneNet
 from gtl.types import Task
@@ -55,11 +55,19 @@ class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return {POOLED: small.flatten(1), MAP: small}
 
 
+class Standard(nn.BatchNorm1d):
+    """Numbers less their mean, by their deviation; of a single picture by what those before it had."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D]."""
+        return batch_norm(x, self.running_mean, self.running_var, training=self.training and len(x) > 1)
+
+
 class Heads(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """One head for each task: linear on a picture's features, or convolutions over those of its places.
 
-    What classes are told by is scaled to mean 0 and variance 1 in every picture: features of different networks are of
-    very different sizes.
+    What classes are told by is normalised over the pictures of a batch first (as in linear probes, He et al. 2021,
+    arXiv 2111.06377): much of what a network makes of a picture is the same for all.
     """
 
     @register_to_config
@@ -74,6 +82,7 @@ class Heads(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         super().__init__()
         self.tasks = {name: Task(**{**fields, "values": tuple(fields["values"])}) for name, fields in tasks.items()}
+        self.standard = Standard(pooled, affine=False)
         self.heads = nn.ModuleDict({
             name: nn.Linear(pooled, len(task.values)) if task.kind == "class"
             else finder(channels, len(task.values), stride)
@@ -83,10 +92,10 @@ class Heads(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By task: logits [B, classes]; of objects [B, classes + 4, h, w], see `gtl.families.boxes`."""
         found = {}
+        pooled = self.standard(features[POOLED].float())
         for name, task in self.tasks.items():
             if task.kind == "class":
-                pooled = features[POOLED]
-                found[name] = self.heads[name](layer_norm(pooled, pooled.shape[-1:]))
+                found[name] = self.heads[name](pooled)
             else:
                 found[name] = self.heads[name](features[MAP])
         return found

@@ -144,7 +144,7 @@ def keep_frozen_statistics(part: nn.Module) -> None:
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in part.modules():
-        if isinstance(module, _BatchNorm) and not any(weight.requires_grad for weight in module.parameters()):
+        if isinstance(module, _BatchNorm) and module.affine and not module.weight.requires_grad:
             module.eval()
 
 
