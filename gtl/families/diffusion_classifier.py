@@ -139,7 +139,7 @@ class Midway(nn.Module):
             self.register_buffer(f"condition_{name}", value, persistent=False)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] to `pooled` [B, 2 C], mean and maximum of all places, and `map` [B, C, h, w]."""
+        """Pixels [B, 3, H, W] in [-1, 1] to `pooled` [B, 2 C], mean and maximum of places, and `map` [B, C, h, w]."""
         family, number = self.family, len(pixels)
         moments = family.encode_images(self.codec, pixels)
         clean = family.sample_latents(moments, torch.zeros_like(moments["mean"]))
