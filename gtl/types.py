@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -57,6 +57,8 @@ class Losses(NamedTuple):
 
     total: Tensor
     parts: dict[str, Tensor]
+    outcomes: Mapping[str, Tensor] = {}
+    """In evaluation: what came of each sample, [B, ...], that metrics are made of; see `gtl.evaluate.outcomes`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class Original:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a head says of a picture."""
+
+    column: str
+    """Of the data, that has the truth: of a metadata file or table; `folder`, the name of the image's folder; or
+    `caption`, its first caption."""
+    kind: Literal["class", "boxes"]
+    """boxes: which objects are in the picture, and where."""
+    values: tuple[str, ...]
+    """What there is, in the order of the head's outputs."""
+
+
+@dataclass(frozen=True)
 class Record:
     """One image of a data source, before encoding."""
 
@@ -96,6 +111,8 @@ class Record:
     """Of the domain that objective.type: align adapts to."""
     original: Original | None = None
     """Of the same size; None where it is no edit, or nobody asks what of. Its caption is then the instruction."""
+    labels: str = ""
+    """What heads learn to say of it: a JSON object of columns; empty where nothing reads them."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,8 @@ class Item:
     """What training reads of one image variant with one caption; tensors without a batch dimension."""
 
     latents: dict[str, Tensor]
-    """The codec's moments: mean and, of most codecs, logvar, each [C, h, w]; {} where pixels are trained on."""
+    """The codec's moments: mean and, of most codecs, logvar, each [C, h, w]; features where they are what is trained
+    on; {} where pixels are."""
     conditions: dict[str, Tensor]
     """The caption's embeddings; {} where the text encoders run in training, or read nothing."""
     null_conditions: dict[str, Tensor]
@@ -140,6 +158,8 @@ class Item:
     """See `Record`."""
     original: dict[str, Tensor] | None = None
     """The codec's moments of the image that it is an edit of, where edits are learned."""
+    labels: str = ""
+    """See `Record`."""
 
 
 @dataclass(frozen=True)

@@ -1018,3 +1018,27 @@ if __name__ == "__main__":
     import sys
 
     print(make_sd(sys.argv[1]))
+
+
+def make_vision(folder: Path, kind: str, side: int = 64) -> Path:
+    """Write a tiny network that sees (resnet, vit or dinov2) with its preprocessor, as transformers does."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": side, "patch_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "resnet":
+            config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic")
+            model: Any = ResNetModel(config)
+        elif kind == "vit":
+            model = ViTModel(ViTConfig(intermediate_size=32, **small))
+        else:
+            model = Dinov2Model(Dinov2Config(**small))
+    model.save_pretrained(folder)
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "size": {"height": side, "width": side}, "resample": 2, "rescale_factor": 1 / 255,
+        "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3],
+    })  # fmt: skip
+    return folder

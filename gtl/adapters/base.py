@@ -34,7 +34,7 @@ def open_base(card: Card, weights: bool = True) -> Family:
 def model_parts(family: Family) -> list[str]:
     """The parts of a model that have weights an adapter may move, the main one first."""
     codec = [family.codec] if family.codec else []
-    return [family.main, *family.encoders, *codec, *family.critics]
+    return list(dict.fromkeys([family.main, *family.encoders, *codec, *family.critics, *family.heads]))
 
 
 def empty_parts(family: Family) -> dict[str, nn.Module]:

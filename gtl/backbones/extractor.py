@@ -52,6 +52,11 @@ class Extractor:
         self._device = "cpu"
         self._fingerprint = ""
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What decides features beside weights and `resize`."""
+        return self._config
+
     def fingerprint(self) -> str:
         """See `Backbone`."""
         if not self._fingerprint:

@@ -13,8 +13,10 @@ from gtl.config import Recipe, load_recipe
 from gtl.evaluate.estimate import Difference, Estimate, difference
 from gtl.evaluate.result import Evaluation, Score, compare
 from gtl.evaluate.run import evaluate
+from gtl.families.blank import forget
 from gtl.families.files import write_once
 from gtl.families.shrink import shrink
+from gtl.features.heads import make_heads
 from gtl.report.chart import short
 from gtl.report.evaluations import interval
 from gtl.report.text import columns
@@ -22,6 +24,8 @@ from gtl.session import session
 from gtl.train.launch import train_once
 from gtl.types import Progress, UserError, quiet
 
+SCENES = "builtin:scenes?count=1000"
+"""That recipes/demo/heads.yaml learns from."""
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
 RESULT = "transfer.json"
 
@@ -70,6 +74,19 @@ BOTH = (
 def cut(folder: Path) -> None:
     """The built-in model without the middle of its UNet."""
     shrink("builtin:tiny", folder, drop_middle=True)
+
+
+def heads_on(source: str, forgets: bool = False) -> Callable[[Path], None]:
+    """A model with a head for the shapes of the built-in scenes, or the same with random weights under it."""
+
+    def make(folder: Path) -> None:
+        beside = folder.with_name(f"{folder.name}-base")
+        if forgets:
+            write_once(beside, lambda blank: forget(source, blank))
+        base, cache = str(beside) if forgets else source, str(folder.parents[1] / "cache")
+        make_heads(base, SCENES, ["shape"], folder, cache)
+
+    return make
 
 
 COMPARISONS = (
@@ -123,6 +140,16 @@ COMPARISONS = (
         "inversion", "instruct", "prompt_accuracy",
         Arm("edits by inversion", is_trained=False), Arm("image to image, of the same strength", is_trained=False),
         ways=(INVERTED, BEGUN),
+    ),
+    Comparison(
+        "features", "heads", "accuracy",
+        Arm("a head on features of the frozen diffusion model", model=heads_on("builtin:tiny")),
+        Arm("a head on the same model with random weights", model=heads_on("builtin:tiny", forgets=True)),
+    ),
+    Comparison(
+        "pixels", "heads", "accuracy",
+        Arm("a head on features of the frozen diffusion model", model=heads_on("builtin:tiny")),
+        Arm("a head on a picture's own pixels", model=heads_on("builtin:pixels")),
     ),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from gtl import __version__
-from gtl.cli import adapters, bench, drawing, jobs, usage
+from gtl.cli import adapters, bench, drawing, features, jobs, usage
 from gtl.cli.bar import Bar
 from gtl.cli.options import AsJson, RecipeFile, Revision, Set, Variant
 from gtl.cli.study_table import StudyBar
@@ -349,10 +349,13 @@ def root(
 
 app.command()(drawing.generate)
 app.command()(drawing.edit)
+app.command()(features.heads)
+app.command()(features.classify)
 app.command()(jobs.submit)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(data_app, name="data")
+app.add_typer(features.app, name="features")
 app.add_typer(bench.app, name="bench")
 
 

@@ -32,6 +32,9 @@ REAL = ("real", "train", "held_out")
 
 METRICS: dict[str, Metric] = {
     "val_loss": Metric(higher_is_better=False, needs={}, extractor="model"),  # see gtl.evaluate.validation
+    # See gtl.evaluate.outcomes: of what heads say of held-out images.
+    "accuracy": Metric(higher_is_better=True, needs={}, extractor="model"),
+    "map_50": Metric(higher_is_better=True, needs={}, extractor="model"),
     "fid": Metric(higher_is_better=False, needs={"real": 100, "fake": 100}),
     "kid": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
     "inception_score": Metric(higher_is_better=True, needs={"logits": 100}),
@@ -45,6 +48,11 @@ METRICS: dict[str, Metric] = {
     "prompt_accuracy": Metric(higher_is_better=True, needs={"right": 1}, extractor="reader"),
     "memorization": Metric(higher_is_better=False, needs={"samples": 1, "train": 1, "held_out": 1}),
 }
+
+
+OF_LABELS = ("accuracy", "map_50")
+"""Those of objective.type: classify: the share of right classes, and of objects the mean average precision, where a box
+counts as found that has half of both in common with one that is there."""
 
 
 def metric(name: str) -> Metric:

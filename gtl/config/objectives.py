@@ -191,6 +191,19 @@ class ConsistencyObjective(Section):
     """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c (arXiv 2310.14189, section 3.3)."""
 
 
+class ClassifyObjective(Section):
+    """Say what is in a picture: what the heads of the model are for, learned from columns of the data. `gtl heads`
+    makes such a model; several heads learn together."""
+
+    type: Literal["classify"] = "classify"
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Of a task's loss, by the task's name, where it is not 1."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the truth that all classes have alike (label smoothing, Szegedy et al. 2015, arXiv 1512.00567)."""
+    size_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Of the error of an object's size beside that of where it is, both in widths of the picture's places."""
+
+
 class Augmentation(Section):
     """What both real and drawn pictures go through before the discriminator sees them (Zhao et al. 2020, arXiv
     2006.10738). With few pictures it is what keeps the discriminator from knowing them by heart."""
@@ -236,6 +249,7 @@ Objective = Annotated[
     | Annotated[DistillObjective, Tag("distill")]
     | Annotated[AlignObjective, Tag("align")]
     | Annotated[InstructObjective, Tag("instruct")]
-    | Annotated[AdversarialObjective, Tag("adversarial")],
+    | Annotated[AdversarialObjective, Tag("adversarial")]
+    | Annotated[ClassifyObjective, Tag("classify")],
     Discriminator(type_of("denoise")),
 ]

@@ -12,6 +12,7 @@ class Needs:
     """What training reads. What is not live is encoded once, into the cache, and never loaded beside training."""
 
     images: Literal["latents", "pixels"]
+    """latents: also the features of a frozen network that sees."""
     text: Literal["embeddings", "tokens", "none"]
     """tokens: the text encoders run inside the training process. none: captions are not looked at."""
     live: tuple[str, ...] = ()
@@ -22,6 +23,8 @@ class Needs:
     """Every one of them; False: some."""
     originals: bool = False
     """Whether every image has to be an edit of another one, which the model sees in further channels."""
+    labels: bool = False
+    """Whether it learns what the model's heads are to say, from columns of the data."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,13 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
     ("freeze", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
+    ("head", "classify"): Pair(Needs(images="latents", text="none", labels=True), max_zero_stage=2, draws=False),
+    ("full", "classify"): Pair(
+        Needs(images="pixels", text="none", live=("backbone",), labels=True), max_zero_stage=2, draws=False
+    ),
+    ("freeze", "classify"): Pair(
+        Needs(images="pixels", text="none", live=("backbone",), labels=True), max_zero_stage=2, draws=False
+    ),
     ("prompt", "denoise"): Pair(Needs(images="latents", text="tokens"), max_zero_stage=3, frozen_base=True),
 }
 TEXT_ENCODER = "text_encoder"

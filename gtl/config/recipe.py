@@ -8,14 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.evaluate import Evaluate
+from gtl.config.heads import check_heads
 from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
-from gtl.config.objectives import (
-    AdversarialObjective,
-    AlignObjective,
-    AutoencodeObjective,
-    DenoiseObjective,
-    Objective,
-)
+from gtl.config.objectives import AdversarialObjective, AlignObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import FreezeTuner, FullTuner, LoraTuner, PromptTuner, Tuner
 from gtl.types import Sampler
@@ -235,9 +230,9 @@ class Recipe(Section):
     @property
     def max_zero_stage(self) -> int:
         """The highest ZeRO stage that the pair bears, with what this objective asks for."""
-        codec = self.objective if isinstance(self.objective, AutoencodeObjective) else None
-        # One network runs within the turn of the other, on whole weights.
-        return min(self.pair.max_zero_stage, 2 if codec is not None and codec.adversarial else 3)
+        # Where a codec is judged, one network runs within the turn of the other, on whole weights.
+        is_judged = self.objective.type == "autoencode" and self.objective.adversarial > 0
+        return min(self.pair.max_zero_stage, 2 if is_judged else 3)
 
     @property
     def needs(self) -> Needs:
@@ -334,7 +329,7 @@ class Recipe(Section):
                 f"train.checkpoints.best: {best!r}: train.early_stopping publishes what is best by {stopping.metric}; "
                 "leave one of the two out"
             )
-        if self.judged_by == "val_loss" and not self.data.validation:
+        if self.judged_by and not of_pictures([self.judged_by]) and not self.data.validation:
             key = "early_stopping" if stopping is not None else "checkpoints.best"
             raise ValueError(f"train.{key}: there is nothing to judge by; set data.validation, such as 0.05")
         return self
@@ -359,7 +354,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_blocks(self) -> "Recipe":
         whole = {
-            "autoencode": "which an autoencoder is not divided into", "adversarial": "and a GAN's blocks are too small"
+            "autoencode": "which an autoencoder is not divided into", "adversarial": "and a GAN's blocks are too small",
+            "classify": "which would count the statistics of a batch twice",
         }  # fmt: skip
         for key in ("activation_checkpointing", "compile"):
             if self.objective.type in whole and getattr(self.train, key):
@@ -372,6 +368,11 @@ class Recipe(Section):
             raise ValueError(
                 "model.weights: random: leaves nothing to build upon; take tuner.type: full without init, or stored"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> "Recipe":
+        check_heads(self)
         return self
 
     @model_validator(mode="after")

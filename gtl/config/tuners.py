@@ -221,10 +221,20 @@ class PromptTuner(Section):
         return self
 
 
+class HeadTuner(Section):
+    """The heads of a model that sees. The network under them stays, and what it makes of the images is made once."""
+
+    train: ClassVar[None] = None
+    type: Literal["head"] = "head"
+    init: Init | None = None
+    """Continue from published heads of the same tasks."""
+
+
 Tuner = Annotated[
     Annotated[LoraTuner, Tag("lora")]
     | Annotated[FullTuner, Tag("full")]
     | Annotated[FreezeTuner, Tag("freeze")]
-    | Annotated[PromptTuner, Tag("prompt")],
+    | Annotated[PromptTuner, Tag("prompt")]
+    | Annotated[HeadTuner, Tag("head")],
     Discriminator(type_of("lora")),
 ]

@@ -15,6 +15,8 @@ from gtl.data.celeba import ATTRIBUTES
 from gtl.types import UserError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", ATTRIBUTES)
+LABEL_FILES = ("labels.jsonl",)
+"""Without captions: for heads, see `gtl.data.labels`."""
 TEMPLATE_FIELDS = ("folder", "file")
 ORIGINAL = "source_file_name"
 """Key of a metadata file: the image that this one is an edit of, whose caption is then the instruction."""
@@ -110,11 +112,7 @@ def read_metadata(data: bytes, url: str) -> Iterator[Row]:
     Raises:
         UserError: naming file and line, when one cannot be understood.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{url}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, row in _csv_rows(text, url) if url.endswith(".csv") else _jsonl_rows(text, url):
+    for number, row in rows_of(data, url):
         if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str) or not name:
             raise UserError(f"{url}:{number}: no file_name in it; a line needs file_name and text")
         captions = row.get("text")
@@ -127,6 +125,19 @@ def read_metadata(data: bytes, url: str) -> Iterator[Row]:
         if not is_text("".join([name, *captions, original or ""])):
             raise UserError(f"{url}:{number}: half a character in it (a \\ud... escape without its other half)")
         yield Row(number, posixpath.normpath(name), captions, original and posixpath.normpath(original))
+
+
+def rows_of(data: bytes, url: str) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a file of JSON lines, or of a .csv.
+
+    Raises:
+        UserError: naming file and line, when one cannot be understood.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{url}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    yield from _csv_rows(text, url) if url.endswith(".csv") else _jsonl_rows(text, url)
 
 
 def is_text(value: str) -> bool:

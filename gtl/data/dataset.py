@@ -55,6 +55,7 @@ class Dataset:
         for entry in self.entries:
             record = entry.record
             told: list[Any] = [record.sha256, record.captions, record.weight, entry.variants]
+            told += filter(None, [record.labels])
             told += ["class"] * record.is_class_image + ["target"] * record.is_target
             told += ["original", record.original.sha256, entry.originals] if record.original else []
             digest.update(json.dumps(told).encode())
@@ -81,6 +82,7 @@ class Dataset:
             pixels=pixels,
             is_target=record.is_target,
             original=self.images.read(found.originals[variant]) if found.originals else None,
+            labels=record.labels,
         )
 
     @cached_property
@@ -123,6 +125,7 @@ class Dataset:
                     "uri": e.record.uri, "sha256": e.record.sha256, "size": e.record.size, "weight": e.record.weight,
                     "captions": e.record.captions, "bucket": e.bucket, "variants": e.variants,
                     "is_class_image": e.record.is_class_image, "is_target": e.record.is_target,
+                    "labels": e.record.labels,
                     **({"original": vars(e.record.original), "originals": e.originals} if e.record.original else {}),
                 }
                 for e in self.entries
@@ -194,8 +197,9 @@ def read(store: Store, fingerprint: str) -> Dataset:
         Entry(
             Record(
                 row["uri"], row["sha256"], tuple(row["size"]), tuple(row["captions"]), row["weight"],
-                row.get("is_class_image", False), row.get("is_target", False),  # unknown to older versions
-                Original(**row["original"]) if row.get("original") else None,
+                # Unknown to datasets that older versions saved.
+                row.get("is_class_image", False), row.get("is_target", False),
+                Original(**row["original"]) if row.get("original") else None, row.get("labels", ""),
             ),
             tuple(row["bucket"]),
             tuple(row["variants"]),

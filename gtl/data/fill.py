@@ -17,7 +17,7 @@ from gtl.data.dataset import PIXEL_SPACE, PIXELS
 from gtl.data.index import CHANGED, GONE
 from gtl.data.spread import spread
 from gtl.data.stream import MISTAKE, pack, run_actors, unpack
-from gtl.families import denoising
+from gtl.families import denoising, encoding
 from gtl.images import BrokenImage, decode
 from gtl.storage import Store
 from gtl.types import DTYPES, UserError
@@ -199,7 +199,7 @@ class Encoder:
         pixels = to_pixels(crops).to(self._device, self._dtype)
         codec = None if self._family.codec is None else self._part(self._family.codec)
         with torch.inference_mode():
-            moments = denoising(self._family).encode_images(codec, pixels)
+            moments = encoding(self._family).encode_images(codec, pixels)
         # Cloned: a view of one sample would be saved with the whole batch's memory.
         return {key: {name: t[i].clone() for name, t in moments.items()} for i, key in enumerate(keys)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ from gtl.data.containers import ORIGINAL_COLUMNS
 from gtl.data.dataset import BYTE_SPACE, PIXEL_SPACE, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
+from gtl.data.labels import CAPTION, check_labels
 from gtl.data.sources import Broken, File, Located, Scan, list_source, scan, uri_of
+from gtl.families import seeing
 from gtl.storage import Store
 from gtl.types import Entry, Progress, UserError, quiet
 
@@ -57,8 +59,11 @@ def prepare(
     """
     tell: Progress = progress or quiet
     cache = Store(cache_url)
-    found = scan_all(data, cache, prior, tell, target)
+    tasks = seeing(family).tasks if needs.labels else {}
+    found = scan_all(data, cache, prior, tell, target, {task.column for task in tasks.values()})
     found = paired(found) if needs.originals else unpaired(found)
+    if tasks:
+        check_labels(found, tasks)
     if needs.text == "none":
         found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
     check_usable(found, data)
@@ -118,21 +123,24 @@ def sources(data: Data) -> list[Source]:
 
 
 def scan_all(
-    data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress, target: str | None = None
-) -> Scan:
-    """The images of every source, those of the target marked, and of the prior.
+    data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress, target: str | None = None,
+    columns: Collection[str] = (),
+) -> Scan:  # fmt: skip
+    """The images of every source with labels of those columns, those of the target marked, and of the prior.
 
     Raises:
         UserError: a source or a caption is not what it has to be.
     """
     rule = CaptionRule(data.captions, data.caption_template)
+    if columns and CAPTION not in columns:
+        rule = CaptionRule("folder")  # metadata files need no captions then
 
     def look(root: str, files: list[File]) -> Iterator[SeenFile]:
         return inspect_all(root, files, progress)
 
     found = Scan()
     for s in sources(data):
-        part = scan(s.source, rule, s.weight, cache, look, progress)
+        part = scan(s.source, rule, s.weight, cache, look, progress, columns)
         if s.source == target:
             part.images = [image._replace(record=replace(image.record, is_target=True)) for image in part.images]
         part.images *= s.repeats

@@ -12,7 +12,9 @@ from gtl.config.recipe import Data
 from gtl.data.buckets import Size, bucket_sizes, variant_key, variants
 from gtl.data.dataset import PIXEL_SPACE, Cuts, Dataset
 from gtl.data.fill import ImageWork
+from gtl.data.labels import check_labels
 from gtl.data.prepare import check_usable, make_entry, name_broken, scan_all
+from gtl.families import seeing
 from gtl.storage import Store
 from gtl.types import Progress, quiet
 
@@ -58,7 +60,10 @@ def reference(data: Data, family: Family, cache_url: str, progress: Progress = q
         UserError: a source or a caption is not what it has to be, or too many images are broken.
     """
     cache = Store(cache_url)
-    found = scan_all(data, cache, None, progress)
+    tasks = seeing(family).tasks if family.heads else {}
+    found = scan_all(data, cache, None, progress, columns={task.column for task in tasks.values()})
+    if tasks:
+        check_labels(found, tasks)
     check_usable(found, data)
     name_broken(found.broken)
     (size,) = bucket_sizes(data.resolution, family.multiple, 1.0, family.max_size)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gtl.data.captions import METADATA_FILES, ORIGINAL, CaptionRule, read_metadata, split_lines
+from gtl.data.captions import LABEL_FILES, METADATA_FILES, ORIGINAL, CaptionRule, read_metadata, split_lines
 from gtl.data.celeba import ATTRIBUTES, captions_of
 from gtl.data.cifar import NAME
 from gtl.data.containers import CONTAINERS, Place
 from gtl.data.index import Index, Seen, SeenFile
+from gtl.data.labels import NOTHING, labels_of, read_labels
 from gtl.families.files import cache_home
 from gtl.images import EXTENSIONS
 from gtl.storage import Store
@@ -84,6 +85,7 @@ class Listing:
     containers: dict[str, File] = field(default_factory=dict)
     texts: dict[str, File] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
 
 def list_source(source: str) -> Listing:
@@ -138,6 +140,8 @@ def _sort_in(listing: Listing, file: File, is_named: bool) -> None:
     extension = posixpath.splitext(file.key)[1].lower()
     if posixpath.basename(file.key) in METADATA_FILES:
         listing.metadata.append(file.key)
+    elif posixpath.basename(file.key) in LABEL_FILES:
+        listing.labels.append(file.key)
     elif extension in EXTENSIONS:
         listing.images[file.key] = file
     elif extension in CONTAINERS:
@@ -149,22 +153,26 @@ def _sort_in(listing: Listing, file: File, is_named: bool) -> None:
 
 def scan(
     source: str, rule: CaptionRule, weight: float, cache: Store | None, inspect: Inspect,
-    progress: Progress | None = None,
+    progress: Progress | None = None, columns: Collection[str] = (),
 ) -> Scan:  # fmt: skip
     """Everything a source holds; of a cache, only files that its index does not know in this state are read.
 
-    A built-in set is drawn first, into the cache; without one, into the cache of this machine.
+    A built-in set is drawn first, into the cache; without one, into the cache of this machine. Records have labels of
+    those of the `columns` that there are.
 
     Raises:
         UserError: the source, a metadata file or a table is not what it has to be.
     """
     if source.startswith("builtin:"):
-        from gtl.data.scenes.sets import SceneSet, draw_set
+        from gtl.data.scenes.sets import SceneSet, draw_set, label_set
 
-        source = draw_set(SceneSet.parse(source), cache or Store(cache_home()), progress).root
+        drawn = draw_set(scenes := SceneSet.parse(source), cache or Store(cache_home()), progress)
+        if columns:
+            label_set(scenes, drawn, progress)
+        source = drawn.root
     listing = list_source(source)
     told = collect_metadata(listing) if rule.reads_metadata else Told({}, {})
-    metadata = told.captions
+    metadata, labels = told.captions, read_labels(listing, columns)
     texts = needed_sidecars(listing, metadata) if rule.reads_sidecars else {}
     wanted = [*listing.images.values(), *listing.containers.values(), *texts.values()]
     seen = look_up(listing.store, wanted, None if cache is None else Index(cache, listing.store.url()), inspect)
@@ -177,6 +185,7 @@ def scan(
             continue
         lines = None if text is None else split_lines(text.text or "")
         others = {image.name: image for image in seen[key].images}
+        own = labels.get(key, [])
         for image in seen[key].images:
             if image.column:
                 continue
@@ -186,6 +195,9 @@ def scan(
             elif image.original:
                 beginning = _beginning(listing.store, key, others[image.original])
             _add(result, listing.store, key, image, rule, weight, metadata.get(key), lines, beginning)
+            if columns and not image.error:
+                row = max(image.row, 0)
+                label_last(result, key, own[row] if row < len(own) else NOTHING, columns)
     return result
 
 
@@ -280,3 +292,11 @@ def _add(
     record = Record(uri, image.sha256, (image.height, image.width), captions, weight)
     place = Place(store.root, key, image.offset, image.length, image.row)
     result.images.append(Located(record, place, beginning))
+
+
+def label_last(result: Scan, key: str, labels: Mapping[str, Any], columns: Collection[str]) -> None:
+    """Give the image that was added last its labels."""
+    last = result.images[-1]
+    folder = posixpath.basename(posixpath.dirname(f"{last.place.root}/{key}"))
+    told = labels_of(labels, columns, folder, last.record.captions)
+    result.images[-1] = last._replace(record=replace(last.record, labels="" if told == "{}" else told))

@@ -14,6 +14,7 @@ import torch
 
 from gtl.adapters import Registry, apply
 from gtl.adapters.apply import moved
+from gtl.adapters.base import model_parts
 from gtl.config import Recipe
 from gtl.config.judged import SAME_LOSS
 from gtl.config.objectives import Objective as ObjectiveConfig
@@ -21,9 +22,10 @@ from gtl.config.pairs import Needs, with_trained
 from gtl.data.dataset import Dataset
 from gtl.data.prepare import prepare
 from gtl.evaluate.estimate import Estimate, estimate
+from gtl.evaluate.outcomes import measure as outcomes_of
 from gtl.evaluate.result import Score, make_score
 from gtl.evaluate.validation import MAX_IMAGES, Chunk, Validation, parts_of
-from gtl.families import denoising
+from gtl.families import denoising, seeing
 from gtl.generate.crew import (
     Batch,
     Crew,
@@ -40,7 +42,7 @@ from gtl.types import DTYPES, Progress, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gtl.families.base import DiffusionFamily
+    from gtl.families.base import Family
 
 PIECE = 8
 """Images that an actor looks at before it says something."""
@@ -70,10 +72,9 @@ class Look(NamedTuple):
 
 
 def validate(
-    recipe: Recipe, models: Sequence[Model], family: DiffusionFamily, dtype: str, progress: Progress,
-    noise: int | None = None,
-) -> list[Score]:  # fmt: skip
-    """val_loss of each model, on the connected cluster.
+    recipe: Recipe, models: Sequence[Model], family: Family, dtype: str, progress: Progress, noise: int | None = None,
+) -> list[dict[str, Score]]:  # fmt: skip
+    """val_loss of each model, and what is measured of what its heads say, on the connected cluster.
 
     Args:
         recipe: Says what the loss is and which images are held out; those that the cache lacks are encoded.
@@ -96,12 +97,26 @@ def validate(
     note = "" if kind is None else f"of whole weights; a run sees those of the base rounded to {kind}"
     facts = {"extractor": name_of(held_out, dataset, models[0]), "resize": RESIZE, "dtype": dtype}
     scores = []
-    for losses in measure(models, held_out, len(images), progress):
-        scores.append(make_score(val_loss(losses, images, note), facts, parts_of(losses.mean(dim=0).tolist())))
+    for losses, outcomes in measure(models, held_out, len(images), progress):
+        own = {"val_loss": make_score(val_loss(losses, images, note), facts, parts_of(losses.mean(dim=0).tolist()))}
+        if outcomes:
+            # Truth does not depend on the model: heads on other networks, for the same classes, compare.
+            told = {**facts, "extractor": truth_of(family, dataset)}
+            once = torch.tensor([images.index(image) == at for at, image in enumerate(images)])
+            for name, (whole, parts) in outcomes_of({key: rows[once] for key, rows in outcomes.items()}).items():
+                own[name] = make_score(whole, told, parts)
+        scores.append(own)
     return scores
 
 
-def needs_of(recipe: Recipe, models: Sequence[Model], family: DiffusionFamily) -> Needs:
+def truth_of(family: Family, dataset: Dataset) -> str:
+    """The labels, with a hash of them and of the tasks."""
+    tasks = {name: vars(task) for name, task in seeing(family).tasks.items()}
+    images = [[entry.record.sha256, entry.record.labels] for entry in dataset.entries[:MAX_IMAGES]]
+    return f"labels:{hashlib.sha256(json.dumps([tasks, images], sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def needs_of(recipe: Recipe, models: Sequence[Model], family: Family) -> Needs:
     """What the loss of all of these models reads: the same, whichever of them moves its text encoders.
 
     Raises:
@@ -109,8 +124,7 @@ def needs_of(recipe: Recipe, models: Sequence[Model], family: DiffusionFamily) -
     """
     from gtl.objectives import live_parts, make_objective
 
-    codec = [family.codec] if family.codec else []
-    whole = {part: family.load(part, device="meta") for part in (family.main, *family.encoders, *codec)}
+    whole = {part: family.load(part, device="meta") for part in model_parts(family)}
     trained = {
         name.partition(".")[0]: adapter.name
         for model in models
@@ -131,15 +145,18 @@ def name_of(held_out: HeldOut, dataset: Dataset, model: Model) -> str:
     """The objective, with a hash of all but the adapter that the loss depends on."""
     config = held_out.objective.model_dump(mode="json")
     told = {key: value for key, value in config.items() if f"objective.{key}" not in SAME_LOSS}
+    records = [(entry.variants[0], entry.record, entry.originals[:1]) for entry in dataset.entries[:MAX_IMAGES]]
     images = [
-        [entry.variants[0], entry.record.captions[:1], *entry.originals[:1]] for entry in dataset.entries[:MAX_IMAGES]
+        [key, record.captions[:1], *originals, *filter(None, [record.labels])] for key, record, originals in records
     ]
     decided = json.dumps([model.fingerprint, held_out.seed, told, images], sort_keys=True)
     return f"{held_out.objective.type}:{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
 
 
-def measure(models: Sequence[Model], held_out: HeldOut, images: int, progress: Progress) -> list[Tensor]:
-    """Losses [images, strata] of each model, float64.
+def measure(
+    models: Sequence[Model], held_out: HeldOut, images: int, progress: Progress
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Of each model losses [images, strata], float64, and what came of every image, [images, ...].
 
     Raises:
         UserError: a model or the cache is not what it has to be, or workers die again and again.
@@ -154,10 +171,15 @@ def measure(models: Sequence[Model], held_out: HeldOut, images: int, progress: P
         for at in range(start, start + images, PIECE)
         for piece in [looks[at : min(at + PIECE, start + images)]]
     ]
-    found: list[list[float]] = [[]] * len(looks)
-    for position, losses in work_through(Crew(Validator, (held_out,), batches, number, gpus), "val_loss", progress):
-        found[position] = losses
-    return list(torch.tensor(found, dtype=torch.float64).split(images))
+    found: list[Seen] = [Seen([], {})] * len(looks)
+    for position, seen in work_through(Crew(Validator, (held_out,), batches, number, gpus), "val_loss", progress):
+        found[position] = seen
+    sides = [found[start : start + images] for start in range(0, len(looks), images)]
+    return [
+        (torch.tensor([seen.losses for seen in side], dtype=torch.float64),
+         {name: torch.cat([seen.outcomes[name] for seen in side]) for name in side[0].outcomes})
+        for side in sides
+    ]  # fmt: skip
 
 
 def val_loss(losses: Tensor, images: Sequence[str], note: str = "") -> Estimate:
@@ -179,6 +201,15 @@ def val_loss(losses: Tensor, images: Sequence[str], note: str = "") -> Estimate:
     return estimate("val_loss", float(own.mean()), own.new_empty(0), influence * len(at) / len(own), note=note)
 
 
+class Seen(NamedTuple):
+    """What one image came to."""
+
+    losses: list[float]
+    """By stratum."""
+    outcomes: dict[str, Tensor]
+    """[1, ...], see `gtl.types.Losses`."""
+
+
 class Validator:
     """Lives as an actor on one device, and keeps the model that it looked at last."""
 
@@ -186,15 +217,15 @@ class Validator:
         """Nothing is loaded before the first batch."""
         self._device, self._held_out = device, held_out
         self._lock = threading.Lock()
-        self._held: tuple[Model, Callable[[int], list[float]]] | None = None
+        self._held: tuple[Model, Callable[[int], Seen]] | None = None
 
     def begin(self, code: str) -> None:
         """See `Member`."""
         check_code(code)
 
     @torch.no_grad()
-    def work(self, looks: Sequence[Look]) -> list[list[float]]:
-        """Losses of the images of one model, by stratum.
+    def work(self, looks: Sequence[Look]) -> list[Seen]:
+        """What the images of one model came to.
 
         Raises:
             UserError: the model, an adapter or the cache is wrong; the machine is named.
@@ -207,8 +238,8 @@ class Validator:
             return [self._held[1](look.image) for look in looks]
 
 
-def load(model: Model, held_out: HeldOut, device: str) -> Callable[[int], list[float]]:
-    """A model's losses on an image, by stratum.
+def load(model: Model, held_out: HeldOut, device: str) -> Callable[[int], Seen]:
+    """What an image comes to with a model.
 
     Raises:
         UserError: the model, an adapter or the cache is wrong.
@@ -216,24 +247,24 @@ def load(model: Model, held_out: HeldOut, device: str) -> Callable[[int], list[f
     from gtl.objectives import live_parts, make_objective
     from gtl.objectives.instruct import show_originals
 
-    opened, adapters = open_model(model)
-    family = denoising(opened)
+    family, adapters = open_model(model)
     objective, dtype = make_objective(held_out.objective, family), getattr(torch, DTYPES[model.dtype])
     parts = {
         part: family.load(part, torch.float32 if part == family.codec else dtype, device)
         for part in live_parts(objective, family, held_out.needs)
     }
     if held_out.needs.originals:  # the model alone, too
-        show_originals(family, parts[family.main])
+        show_originals(denoising(family), parts[family.main])
     for index, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{index}", scale)
     player = next(iter(objective.players(parts, dtype).values())).eval()
     dataset = Dataset.load(Store(held_out.cache), held_out.dataset)
     validation = Validation(dataset, objective, batch_size=1, rank=0, world=1, seed=held_out.seed)
 
-    def losses(image: int) -> list[float]:
+    def look(image: int) -> Seen:
         # One image at a time: so they are told apart, and it fits wherever a picture can be drawn.
         chunks = (Chunk([image], stratum) for stratum in range(objective.strata))
-        return [validation.loss(lambda batch: player(batch.to(device)), chunk) for chunk in chunks]
+        found = [validation.look(lambda batch: player(batch.to(device)), chunk) for chunk in chunks]
+        return Seen([loss for loss, _ in found], found[0][1])
 
-    return losses
+    return look

@@ -33,7 +33,6 @@ from gtl.evaluate.measure import (
 )
 from gtl.evaluate.result import Copy, Evaluation, Sampling, Score
 from gtl.evaluate.sampling import plan, requests
-from gtl.families import denoising
 from gtl.generate.spread import Model, Order, Origin, Published, spread
 from gtl.session import session
 from gtl.storage import Store
@@ -137,28 +136,37 @@ def check(recipe: Recipe) -> None:
     asked = recipe.evaluate
     if asked.prompts == [] and of_pictures(asked.metrics):
         raise UserError("evaluate.prompts: []: there is nothing to draw; give prompts, or auto for the captions")
-    if "val_loss" in asked.metrics and not recipe.data.validation:
-        raise UserError(
-            "evaluate.metrics: val_loss: needs images that are held out; set data.validation to the share that the "
-            "adapter was trained without, such as 0.05"
-        )
+    for name in asked.metrics:
+        if name in of_pictures([name]):
+            if recipe.objective.type == "classify":
+                raise UserError(f"evaluate.metrics: {name}: is of pictures that are drawn, and classify draws none")
+        elif not recipe.data.validation:
+            raise UserError(
+                f"evaluate.metrics: {name}: needs images that are held out; set data.validation to the share that the "
+                "adapter was trained without, such as 0.05"
+            )
     check_metrics(asked.metrics, asked.samples, asked.clip, "evaluate.samples")
 
 
 def losses_of(
     recipe: Recipe, drawings: Sequence[Drawing], family: Family, dtype: str, progress: Progress, noise: int | None
 ) -> list[dict[str, Score]]:
-    """The val_loss of each drawing's model, where it is asked for.
+    """What is asked for of each drawing's model that no pictures are drawn for, such as val_loss.
 
     Raises:
         UserError: see `validate`.
     """
     from gtl.evaluate.held_out import validate
 
-    if "val_loss" not in recipe.evaluate.metrics:
+    asked = recipe.evaluate.metrics
+    wanted = set(asked) - set(of_pictures(asked))
+    if not wanted:
         return [{} for _ in drawings]
-    scores = validate(recipe, [drawing.model for drawing in drawings], denoising(family), dtype, progress, noise)
-    return [{"val_loss": score} for score in scores]
+    scores = validate(recipe, [drawing.model for drawing in drawings], family, dtype, progress, noise)
+    for name in sorted(wanted):
+        if name not in scores[0]:
+            raise UserError(f"evaluate.metrics: {name}: the model has no head that it is of")
+    return [{name: score for name, score in own.items() if name in wanted} for own in scores]
 
 
 def find(shelf: Registry, adapter: str, base: str, draws: bool = True) -> Published:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from gtl.evaluate.outcomes import measure, values_of
 from gtl.types import Batch, Losses
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gtl.data.dataset import Dataset
     from gtl.objectives.base import Objective
 
@@ -50,6 +53,8 @@ class Validation:
     def run(self, player: Callable[[Batch], Losses | None], device: torch.device) -> dict[str, float]:
         """`val_loss`, and of several strata `val_loss_q1` (the least noisy) and so on; {} without images. Collective.
 
+        And what else is measured of what came of each image.
+
         Args:
             player: Returns losses summed over samples with the batch's weights.
             device: Where the process group reduces tensors.
@@ -57,19 +62,24 @@ class Validation:
         if not self._work:
             return {}
         sums = torch.zeros(self._objective.strata, 2, dtype=torch.float64, device=device)
+        outcomes: dict[str, list[Tensor]] = {}
         for chunk in self._work:
-            loss = self.loss(player, chunk)
+            loss, found = self.look(player, chunk)
+            for name, rows in found.items():
+                outcomes.setdefault(name, []).extend([rows] if chunk.is_real else [])
             if chunk.is_real:
                 sums[chunk.stratum] += torch.tensor([loss, len(chunk.entries)], device=device)
         dist.all_reduce(sums)
         means = (sums[:, 0] / sums[:, 1]).tolist()
-        return {"val_loss": sum(means) / len(means), **parts_of(means)}
+        measured = values_of(measure(gathered(outcomes))) if outcomes else {}
+        return {"val_loss": sum(means) / len(means), **parts_of(means), **measured}
 
-    def loss(self, player: Callable[[Batch], Losses | None], chunk: Chunk) -> float:
-        """Of a chunk's images, summed; see `run`."""
+    def look(self, player: Callable[[Batch], Losses | None], chunk: Chunk) -> tuple[float, dict[str, Tensor]]:
+        """Of a chunk's images the loss, summed, and what came of each; see `run`."""
         losses = player(self._batch(chunk))
         assert losses is not None
-        return float(losses.parts.get(self._objective.judged or "", losses.total))
+        loss = float(losses.parts.get(self._objective.judged or "", losses.total))
+        return loss, {name: rows.cpu() for name, rows in losses.outcomes.items()}
 
     def _batch(self, chunk: Chunk) -> Batch:
         keys = tuple(self._dataset.entries[i].variants[0] for i in chunk.entries)
@@ -79,6 +89,13 @@ class Validation:
             rng = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
             draws.append(self._objective.draw(self._dataset.item(i, 0, 0), rng, chunk.stratum))
         return Batch(self._objective.collate(draws), torch.ones(len(draws)), keys)
+
+
+def gathered(outcomes: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """All ranks' outcomes. Collective."""
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, {name: list(rows) for name, rows in outcomes.items()})
+    return {name: torch.cat([row for share in shares for row in share[name]]) for name in outcomes}
 
 
 def parts_of(means: Sequence[float]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from gtl.families.source import resolve
 from gtl.types import UserError
 
 if TYPE_CHECKING:
-    from gtl.families.base import DiffusionFamily, Family
+    from gtl.families.base import DiffusionFamily, Family, SeeingFamily
 
 FAMILIES: dict[str, str] = {
     "sd": "gtl.families.sd:StableDiffusion",
@@ -26,6 +26,8 @@ FAMILIES: dict[str, str] = {
     "deepfloyd": "gtl.families.deepfloyd:DeepFloyd",
     "deepfloyd_upscaler": "gtl.families.deepfloyd_upscaler:DeepFloydUpscaler",
     "gan": "gtl.families.gan:Gan",
+    "classifier": "gtl.families.classifier:Classifier",
+    "diffusion_classifier": "gtl.families.diffusion_classifier:DiffusionClassifier",
 }
 """Families by name, imported when opened."""
 
@@ -45,6 +47,8 @@ PIPELINES: dict[str, str] = {
     "IFPipeline": "deepfloyd",
     "IFSuperResolutionPipeline": "deepfloyd_upscaler",
     "GanPipeline": "gan",
+    "ClassifierPipeline": "classifier",
+    "DiffusionClassifierPipeline": "diffusion_classifier",
 }
 """Family by the pipeline class that model_index.json names."""
 
@@ -93,3 +97,26 @@ def denoising(family: Family) -> DiffusionFamily:
             "that draw by denoising"
         )
     return cast("DiffusionFamily", family)
+
+
+def encoding(family: Family) -> DiffusionFamily | SeeingFamily:
+    """A family as one that makes latents or features of pictures.
+
+    Raises:
+        UserError: it does not.
+    """
+    return cast("SeeingFamily", family) if family.heads else denoising(family)
+
+
+def seeing(family: Family) -> SeeingFamily:
+    """A family as one that says what is in pictures.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not family.heads:
+        raise UserError(
+            f"model.source: {family.folder}: a model of family {family.name} has no heads that say what is in a "
+            "picture; `gtl heads` makes a model with some"
+        )
+    return cast("SeeingFamily", family)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from gtl.diffusion.path import NoisePath
-    from gtl.types import Geometry, Sampler
+    from gtl.types import Geometry, Sampler, Task
 
 Conditions = dict[str, "Tensor"]
 """Everything `predict` needs beside latents and time, by name. For one sample without a batch dimension."""
@@ -34,12 +34,12 @@ class Family(Protocol):
 
     learns: ClassVar[tuple[str, ...]]
     """What it can learn, by `objective.type`."""
-    draws: ClassVar[Literal["by denoising", "at once"]]
+    draws: ClassVar[Literal["by denoising", "at once", "nothing"]]
     """How a picture comes about."""
     draws_alone: ClassVar[bool]
     """Whether without being given a smaller one; else it is an `EnlargingFamily`."""
     codec: ClassVar[str | None]
-    """Part that maps pixels to latents (vae); None: identity, the model works on pixels."""
+    """Part that maps pixels to latents (vae), or to features; None: identity, the model works on pixels."""
 
     @property
     def main(self) -> str:
@@ -54,6 +54,11 @@ class Family(Protocol):
     @property
     def critics(self) -> tuple[str, ...]:
         """Parts that only training needs: a discriminator."""
+        ...
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Parts that say what is in a picture, of what the main part makes of it."""
         ...
 
     @property
@@ -286,6 +291,28 @@ class EnlargingFamily(DiffusionFamily, Protocol):
         Raises:
             UserError: it was made for another encoder.
         """
+        ...
+
+
+class SeeingFamily(Family, Protocol):
+    """A family whose main part makes features of pictures, of which its head says what is in them."""
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """What the head says, by name."""
+        ...
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nothing but heads can move."""
+        ...
+
+    def feature_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Of the features of one picture, by name."""
+        ...
+
+    def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels [B, 3, H, W] in [-1, 1] to features, [B, ...]; differentiable in the weights of the main part."""
         ...
 
 

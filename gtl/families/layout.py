@@ -30,6 +30,7 @@ class DiffusersLayout:
     """Of every part: the library and class it is made with. Of an opened model: of the parts that it has."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """Names that models were published under before a class was renamed -> its name."""
+    heads: tuple[str, ...] = ()
     optional: ClassVar[frozenset[str]] = frozenset()
     """Parts that a model may go without."""
     companions: ClassVar[Mapping[str, str]] = {}

@@ -121,3 +121,12 @@ def fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.
     for second, first in ties_of(module).items():
         owner, _, name = second.rpartition(".")
         setattr(module.get_submodule(owner), name, module.get_parameter(first))
+
+
+def write_weights(module: nn.Module, folder: Path) -> None:
+    """Write a module's state dict, under its own names, as `model.safetensors`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})

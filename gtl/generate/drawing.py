@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gtl.types import UserError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -62,4 +64,6 @@ def check(request: Request, family: Family, edit: Edit | None = None) -> None:
     Raises:
         UserError: names the field, its value and what is allowed.
     """
+    if family.draws not in ENGINES:
+        raise UserError(f"model: {family.folder}: a model of family {family.name} draws {family.draws}")
     import_module(ENGINES[family.draws][0]).check(request, family, edit)

@@ -17,6 +17,7 @@ OBJECTIVES = {
     "align": "gtl.objectives.align:Align",
     "adversarial": "gtl.objectives.adversarial:Adversarial",
     "autoencode": "gtl.objectives.autoencode:Autoencode",
+    "classify": "gtl.objectives.classify:Classify",
     "consistency": "gtl.objectives.consistency:Consistency",
     "denoise": "gtl.objectives.denoise:Denoise",
     "distill": "gtl.objectives.distill:Distill",

@@ -124,18 +124,32 @@ def join(
     for name, part in parts.items():
         part.train(any(parameter.requires_grad for parameter in part.parameters()))
         if part.training:
+            keep_frozen_statistics(part)
             buffers |= {f"{name}.{key}": buffer for key, buffer in iterated(part)}
     players = objective.players(parts, arithmetic)
     return Trainee(family, tuner, objective, parts, parameters, buffers, players, arithmetic)
 
 
 def iterated(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The vectors by which spectral normalisation finds singular values, by name; they move with every pass."""
+    """What moves with every pass, by name: the vectors by which spectral normalisation finds singular values, and the
+    statistics of batches. The count of these is read by nobody."""
+    from torch.nn.modules.batchnorm import _BatchNorm
     from torch.nn.utils.parametrizations import _SpectralNorm
 
     for name, module in part.named_modules():
         if isinstance(module, _SpectralNorm):
             yield from module.named_buffers(name)
+        elif isinstance(module, _BatchNorm) and module.training:
+            yield from ((key, value) for key, value in module.named_buffers(name) if value.is_floating_point())
+
+
+def keep_frozen_statistics(part: nn.Module) -> None:
+    """Let batch normalisation whose own weights are frozen go by the statistics that it has, and leave them."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for module in part.modules():
+        if isinstance(module, _BatchNorm) and module.affine and not module.weight.requires_grad:
+            module.eval()
 
 
 def fresh(family: Family, part: str, seed: int) -> nn.Module:

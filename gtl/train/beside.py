@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from gtl.adapters import Registry
 from gtl.adapters.registry import EVALUATIONS
 from gtl.config import Recipe
+from gtl.config.metrics import of_pictures
 from gtl.data.reference import Reference, reference
 from gtl.evaluate.measure import check_images
 from gtl.evaluate.result import Evaluation, Score
@@ -168,7 +169,7 @@ class Beside:
     def _judge(self) -> Best | None:
         """The best of all looks that were scored so far; None if the run is not judged by that."""
         best = best_of(self._recipe)
-        if best is None or best.metric == "val_loss":
+        if best is None or not of_pictures([best.metric]):
             return None
         for step in scored(self._job.run):
             if step not in self._known:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gtl.families import denoising
+from gtl.families import denoising, seeing
 from gtl.train.quantize import FORMATS, frozen_linears
 from gtl.train.work import Work, count
 from gtl.tuners.depth import is_under
@@ -22,7 +22,7 @@ from gtl.types import Batch, Geometry, Item, UserError
 
 if TYPE_CHECKING:
     from gtl.config import Recipe
-    from gtl.families.base import DiffusionFamily, Family
+    from gtl.families.base import DiffusionFamily, Family, SeeingFamily
     from gtl.train.assemble import Trainee
 
 CPU = torch.device("cpu")
@@ -206,7 +206,7 @@ def make_item(recipe: Recipe, family: Family) -> Item:
     if recipe.needs.images == "pixels":
         pixels = torch.zeros(3, side, side, dtype=torch.uint8)
     else:
-        latents = moments(denoising(family), side)
+        latents = features(seeing(family), side) if family.heads else moments(denoising(family), side)
     if recipe.needs.text == "embeddings":
         conditions = embeddings(denoising(family))
     geometry = Geometry((side, side), (0, 0), (side, side))
@@ -232,6 +232,11 @@ def moments(family: DiffusionFamily, side: int) -> dict[str, Tensor]:
     with torch.no_grad():
         found = family.encode_images(codec, torch.empty(1, 3, side, side, device="meta"))
     return {name: torch.zeros(value.shape[1:]) for name, value in found.items()}
+
+
+def features(family: SeeingFamily, side: int) -> dict[str, Tensor]:
+    """Zeros in the shape of a square image's features."""
+    return {name: torch.zeros(shape) for name, shape in family.feature_shapes(side, side).items()}
 
 
 def embeddings(family: DiffusionFamily) -> dict[str, Tensor]:

@@ -71,7 +71,9 @@ def traversal(latents: Tensor) -> list[Tensor]:
 
 
 def mirror_of(pictures: Pictures, held_out: Dataset, trained: Dataset) -> Mirror | None:
-    """Of the first few pictures of one size, of held-out ones if there are any."""
+    """Of the first few pictures of one size, of held-out ones if there are any; None of a model that draws none."""
+    if pictures.trainee.family.draws == "nothing":
+        return None
     side = held_out if held_out.entries else trained
     bucket = side.entries[0].bucket
     alike = [at for at, entry in enumerate(side.entries) if entry.bucket == bucket][:SHOWN]

@@ -9,6 +9,7 @@ from gtl.adapters import Registry
 from gtl.adapters.card import parse_card
 from gtl.config import Recipe, load_recipe
 from gtl.config.load import dump_recipe, read_yaml
+from gtl.config.metrics import of_pictures
 from gtl.config.names import parse_reference
 from gtl.storage import Store
 from gtl.train.checkpoint import latest, read_manifest
@@ -114,7 +115,7 @@ def is_harmless(key: str, recipe: Recipe) -> bool:
         return False
     if key == "evaluate.every" and recipe.judged_by is not None:
         return False
-    if key.startswith("evaluate.") and recipe.judged_by not in (None, "val_loss"):
+    if key.startswith("evaluate.") and recipe.judged_by is not None and of_pictures([recipe.judged_by]):
         return key in AFTERWARDS
     return any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS)
 

@@ -15,6 +15,7 @@ TUNERS = {
     "full": "gtl.tuners.full:Full",
     "freeze": "gtl.tuners.freeze:Freeze",
     "prompt": "gtl.tuners.prompt:Prompt",
+    "head": "gtl.tuners.head:Head",
 }
 """`tuner.type` -> module:class."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Freeze:
-    """All weights of the main part, and of its critic, but those of the first blocks.
+    """All weights of the main part, and of its critic, but those of the first blocks; and all of heads.
 
     What is behind the blocks is never frozen.
     """
@@ -39,6 +39,7 @@ class Freeze:
             frozen = frozen_prefixes(self.family, parts[critic], depth, "tuner.discriminator_depth")
             own = (name for name, _ in parts[critic].named_parameters() if not is_under(name, frozen))
             names += [f"{critic}.{name}" for name in own]
+        names += [f"{head}.{name}" for head in self.family.heads for name, _ in parts[head].named_parameters()]
         return self._weights.mark(parts, names, init)
 
     def chosen(self, main: nn.Module) -> list[str]:

@@ -36,8 +36,8 @@ OBJECTIVE_CONFIGS = {
     "distill": {"output": 1e-3, "features": 1e-3}, "align": {"weight": 0.1},
 }  # fmt: skip
 """The teacher of distill is the model itself, so that all that is to be learned is the task."""
-GAN = "gan"
-"""The family whose pair of networks no other objective than theirs is for; both are walked in test_gan.py, and what
+OWN = {"gan": "adversarial", "classifier": "classify", "diffusion_classifier": "classify"}
+"""Families that no other objective than theirs is for; they are walked in test_gan.py and in test_heads.py, and what
 sees an image beside in test_instruct.py."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
@@ -76,9 +76,9 @@ FALLS_TO = 0.6
 
 
 def test_the_tables_are_walked_whole() -> None:
-    assert {GAN, *(family for family, _ in MODELS.values())} == FAMILIES.keys()
-    assert {tuner for tuner, _ in PAIRS} == TUNERS.keys() == TUNER_CONFIGS.keys()
-    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == {"adversarial", "instruct", *OBJECTIVE_CONFIGS}
+    assert {*OWN, *(family for family, _ in MODELS.values())} == FAMILIES.keys()
+    assert {tuner for tuner, _ in PAIRS} == TUNERS.keys() == {"head", *TUNER_CONFIGS}
+    assert {objective for _, objective in PAIRS} == OBJECTIVES.keys() == {*OWN.values(), "instruct", *OBJECTIVE_CONFIGS}
 
 
 @pytest.mark.parametrize(("model", "tuner_type", "objective_type", "with_encoders"), WALK)

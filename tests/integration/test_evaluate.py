@@ -252,7 +252,9 @@ def test_a_loss_is_of_the_text_encoders_that_an_adapter_moves(ray_cluster: None,
     assert len(dataset.entries) == len(dataset.images) == 3, "no image that is trained on is encoded for it"
     validator = Validator("cpu", HeldOut(recipe.storage.cache, dataset.fingerprint, recipe.objective, needs, 0))
     models = (replace(words, adapters=()), words)
-    live, moved = (validator.work([Look(model, image) for image in range(3)]) for model in models)
+    live, moved = (
+        [seen.losses for seen in validator.work([Look(model, image) for image in range(3)])] for model in models
+    )
     assert np.mean(live) == pytest.approx(alone.value, rel=1e-5), "as with captions that were encoded before"
     assert abs(np.mean(moved) - alone.value) > 1e-3 * alone.value
 

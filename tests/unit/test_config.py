@@ -22,7 +22,7 @@ BASE: dict[str, Any] = {"model": {"source": "org/name"}, "data": {"source": "s3:
 
 KNOWN = ", ".join(METRICS)
 
-KINDS = "'denoise', 'autoencode', 'consistency', 'distill', 'align', 'instruct' or 'adversarial'"
+KINDS = "'denoise', 'autoencode', 'consistency', 'distill', 'align', 'instruct', 'adversarial' or 'classify'"
 WITH_LORA = "align, consistency, denoise, instruct"
 """Objectives."""
 
@@ -204,7 +204,7 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
         ("data.max_broken=2", "data.max_broken: 2: should be less than or equal to 1"),
         ("data.flip=5", "data.flip: 5: should be true or false"),
         ("model.dtype=fp16", "model.dtype: 'fp16': should be 'auto', 'fp32' or 'bf16'"),
-        ("tuner.type=ful", "tuner.type: 'ful': should be 'lora', 'full', 'freeze' or 'prompt'"),
+        ("tuner.type=ful", "tuner.type: 'ful': should be 'lora', 'full', 'freeze', 'prompt' or 'head'"),
         ("tuner.init=Dog",
          "tuner.init: 'Dog': should be NAME, NAME@VERSION or NAME@ALIAS of a published adapter, without a scale"),
         ("tuner.init=dog:0.5",

@@ -28,6 +28,8 @@ from gtl.data.scenes.vocabulary import (
 Pixels = NDArray[np.float32]
 """[H, W, 3] from 0 to 255, or a mask [H, W] from 0 to 1."""
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a thing, in pixels; right and bottom are outside."""
 CREAM: Rgb = (250, 246, 232)
 """Of a concept's details."""
 TILES = 16
@@ -46,13 +48,17 @@ GLOW = 0.08
 
 def draw(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     """An RGB picture of a scene, `size` x `size`; `rng` decides what the scene leaves open."""
+    return draw_boxed(scene, size, rng)[0]
+
+
+def draw_boxed(scene: Scene, size: int, rng: random.Random) -> tuple[Image.Image, list[Box]]:
+    """`draw`, and where its things are."""
     canvas = draw_background(scene, size, rng)
     noise = np.random.default_rng(rng.getrandbits(64))
-    for thing in scene.things:
-        _draw_thing(canvas, thing, scene.style, rng, noise)
+    boxes = [_draw_thing(canvas, thing, scene.style, rng, noise) for thing in scene.things]
     if scene.style == "mosaic":
         canvas = lay_tiles(canvas, noise)
-    return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8)), boxes
 
 
 def draw_background(scene: Scene, size: int, rng: random.Random) -> Pixels:
@@ -98,7 +104,8 @@ def _blurred_noise(noise: np.random.Generator, size: int, sigma: float) -> Pixel
 
 def _draw_thing(
     canvas: Pixels, thing: Thing, style: str, rng: random.Random, noise: np.random.Generator
-) -> None:  # fmt: skip
+) -> Box:  # fmt: skip
+    """Draw a thing, and say where."""
     assert thing.shape and thing.colour and thing.size and thing.place
     size = len(canvas)
     radius = RADII[thing.size] * size * rng.uniform(0.92, 1.08)
@@ -108,6 +115,8 @@ def _draw_thing(
     # Pushed inside where it would be cut off.
     centre = min(max(x, left), size - right), min(max(y, top), size - bottom)
     body, detail = draw_masks(thing.shape, size, centre, radius, rng.uniform(-10, 10))
+    box = body.getbbox()
+    assert box is not None
     rgb = np.array(_jitter(COLOURS[thing.colour], rng), np.float32)
     # Lit from the top left, a little.
     shade = 1 + rng.uniform(0.02, 0.09) * _ramp(size)[..., None]
@@ -115,18 +124,19 @@ def _draw_thing(
         _blend(canvas, stroke(body, STROKE), rgb * 0.92)
         if detail is not None:
             _blend(canvas, stroke(detail, 0.03), rgb * 0.92)
-        return
+        return box
     if style == "chalk":
         rgb = rgb + (255 - rgb) * CHALK_WHITE
         _blend(canvas, _grain(body, noise), rgb)
         if detail is not None:
             _blend(canvas, _grain(detail, noise), np.array(CREAM, np.float32))
-        return
+        return box
     if style == "neon":
         _blend(canvas, _as_mask(body.filter(ImageFilter.GaussianBlur(GLOW * size))), rgb)
     _blend(canvas, _as_mask(body), rgb * shade)
     if detail is not None:
         _blend(canvas, _as_mask(detail), np.array(CREAM, np.float32))
+    return box
 
 
 def _blend(canvas: Pixels, mask: Pixels, colour: Pixels) -> None:

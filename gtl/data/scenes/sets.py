@@ -8,7 +8,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from gtl.data.captions import ORIGINAL
@@ -27,7 +27,7 @@ EDITION = 2
 """Counts changes that draw other pictures or captions for the same name."""
 FEW = 24
 """Pictures that an adapter learns a concept or a style from."""
-CAPTIONS = "metadata.jsonl"
+CAPTIONS, LABELS = "metadata.jsonl", "labels.jsonl"
 THREADS = 4
 MARKS = "random marks"
 """Caption of a picture without a scene."""
@@ -136,6 +136,22 @@ class SceneSet:
         edit, seed = self.edit(index)
         return draw(edit.before, self.size, random.Random(seed))
 
+    def labels(self, index: int) -> dict[str, Any]:
+        """What a picture shows, for heads that learn to say it; of two things each has a shape of its own, so that the
+        picture has none. `boxes` is as `gtl.data.labels.boxes_of` reads it."""
+        from gtl.data.scenes.draw import draw_boxed
+
+        if self.split == "marks":
+            return {"objects": "none", "boxes": {"bbox": [], "categories": []}}
+        scene, _, rng = self._lots(index)
+        boxes = [[left, top, right - left, bottom - top]
+                 for left, top, right, bottom in draw_boxed(scene, self.size, rng)[1]]  # fmt: skip
+        (thing, *others), ground = scene.things, scene.background
+        own = {} if others else {part: getattr(thing, part) for part in ("shape", "colour", "size", "place")}
+        behind = {"background": ground.colour, "pattern": ground.pattern} if ground else {}
+        found = {"bbox": boxes, "categories": [each.shape for each in scene.things]}
+        return {**own, **behind, "style": scene.style, "objects": "two" if others else "one", "boxes": found}
+
     def _lots(self, index: int) -> tuple[Scene, str, random.Random]:
         # Not the size: a picture of 128 pixels shows what the one of 64 shows.
         rng = random.Random(f"{self.split} {self.concept} {self.style} {self.seed} {index}")
@@ -185,6 +201,22 @@ def draw_set(wanted: SceneSet, cache: Store, progress: Progress | None = None) -
                 progress("draw", done, wanted.count)
     folder.write(CAPTIONS, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return folder
+
+
+def label_set(wanted: SceneSet, folder: Store, progress: Progress | None = None) -> None:
+    """Write beside a set's pictures what they show, unless it is there.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    if folder.exists(LABELS):
+        return
+    lines = []
+    for index in range(wanted.count):
+        lines.append(json.dumps({"file_name": file_name(index), **wanted.labels(index)}) + "\n")
+        if progress is not None:
+            progress("label", index + 1, wanted.count)
+    folder.write(LABELS, "".join(lines).encode())
 
 
 def file_name(index: int) -> str:

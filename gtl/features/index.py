@@ -1,0 +1,155 @@
+"""Pictures that are found by a picture, or by words: an index of frozen features in a folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gtl.backbones import open_backbone
+from gtl.backbones.base import TextBackbone
+from gtl.backbones.features import features_of
+from gtl.data.captions import CaptionRule
+from gtl.data.check import inspect_here
+from gtl.data.containers import fetch
+from gtl.data.sources import Located, scan
+from gtl.families.files import read_json
+from gtl.images import BrokenImage, decode
+from gtl.storage import Store
+from gtl.types import Progress, UserError, quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gtl.backbones.base import Backbone
+
+FACTS, VECTORS, IMAGES = "index.json", "vectors.faiss", "images.jsonl"
+EXACT = 100_000
+"""Pictures up to which every one is compared with; more are searched by a graph, which misses a few."""
+LINKS = 32
+"""Of a picture in the graph (HNSW, Malkov & Yashunin 2016, arXiv 1603.09320)."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture that was found."""
+
+    uri: str
+    cosine: float
+    """Of the two features; 1 is the same direction."""
+
+
+def make_index(source: str, out: Path, backbone: str, cache: str, progress: Progress = quiet) -> int:
+    """Index the pictures of a source; how many there are.
+
+    Features are kept in the cache, by the picture's bytes and the backbone's weights: to index a folder again costs
+    what is new in it.
+
+    Args:
+        source: A folder, a Parquet or tar file, a bucket URL of one, or a built-in set.
+        out: A folder for the index; an index that is there is replaced.
+        backbone: See `gtl.backbones.open_backbone`.
+        cache: URL of the cache's root.
+        progress: Is called as it goes on.
+
+    Raises:
+        UserError: there is no such source or backbone, faiss is not installed, or nothing can be read.
+    """
+    faiss = library()
+    store = Store(cache)
+    found = scan(source, CaptionRule("folder"), 1.0, store, inspect_here, progress)
+    images = {located.record.sha256: located for located in found.images}
+    extractor = open_backbone(backbone)
+    whole = [located for located in images.values() if readable(located)]
+    if not whole:
+        raise UserError(f"{source}: none of {len(found.images) + len(found.broken)} images can be read")
+    hashes = [located.record.sha256 for located in whole]
+    rows, _ = features_of(extractor, hashes, lambda at: decode(fetch(whole[at].place)), store, progress)
+    vectors = units(rows).numpy()
+    if len(whole) <= EXACT:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+    else:
+        index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.add(vectors)
+    out.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(index, str(out / VECTORS))
+    (out / IMAGES).write_text("".join(json.dumps(located.record.uri) + "\n" for located in whole), encoding="utf-8")
+    facts = {"backbone": backbone, "fingerprint": extractor.fingerprint(), "images": len(whole), "source": source}
+    (out / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return len(whole)
+
+
+def find(index: Path, wanted: str, is_text: bool = False, most: int = 10) -> list[Match]:
+    """The pictures of an index that are nearest to one, or to words; the nearest first.
+
+    Args:
+        index: The folder.
+        wanted: A file, or the words.
+        is_text: Whether it is words; the index has to be of a backbone that reads, which is CLIP.
+        most: So many.
+
+    Raises:
+        UserError: there is no such index or file, or the backbone is another one now or does not read.
+    """
+    faiss = library()
+    if not (index / FACTS).is_file():
+        raise UserError(f"{index}: no index; `gtl features index FOLDER --out {index}` makes one")
+    facts = read_json(index / FACTS)
+    extractor = open_backbone(str(facts["backbone"]))
+    if extractor.fingerprint() != facts["fingerprint"]:
+        raise UserError(f"{index}: was made by another {facts['backbone']} than there is now; make the index again")
+    if is_text:
+        if not isinstance(extractor, TextBackbone):
+            raise UserError(f"--text: {facts['backbone']} reads no words; make the index by --backbone of a CLIP model")
+        row = extractor.encode_texts([wanted])
+    else:
+        row = looked_at(extractor, Path(wanted))
+    uris = [json.loads(line) for line in (index / IMAGES).read_text(encoding="utf-8").splitlines()]
+    cosines, places = faiss.read_index(str(index / VECTORS)).search(units(row).numpy(), min(most, len(uris)))
+    return [
+        Match(uris[at], round(float(cosine), 4)) for cosine, at in zip(cosines[0], places[0], strict=True) if at >= 0
+    ]
+
+
+def looked_at(extractor: Backbone, file: Path) -> Tensor:
+    """A picture's features, [1, D].
+
+    Raises:
+        UserError: there is no such picture.
+    """
+    try:
+        return extractor([decode(file.read_bytes())])[0]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (BrokenImage, OSError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def readable(located: Located) -> bool:
+    """Whether a picture can be decoded."""
+    try:
+        decode(fetch(located.place))
+    except (BrokenImage, FileNotFoundError):
+        return False
+    return True
+
+
+def units(rows: Tensor) -> Tensor:
+    """Rows of length 1, as inner products compare them."""
+    return torch.nn.functional.normalize(rows.float(), dim=1).contiguous()
+
+
+def library() -> Any:
+    """faiss (Douze et al. 2024, arXiv 2401.08281).
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("gtl features: needs faiss, which is not installed: pip install 'gtl[retrieval]'") from None
+    return faiss
