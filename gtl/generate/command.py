@@ -215,7 +215,8 @@ def check_options(request: Request, family: Family, edit: Edit | None = None) ->
         check(request, family, edit)
     except UserError as error:
         name, colon, rest = str(error).partition(":")
-        raise UserError(f"--{name.replace('_', '-')}{colon}{rest}") from None
+        name = name.replace("_", "-") if name.isidentifier() else name
+        raise UserError(f"--{name}{colon}{rest}") from None
 
 
 def check_writable(out: Path) -> None:

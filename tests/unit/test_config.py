@@ -244,14 +244,17 @@ def test_an_unknown_key_gets_the_nearest_known_one(override: str, message: str) 
          "tuner.freeze_depth: 12.5: should be a fraction in [0, 1), or a whole number of blocks, which is written 12"),
         ("tuner.freeze_depth=true", "tuner.freeze_depth: True: should not be true or false"),
         ("objective.type=autoencod",
-         "objective.type: 'autoencod': should be 'denoise', 'autoencode', 'consistency', 'distill' or 'adversarial'"),
+         "objective.type: 'autoencod': should be 'denoise', 'autoencode', 'consistency', 'distill', 'instruct' or "
+         "'adversarial'"),
         ("objective.type=",
-         "objective.type: 'None': should be 'denoise', 'autoencode', 'consistency', 'distill' or 'adversarial'"),
+         "objective.type: 'None': should be 'denoise', 'autoencode', 'consistency', 'distill', 'instruct' or "
+         "'adversarial'"),
         ("objective={type: autoencode, kl: -1}", "objective.kl: -1: should be greater than or equal to 0"),
         ("objective={type: autoencode, l1: 0}",
          "objective: l1 and l2 are both 0; one of them has to be above, or nothing asks for the picture back"),
         ("objective.type=autoencode",
-         "objective.type: 'autoencode' does not go with tuner.type 'lora'; allowed with it: consistency, denoise"),
+         "objective.type: 'autoencode' does not go with tuner.type 'lora'; allowed with it: consistency, denoise, "
+         "instruct"),
         ("objective.min_snr_gamma=0", "objective.min_snr_gamma: 0: should be greater than 0"),
         ("objective.timesteps.shift=0", "objective.timesteps.shift: 0: should be greater than 0 or 'model'"),
         ("train.zero=2", "train.zero: 2: should be a section with the keys stage, offload, offload_folder, hpz"),
@@ -395,10 +398,12 @@ def test_a_pair_outside_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError) as caught:
         pair("lora", "classify")
     assert str(caught.value) == (
-        "objective.type: 'classify' does not go with tuner.type 'lora'; allowed with it: consistency, denoise"
+        "objective.type: 'classify' does not go with tuner.type 'lora'; allowed with it: consistency, denoise, instruct"
     )
     monkeypatch.delitem(PAIRS, ("lora", "denoise"))
-    assert mistake() == "objective.type: 'denoise' does not go with tuner.type 'lora'; allowed with it: consistency"
+    assert mistake() == (
+        "objective.type: 'denoise' does not go with tuner.type 'lora'; allowed with it: consistency, instruct"
+    )
 
 
 @pytest.mark.parametrize(
