@@ -72,7 +72,7 @@ def check_measured(recipe: Recipe, metrics: tuple[str, ...]) -> None:
     """
     for name in metrics:
         found = METRICS[name]
-        if (name == "val_loss" or "held_out" in found.needs) and not recipe.data.validation:
+        if (found.extractor == "model" or "held_out" in found.needs) and not recipe.data.validation:
             raise UserError(f"metric: {name}: needs images that are held out; set data.validation, such as 0.05")
         if found.extractor == "clip" and recipe.evaluate.clip is None:
             raise UserError(f"metric: {name}: needs a CLIP model; set evaluate.clip to its folder or hub id")

@@ -32,9 +32,11 @@ REAL = ("real", "train", "held_out")
 
 METRICS: dict[str, Metric] = {
     "val_loss": Metric(higher_is_better=False, needs={}, extractor="model"),  # see gtl.evaluate.validation
-    # See gtl.evaluate.outcomes: of what heads say of held-out images.
+    # See gtl.evaluate.outcomes: of what heads say of held-out images, and of what a codec makes of them.
     "accuracy": Metric(higher_is_better=True, needs={}, extractor="model"),
     "map_50": Metric(higher_is_better=True, needs={}, extractor="model"),
+    "psnr": Metric(higher_is_better=True, needs={}, extractor="model"),
+    "ssim": Metric(higher_is_better=True, needs={}, extractor="model"),
     "fid": Metric(higher_is_better=False, needs={"real": 100, "fake": 100}),
     "kid": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
     "inception_score": Metric(higher_is_better=True, needs={"logits": 100}),
@@ -50,9 +52,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
-OF_LABELS = ("accuracy", "map_50")
-"""Those of objective.type: classify: the share of right classes, and of objects the mean average precision, where a box
-counts as found that has half of both in common with one that is there."""
+OF_OUTCOMES = {"accuracy": "classify", "map_50": "classify", "psnr": "autoencode", "ssim": "autoencode"}
+"""Metrics of what comes of each held-out image -> the objective that they are of. accuracy: the share of right classes.
+map_50: of objects the mean average precision, where a box counts as found that has half of both in common with one that
+is there. psnr: the peak signal-to-noise ratio of a reconstruction in decibels. ssim: its structural similarity (Wang et
+al. 2004)."""
 
 
 def metric(name: str) -> Metric:
@@ -91,6 +95,22 @@ def check_metrics(names: Iterable[str], samples: int, clip: str | None, key: str
         for part, fewest in found.needs.items():
             if part not in REAL and samples < fewest:
                 raise UserError(f"{key}: {samples}: {name} needs at least {fewest}")
+
+
+def check_objective(given: Mapping[str, Iterable[str]], objective: str) -> None:
+    """Refuse metrics of another objective.
+
+    Args:
+        given: Names of metrics by the key of the recipe that has them.
+        objective: Its `objective.type`.
+
+    Raises:
+        ValueError: names the key.
+    """
+    for key, names in given.items():
+        for name in names:
+            if (wanted := OF_OUTCOMES.get(name, objective)) != objective:
+                raise ValueError(f"{key}: {name}: comes of objective.type: {wanted}, and not of {objective}")
 
 
 def check_name(name: str) -> str:

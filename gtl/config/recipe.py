@@ -8,8 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.evaluate import Evaluate
-from gtl.config.heads import check_heads
-from gtl.config.metrics import METRICS, MetricName, check_metrics, of_pictures
+from gtl.config.metrics import METRICS, MetricName, check_metrics, check_objective, of_pictures
 from gtl.config.objectives import AdversarialObjective, AlignObjective, DenoiseObjective, Objective
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import FreezeTuner, FullTuner, LoraTuner, PromptTuner, Tuner
@@ -371,8 +370,10 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_heads(self) -> "Recipe":
-        check_heads(self)
+    def _check_outcomes(self) -> "Recipe":
+        judged = "train.early_stopping.metric or train.checkpoints.best"
+        given = {"evaluate.metrics": self.evaluate.metrics, "evaluate.beside.metrics": self.evaluate.beside.metrics}
+        check_objective({**given, judged: [self.judged_by] if self.judged_by else []}, self.objective.type)
         return self
 
     @model_validator(mode="after")

@@ -114,6 +114,16 @@ def check_labels(found: Scan, tasks: Mapping[str, Task]) -> None:
     found.images = kept
 
 
+def check_turned(tasks: Mapping[str, Task], flip: bool) -> None:
+    """Refuse mirrored pictures where boxes would stay where they were.
+
+    Raises:
+        UserError: so it is.
+    """
+    if flip and (boxed := next((name for name, task in tasks.items() if task.kind == "boxes"), None)) is not None:
+        raise UserError(f"data.flip: true: the boxes of the model's head {boxed} are not mirrored with it; set false")
+
+
 def check_label(value: Any, name: str, task: Task, located: Located) -> None:
     """Refuse what a head cannot learn to say.
 

@@ -16,7 +16,7 @@ from gtl.data.containers import ORIGINAL_COLUMNS
 from gtl.data.dataset import BYTE_SPACE, PIXEL_SPACE, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
-from gtl.data.labels import CAPTION, check_labels
+from gtl.data.labels import CAPTION, check_labels, check_turned
 from gtl.data.sources import Broken, File, Located, Scan, list_source, scan, uri_of
 from gtl.families import seeing
 from gtl.storage import Store
@@ -60,6 +60,7 @@ def prepare(
     tell: Progress = progress or quiet
     cache = Store(cache_url)
     tasks = seeing(family).tasks if needs.labels else {}
+    check_turned(tasks, data.flip)
     found = scan_all(data, cache, prior, tell, target, {task.column for task in tasks.values()})
     found = paired(found) if needs.originals else unpaired(found)
     if tasks:

@@ -101,7 +101,7 @@ def validate(
         own = {"val_loss": make_score(val_loss(losses, images, note), facts, parts_of(losses.mean(dim=0).tolist()))}
         if outcomes:
             # Truth does not depend on the model: heads on other networks, for the same classes, compare.
-            told = {**facts, "extractor": truth_of(family, dataset)}
+            told = {**facts, "extractor": truth_of(family, dataset)} if needs.labels else facts
             once = torch.tensor([images.index(image) == at for at, image in enumerate(images)])
             for name, (whole, parts) in outcomes_of({key: rows[once] for key, rows in outcomes.items()}).items():
                 own[name] = make_score(whole, told, parts)

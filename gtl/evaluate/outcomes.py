@@ -1,4 +1,4 @@
-"""Metrics of what heads say of held-out images, from what came of each image: see `gtl.types.Losses.outcomes`."""
+"""Metrics of what came of each held-out image, said by heads or made by a codec: see `gtl.types.Losses.outcomes`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ RIGHT, LABELLED = "right.", "labelled."
 SAID, THERE = "said.", "there."
 """Of one that looks for objects: [images, N, 3] class, score and 1 if there is one, for every object that it has found;
 a score of -1 is none. And how many of each class there are, [images, classes]."""
+MEANS = ("psnr", "ssim")
+"""Outcomes that are metrics of an image, [images], of which all of them have the mean."""
 LEVELS = 101
 """Recalls from 0 to 1 at which precision is looked at, as in COCO (Lin et al. 2014, arXiv 1405.0312)."""
 
@@ -42,6 +44,10 @@ def measure(outcomes: Mapping[str, Tensor]) -> dict[str, Measured]:
                     scores[task] = score(rows.double(), other.double())
         if scores:
             found[metric] = mean_of(metric, scores)
+    for metric in MEANS:
+        if metric in outcomes:
+            own = outcomes[metric].double()
+            found[metric] = Measured(estimate(metric, float(own.mean()), own.new_empty(0), own - own.mean()), {})
     return found
 
 

@@ -165,7 +165,7 @@ def losses_of(
     scores = validate(recipe, [drawing.model for drawing in drawings], family, dtype, progress, noise)
     for name in sorted(wanted):
         if name not in scores[0]:
-            raise UserError(f"evaluate.metrics: {name}: the model has no head that it is of")
+            raise UserError(f"evaluate.metrics: {name}: no head of the model has it, or the images are too small")
     return [{name: score for name, score in own.items() if name in wanted} for own in scores]
 
 

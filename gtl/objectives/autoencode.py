@@ -16,6 +16,9 @@ from gtl.types import Batch, Item, Losses, UserError
 if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily
 
+WINDOW = 11
+"""Of structural similarity, in pixels."""
+
 
 class Autoencode:
     """Trains the codec of a family: reconstruction in pixels and divergence in latents."""
@@ -132,12 +135,30 @@ class Autoencoder(nn.Module):
             losses["adversarial"] = -self._judge[0].judge(decoded)
         shares = {name: batch.share(loss) for name, loss in losses.items()}
         total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum(0)
-        return Losses(total, {name: share.detach() for name, share in shares.items()})
+        outcomes = {} if torch.is_grad_enabled() else reconstruction(decoded, pixels)
+        return Losses(total, {name: share.detach() for name, share in shares.items()}, outcomes)
 
     def after_step(self, done: int, total: int) -> None:
         """Count."""
         if self._judge:
             self.passed.fill_(done)
+
+
+def reconstruction(decoded: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    """How like pictures [B, 3, H, W] in [-1, 1] what was made of them is, as it is shown: `psnr` in decibels and `ssim`
+    (Wang et al. 2004, with its window of 11 pixels, which smaller pictures have no room for), each [B]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    shown = decoded.clamp(-1, 1)
+    noise = (shown - pixels).square().flatten(1).mean(1).clamp(min=torch.finfo(torch.float32).eps)
+    found = {"psnr": 10 * (4 / noise).log10()}
+    if min(pixels.shape[-2:]) >= WINDOW:
+        # Of brightness, which is never negative.
+        both = (each / 2 + 0.5 for each in (shown, pixels))
+        similarity = structural_similarity_index_measure(*both, data_range=1.0, reduction="none")
+        assert isinstance(similarity, Tensor)
+        found["ssim"] = similarity.view(-1)
+    return found
 
 
 def divergence(moments: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gtl.config import Recipe
-from gtl.config.metrics import OF_LABELS, of_pictures
+from gtl.config.metrics import OF_OUTCOMES, of_pictures
 from gtl.data.dataset import Dataset
 from gtl.data.loader import Loader
 from gtl.data.plan import Plan
@@ -178,7 +178,7 @@ def make_watch(
     shown, scoring, best = recipe.evaluate, None, best_of(recipe)
     grid: Grid | Mirror | Enlarged | Edits | None = None
     rows: list[dict[str, Any]] = of_first(lambda: read_rows(job.run), device) if done else []
-    measured = ("val_loss", *OF_LABELS, *recipe.at_looks.metrics)
+    measured = ("val_loss", *OF_OUTCOMES, *recipe.at_looks.metrics)
     seen = next(({m: row[m] for m in measured if m in row} for row in rows if row["step"] == done), {})
     pictures = Pictures(
         recipe.at_looks, recipe.sampler, trainee, trained, device, getattr(torch, DTYPES[job.dtype])

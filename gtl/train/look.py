@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gtl.config.evaluate import Evaluate
-from gtl.config.metrics import OF_LABELS
+from gtl.config.metrics import OF_OUTCOMES
 from gtl.data.cache import prompt_key
 from gtl.evaluate.measure import pairs
 from gtl.evaluate.result import Evaluation
@@ -194,7 +194,7 @@ class Watch:
         """For the card: how good the weights that are published were."""
         if self.best is not None and self.best.step:
             return self.best.verdict
-        scores = {name: self.seen[name] for name in OF_LABELS if name in self.seen}
+        scores = {name: self.seen[name] for name in OF_OUTCOMES if name in self.seen}
         told = {"scores": scores} if scores else {}
         return {"val_loss": self.seen["val_loss"], **told} if "val_loss" in self.seen else {}
 

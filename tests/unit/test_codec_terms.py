@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from gtl.config import parse_recipe
 from gtl.config.objectives import AutoencodeObjective
+from gtl.evaluate.outcomes import measure, values_of
 from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.families.gan_features import VggDiscriminator, positions
 from gtl.objectives import make_objective
+from gtl.objectives.autoencode import reconstruction
 from gtl.objectives.patches import Patches
 from gtl.objectives.perceptual import Perceptual, open_perceptual
 from gtl.types import Batch, UserError
@@ -159,3 +161,37 @@ def recipe(objective: dict[str, object], **train: object):  # type: ignore[no-un
         "model": {"source": "builtin:tiny"}, "tuner": {"type": "full", "train": ["vae"]},
         "objective": {"type": "autoencode", **objective}, "data": {"source": "photos"}, "train": {"ema": 0.9, **train},
     })  # fmt: skip
+
+
+def test_what_a_codec_made_is_told_of_each_picture(family: DiffusionFamily) -> None:
+    """Peak signal-to-noise ratio by hand; structural similarity is 1 of the same and falls with noise."""
+    pixels = pictures(3, 0)
+    drawn = pixels.clone()
+    drawn[1] += 0.2
+    drawn[2] = pictures(1, 9)[0]
+    drawn = drawn.clamp(-1, 1)
+    found = reconstruction(drawn, pixels)
+    noise = (drawn - pixels).square().mean((1, 2, 3))
+    torch.testing.assert_close(found["psnr"][1:], 20 * torch.log10(2 / noise[1:].sqrt()))
+    assert found["psnr"][0] > 70 and found["ssim"][0] == pytest.approx(1.0)
+    assert found["ssim"][1] > 0.8 > 0.2 > found["ssim"][2]
+    assert reconstruction(drawn[..., :10], pixels[..., :10]).keys() == {"psnr"}, "the window is 11 pixels wide"
+    player = make_objective(AutoencodeObjective(), family).players({"vae": family.load("vae")}, FP32)["autoencoder"]
+    batch = batch_of(family)
+    assert player(batch).outcomes == {}
+    with torch.no_grad():
+        seen = player(batch).outcomes
+    assert {name: tuple(rows.shape) for name, rows in seen.items()} == {"psnr": (2,), "ssim": (2,)}
+    assert values_of(measure(seen)) == pytest.approx({name: float(rows.mean()) for name, rows in seen.items()})
+    many = measure({"psnr": torch.arange(20.0, 40.0)})["psnr"].whole
+    assert many.value == 29.5 and many.low is not None and many.high is not None
+    # Two-sided, of 20 images: the standard error is 5.92 / sqrt(20).
+    assert many.high - many.low == pytest.approx(2 * 2.093 * 1.323, rel=0.05)
+
+
+def test_metrics_of_another_objective_are_refused() -> None:
+    with pytest.raises(UserError, match="evaluate.metrics: psnr: comes of objective.type: autoencode, and"):
+        parse_recipe({
+            "model": {"source": "builtin:tiny"}, "data": {"source": "photos", "validation": 0.1},
+            "evaluate": {"metrics": ["psnr"]},
+        })  # fmt: skip

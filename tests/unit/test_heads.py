@@ -21,7 +21,7 @@ from gtl.cli import main
 from gtl.config import parse_recipe
 from gtl.data.captions import CaptionRule
 from gtl.data.check import inspect_here
-from gtl.data.labels import check_labels, find_tasks
+from gtl.data.labels import check_labels, check_turned, find_tasks
 from gtl.data.scenes.sets import SceneSet
 from gtl.data.sources import Scan, scan
 from gtl.evaluate.outcomes import average_precision, measure, values_of
@@ -199,6 +199,14 @@ def test_accuracy_is_a_share_with_wilsons_interval() -> None:
     assert measure({"right.a": right, "labelled.a": torch.zeros(100)}) == {}
 
 
+def test_boxes_and_mirrored_pictures_do_not_go_together() -> None:
+    tasks = {"shape": Task("shape", "class", ("a", "b")), "things": Task("boxes", "boxes", ("a", "b"))}
+    check_turned(tasks, False)
+    check_turned({"shape": tasks["shape"]}, True)
+    with pytest.raises(UserError, match="data.flip: true: the boxes of the model's head things are not mirrored"):
+        check_turned(tasks, True)
+
+
 def test_average_precision_is_that_of_the_definition() -> None:
     hits = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     # Precision 1 up to recall 1/2, then 2/3: 51 of 101 recalls and 50.
@@ -227,7 +235,7 @@ def test_mean_precision_tells_how_sure_it_is() -> None:
     ("sections", "said"),
     [
         ({"evaluate": {"metrics": ["accuracy"]}, "objective": {"type": "denoise"}, "tuner": {"type": "lora"}},
-         "evaluate.metrics: accuracy: is of what heads say; take it with objective.type: classify"),
+         "evaluate.metrics: accuracy: comes of objective.type: classify, and not of denoise"),
         ({"train": {"checkpoints": {"best": "kid"}}, "data": {"source": "x", "validation": 0.1}},
          "kid: classify draws no pictures"),
         ({"train": {"checkpoints": {"best": "accuracy"}}}, "there is nothing to judge by; set data.validation"),
