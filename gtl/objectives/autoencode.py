@@ -154,8 +154,8 @@ def reconstruction(decoded: Tensor, pixels: Tensor) -> dict[str, Tensor]:
     found = {"psnr": 10 * (4 / noise).log10()}
     if min(pixels.shape[-2:]) >= WINDOW:
         # Of brightness, which is never negative.
-        both = (each / 2 + 0.5 for each in (shown, pixels))
-        similarity = structural_similarity_index_measure(*both, data_range=1.0, reduction="none")
+        mine, theirs = shown / 2 + 0.5, pixels / 2 + 0.5
+        similarity = structural_similarity_index_measure(mine, theirs, data_range=1.0, reduction="none")
         assert isinstance(similarity, Tensor)
         found["ssim"] = similarity.view(-1)
     return found
