@@ -27,6 +27,7 @@ from serve import errors, metrics, replay
 from serve.body import in_time, read_text
 from serve.catalog import Catalog, Chosen
 from serve.keys import KeyFile, share_out
+from serve.links import link
 from serve.order import Drawn, Order, Stopped, until
 from serve.peers import Together, ask_all
 from serve.ready import missing
@@ -317,7 +318,8 @@ class Ingress:
             if self._output is not None and asked.response_format == "url":
                 key = f"{uuid.uuid4().hex}.{order.output_format}"  # nothing of it is the client's to choose
                 await asyncio.to_thread(self._output.write, key, one.data)
-                place: dict[str, Any] = {"url": self._output.url(key)}
+                found = await asyncio.to_thread(link, self._output, key, self._settings.link_s)
+                place: dict[str, Any] = {"url": found}
             else:
                 place = {"b64_json": base64.b64encode(one.data).decode()}
             pictures.append(Picture(seed=order.seed, flagged=one.is_flagged or None, **place))

@@ -119,6 +119,8 @@ class Settings(Section):
     """How often the registry is read again: new versions, and aliases that moved."""
     output: Place | None = None
     """Folder or bucket URL for pictures of `response_format: url`."""
+    link_s: Annotated[int, Field(ge=1, le=604_800)] = 3600
+    """How long a link to a picture on S3 may be followed by whoever has it; elsewhere the answer has its place."""
     safety: Safety | None = None
     """Left out: nothing looks at pictures."""
     keep_prompt: bool = True

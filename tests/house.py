@@ -86,7 +86,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "yaml": ("gtl/config", "gtl/cli"),
     "pyarrow.fs": ("gtl/storage.py",),
     "fsspec": ("gtl/storage.py",),
-    "boto3": ("gtl/storage.py",),
+    "boto3": ("gtl/storage.py", "serve/links.py"),
     "botocore": ("gtl/storage.py",),
     "faiss": ("gtl/features/index.py",),
     "PIL": ("gtl/images.py", "gtl/data", "gtl/generate"),
