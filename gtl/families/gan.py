@@ -34,7 +34,6 @@ class Gan(DiffusersLayout):
     main: ClassVar[str] = "generator"
     learns: ClassVar[tuple[str, ...]] = ("adversarial",)
     draws: ClassVar[Literal["by denoising", "at once"]] = "at once"
-    draws_alone: ClassVar[bool] = True
     codec: ClassVar[str | None] = None
     encoders: tuple[str, ...] = ()
     critics: tuple[str, ...] = ("discriminator",)

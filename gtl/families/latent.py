@@ -45,7 +45,6 @@ class LatentDiffusion(DiffusersLayout, ABC):
 
     learns: ClassVar[tuple[str, ...]] = ("denoise", "autoencode", "consistency", "distill", "align")
     draws: ClassVar[Literal["by denoising", "at once"]] = "by denoising"
-    draws_alone: ClassVar[bool] = True
     codec: ClassVar[str | None] = "vae"
     critics: tuple[str, ...] = ()
     token_limits: Mapping[str, int] = {}

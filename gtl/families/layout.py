@@ -31,6 +31,7 @@ class DiffusersLayout:
     aliases: ClassVar[Mapping[str, str]] = {}
     """Names that models were published under before a class was renamed -> its name."""
     heads: tuple[str, ...] = ()
+    draws_alone: ClassVar[bool] = True
     optional: ClassVar[frozenset[str]] = frozenset()
     """Parts that a model may go without."""
     companions: ClassVar[Mapping[str, str]] = {}

@@ -176,7 +176,7 @@ class Classifier(nn.Module):
         loss = losses(output, truth[..., 1:], classes, self.config.size_weight)
         return loss.masked_fill(classes[:, 0] == -2, 0.0)
 
-    def after_step(self) -> None:
+    def after_step(self, done: int, total: int) -> None:
         """Let all ranks have the same statistics of batches, the mean of what each has seen. Collective."""
         normal = nn.modules.batchnorm._BatchNorm
         own = [module for module in self.modules() if isinstance(module, normal) and module.training]
