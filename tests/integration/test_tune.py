@@ -122,7 +122,8 @@ def test_losses_are_measured_again_at_noise_that_nobody_was_chosen_by(ray_cluste
     adapter = Published(f"{record.folder.url()}/finalists", f"00001@{record.version}")
     model = Model(Origin(recipe.model.source), family.fingerprint(), (adapter,))
     own, fresh = (
-        validate(recipe, [model], family, "fp32", quiet, noise)[0].value for noise in (None, recipe.data.seed + FRESH)
+        validate(recipe, [model], family, "fp32", quiet, noise)[0]["val_loss"].value
+        for noise in (None, recipe.data.seed + FRESH)
     )
     assert fresh == pytest.approx(best["value"], rel=1e-6)
     assert own == pytest.approx(record.trials["00001"].looks[-1]["val_loss"], rel=1e-5)
