@@ -9,6 +9,7 @@ import yaml
 
 from gtl.config import Study, load_recipe, load_study, parse_study
 from gtl.config.load import dump_study, set_study_key
+from gtl.config.metrics import METRICS
 from gtl.config.search import Asha, Fifo
 from gtl.config.trials import MOST_PROBES
 from gtl.types import UserError
@@ -236,8 +237,7 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         (["trials=0"], "trials: 0: should be greater than or equal to 1"),
         (["budget.hours=0"], "budget.hours: 0: should be greater than 0"),
         # metrics
-        (["metric=kidd"], "metric: 'kidd': no such metric; there are val_loss, fid, kid, inception_score, clip_score, "
-         "cmmd, precision, recall, density, coverage, diversity, prompt_accuracy, memorization, and the costs "
+        (["metric=kidd"], f"metric: 'kidd': no such metric; there are {', '.join(METRICS)}, and the costs "
          "adapter_bytes, device_hours, inference_tflops"),
         (["metric=[kid, kid]"], "metric: [kid, kid]: should name each metric once"),
         (["metric=adapter_bytes"], "metric: adapter_bytes: the cheapest model learns nothing; add a metric of quality"),
