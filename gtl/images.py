@@ -92,14 +92,8 @@ def decode_mask(
         BrokenImage: see `decode`.
         OSError: the path cannot be read.
     """
-    image = _open(data, max_pixels, formats)
-    try:
-        image = ImageOps.exif_transpose(image)
-        return to_rgb(image).convert("L") if (clear := _transparency(image)) is None else clear
-    except BrokenImage:
-        raise
-    except Exception as error:  # as in `decode`
-        raise BrokenImage(_reason(error)) from error
+    image, clear = decode_canvas(data, max_pixels, formats)
+    return image.convert("L") if clear is None else clear
 
 
 def decode_canvas(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
 from gtl.storage import Store, s3_endpoint
 
 S3 = "s3://"
@@ -14,13 +18,18 @@ def link(store: Store, key: str, seconds: int) -> str:
     """
     if not store.root.startswith(S3):
         return store.url(key)
-    try:
-        import boto3
-    except ModuleNotFoundError:
+    if find_spec("boto3") is None:
         return store.url(key)
     bucket, _, name = store.path(key).partition("/")
-    client = boto3.client("s3", endpoint_url=s3_endpoint())
-    signed: str = client.generate_presigned_url(
+    signed: str = client(s3_endpoint()).generate_presigned_url(
         "get_object", Params={"Bucket": bucket, "Key": name}, ExpiresIn=seconds
     )  # fmt: skip
     return signed
+
+
+@cache
+def client(endpoint: str | None) -> Any:
+    """Of an S3 server, for all pictures: making one reads its description from files."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=endpoint)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -172,18 +172,6 @@ class Classifier(DiffusersLayout):
     def counterparts(self, main: nn.Module, larger: nn.Module) -> list[tuple[str, str]]:
         """None: objective.type: distill is not for it."""
         return []
-
-    def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
-        """None.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"tuner.targets: {targets}: LoRA is not for models of family {self.name}")
-
-    def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
-        """None: it reads no text."""
-        return ()
 
     def export(self, parts: Mapping[str, nn.Module], folder: Path) -> None:
         """Write a whole model: the given parts, everything else copied from `self.folder`."""

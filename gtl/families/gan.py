@@ -6,7 +6,7 @@ A folder has a `model_index.json`, and for `generator` and `discriminator` a `co
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gtl.families.files import INDEX
@@ -118,15 +118,3 @@ class Gan(DiffusersLayout):
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """What is in front of the blocks."""
         return ("stem",)
-
-    def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
-        """None.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"tuner.targets: {targets}: LoRA is not for models of family {self.name}")
-
-    def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
-        """None: it reads no text."""
-        return ()

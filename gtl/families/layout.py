@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class DiffusersLayout:
     """A model folder, read through the verbs of `gtl.families.base.Family` that need no architecture."""
 
+    name: ClassVar[str]
     main: ClassVar[str]
     classes: Mapping[str, tuple[str, str]]
     """Of every part: the library and class it is made with. Of an opened model: of the parts that it has."""
@@ -86,6 +87,18 @@ class DiffusersLayout:
     def scheduler_config(self) -> dict[str, Any]:
         """The sampler's config, which also describes the noise path."""
         return read_json(self.folder / "scheduler" / "scheduler_config.json")
+
+    def lora_targets(self, main: nn.Module, targets: str | Sequence[str]) -> list[str]:
+        """None.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"tuner.targets: {targets}: LoRA is not for models of family {self.name}")
+
+    def cross_attentions(self, main: nn.Module) -> tuple[str, ...]:
+        """None: it reads no text."""
+        return ()
 
     def build(self, part: str) -> nn.Module:
         """The part from its config, with whatever weights the surrounding device context gives."""
