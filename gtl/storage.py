@@ -29,8 +29,7 @@ ATTEMPTS = 3
 GOOGLE = ("gs", "gcs")
 """What URLs of Google's buckets begin with."""
 GOOGLE_S = 60
-"""After so long a request to one of these is not begun again: left to itself its client goes on for a quarter of an
-hour."""
+"""After so long a request to one of these is not begun again; its client would go on for a quarter of an hour."""
 GOOGLE_EMULATOR = "STORAGE_EMULATOR_HOST"
 """In the environment: the URL of a server that stands in for Google's, and asks for no credentials."""
 AZURE = ("abfs", "abfss")
@@ -84,13 +83,18 @@ class Store:
         return f"{base.rstrip('/')}/{key}" if key else base
 
     def read(self, key: str) -> bytes:
-        """An object's bytes.
+        """An object's bytes, of one moment also where it is replaced at that moment.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        with self._explained(key), self.fs.open_input_stream(self.path(key)) as stream:
-            return stream.read()
+        with self._explained(key):
+            while True:
+                with self.fs.open_input_stream(self.path(key)) as stream:
+                    before, data = stream.metadata(), stream.read()
+                # A bucket is asked for an object's length, and then for so many bytes of what may be a longer one.
+                if self.is_local or self._metadata(key) == before:
+                    return data
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """Part of an object; less than `length` where it ends before.
@@ -121,6 +125,10 @@ class Store:
 
                 with memory_map(os.fspath(source)) as file:
                     self._put(key, file.read_buffer())
+
+    def _metadata(self, key: str) -> Any:
+        with self.fs.open_input_stream(self.path(key)) as stream:
+            return stream.metadata()
 
     def _put(self, key: str, data: Any) -> None:
         """Write an object of a bucket in one call: a stream that is left by an error before its end completes the
@@ -302,10 +310,9 @@ def create_s3_object(path: str, data: bytes) -> bool:
 
     bucket, _, key = path.partition("/")
     config = Config(connect_timeout=CONNECT_S, read_timeout=SILENCE_S, retries={"total_max_attempts": ATTEMPTS})
+    client = boto3.session.Session().client("s3", endpoint_url=s3_endpoint(), config=config)  # threads share no session
     try:
-        boto3.client("s3", endpoint_url=s3_endpoint(), config=config).put_object(
-            Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
-        )
+        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
     except ClientError as error:
         if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict"):
             return False

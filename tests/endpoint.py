@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +71,15 @@ def deploy(registry: Path, **args: Any) -> None:
     base = {"name": "tiny", "source": BASE, "slots": 4, "max_rank": 8, "merged": ["star"]}
     values = {"registry": str(registry), "bases": [base], "refresh_s": 3600, "timeout_s": 120, **args}
     serve.run(build(values), name="gtl", route_prefix="/")
+
+
+def replicas_of(kind: str) -> list[Any]:
+    """Those whose deployment's name has this in it."""
+    import ray
+
+    found = []
+    for one in ray.util.list_named_actors(all_namespaces=True):
+        if f"#{kind}" in one["name"]:
+            with suppress(ValueError):  # it has just ended
+                found.append(ray.get_actor(**one))
+    return found

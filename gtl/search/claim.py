@@ -1,9 +1,9 @@
 """Who runs a study: one process at a time, on a disk and in a bucket alike.
 
-A file says who, and its count goes up as long as that process lives. A process that was killed leaves the file behind:
-on its own machine that is seen at once, from another when the count has stood still for a while. Which of several that
-come at the same moment is first, `Store.create` decides; in a bucket where it cannot, who wrote last stays, and the
-other is interrupted when it counts next.
+A file says who, and a count in another goes up as long as that process lives. A process that was killed leaves both
+behind: on its own machine that is seen at once, from another when the count has stood still for a while. Which of
+several that come at the same moment is first, `Store.create` decides; in a bucket where it cannot, who wrote last
+stays, and the other is interrupted when it counts next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gtl.search.record import now
@@ -44,7 +44,11 @@ class Driver:
     """Within which `pid` is one: a container has its own. Empty where the system has one set for all."""
     pid: int
     since: str
-    beat: int = 0
+
+    @property
+    def beats(self) -> str:
+        """Where it counts: not in the file that says who, in which it might undo that another took its place."""
+        return f"driver-{self.token}"
 
     @property
     def is_gone(self) -> bool:
@@ -77,6 +81,14 @@ def read(studies: Store) -> Driver | None:
         return None
 
 
+def beat_of(studies: Store, driver: Driver) -> bytes | None:
+    """How far a driver has counted; None: not at all."""
+    try:
+        return studies.read(driver.beats)
+    except FileNotFoundError:
+        return None
+
+
 @contextmanager
 def claimed(studies: Store, progress: Progress) -> Iterator[None]:
     """Be the only one who runs a study, within it; who finds out that it is not any more is interrupted.
@@ -98,8 +110,9 @@ def claimed(studies: Store, progress: Progress) -> Iterator[None]:
     finally:
         through.set()
         thread.join()
-        if (found := read(studies)) is not None and found.token == mine.token:
+        if read(studies) == mine:
             studies.delete(DRIVER)
+        studies.delete(mine.beats)
 
 
 def take(studies: Store, mine: Driver, progress: Progress) -> None:
@@ -121,18 +134,21 @@ def take(studies: Store, mine: Driver, progress: Progress) -> None:
             continue
         studies.write(DRIVER, to_json(mine))
         time.sleep(SETTLE_S)
-        if (first := read(studies)) is not None and first.token == mine.token:
+        if read(studies) == mine:
+            studies.delete(found.beats)
             return
 
 
 def is_counting(studies: Store, driver: Driver, progress: Progress) -> bool:
     """Whether a driver's count goes up, or another has taken its place: wait until that is known."""
     progress("study", 0, 0, f"does {driver} still run it, since {driver.since}?")
-    end = time.monotonic() + STALE_S
+    before, end = beat_of(studies, driver), time.monotonic() + STALE_S
     while time.monotonic() < end:
         time.sleep(min(1.0, BEAT_S / 4))
         if (found := read(studies)) != driver:
             return found is not None
+        if beat_of(studies, driver) != before:
+            return True
     return False
 
 
@@ -141,12 +157,11 @@ def count(studies: Store, mine: Driver, through: threading.Event) -> None:
     beat = 0
     while not through.wait(BEAT_S):
         try:
-            found = read(studies)
-            if found is None or found.token != mine.token:  # this process slept for long, such as a laptop's does
+            if read(studies) != mine:  # this process slept for long, such as a laptop's does
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
             beat += 1
-            studies.write(DRIVER, to_json(replace(mine, beat=beat)))
+            studies.write(mine.beats, f"{beat}\n".encode())
         except UserError:  # a bucket out of reach: it may be there again before anybody asks
             continue
 

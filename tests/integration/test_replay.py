@@ -9,6 +9,7 @@ from gtl.config import parse_study
 from gtl.search.forecast import forecast
 from gtl.search.replay import replay
 from gtl.search.schedule import STEP, make_scheduler
+from gtl.search.tuning import quiet_tune
 from tests.tiny import make_sd, write_pictures
 
 
@@ -54,7 +55,8 @@ def test_ray_tune_itself_makes_the_same_schedule(ray_cluster: Any, tmp_path: Pat
         tune_config=tune.TuneConfig(scheduler=make_scheduler(study), max_concurrent_trials=1),
         run_config=RunConfig(storage_path=str(tmp_path), verbose=0),
     )  # fmt: skip
-    real = {result.config["number"]: result.metrics[STEP] for result in tuner.fit()}
+    with quiet_tune():  # or its handler of Ctrl+C stays in this process
+        real = {result.config["number"]: result.metrics[STEP] for result in tuner.fit()}
     curves = {str(number): [(step, -value) for step in steps] for number, value in enumerate(worth)}
     keys = (STEP, "val_loss")
     found = replay(make_scheduler(study), curves, list("01234"), 1, keys, "min", {})

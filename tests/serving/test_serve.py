@@ -22,7 +22,7 @@ from gtl.families import open_family
 from gtl.generate.edit import Edit
 from gtl.generate.images import generate
 from gtl.generate.request import Request
-from tests.endpoint import BASE
+from tests.endpoint import BASE, replicas_of
 from tests.waiting import eventually
 
 PROMPT = "a large red circle on a blue background"
@@ -160,14 +160,6 @@ def load_of() -> tuple[int, int]:
 
     status = serve.get_deployment_handle("Generator:tiny", "gtl").status.remote().result()
     return status["waiting"], status["running"]
-
-
-def generators() -> list[Any]:
-    """The replicas that draw."""
-    import ray
-
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return [ray.get_actor(**one) for one in named if "Generator" in one["name"]]
 
 
 def test_an_alias_that_moves_is_followed(client: OpenAI, endpoint: str, shelf: Path) -> None:
@@ -330,7 +322,7 @@ def test_a_replica_that_dies_costs_time_and_no_picture(client: OpenAI, shelf: Pa
 
     def kill() -> None:
         assert eventually(lambda: load_of()[1] > 0)
-        (generator,) = generators()
+        (generator,) = replicas_of("Generator")
         ray.kill(generator)
 
     with ThreadPoolExecutor(3) as pool:

@@ -13,9 +13,9 @@ import pytest
 from serve.order import Order
 from serve.routing import LOAD_S, STATS_S, seconds
 from serve.scaling import ByWork
-from tests.endpoint import BASE, deploy, serving
+from tests.endpoint import BASE, deploy, replicas_of, serving
 from tests.ports import free_port
-from tests.serving.test_serve import generators, load_of, numbers_of, picture_of
+from tests.serving.test_serve import load_of, numbers_of, picture_of
 from tests.waiting import eventually
 
 
@@ -24,7 +24,7 @@ def test_replicas_follow_the_work(ray_cluster: None, shelf: Path) -> None:
     bases = [{"name": "tiny", "source": BASE, "slots": 4, "max_rank": 8, "replicas": replicas}]
     with serving(shelf, free_port(), bases=bases) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200
-        assert generators() == [], "nobody asked yet"
+        assert replicas_of("Generator") == [], "nobody asked yet"
 
         def ask(seed: int, steps: int) -> int:
             fields = {"prompt": "a red circle", "seed": seed, "num_inference_steps": steps}
@@ -33,10 +33,12 @@ def test_replicas_follow_the_work(ray_cluster: None, shelf: Path) -> None:
         assert ask(1, 2) == 200, "who asks first waits until there is one"
         with ThreadPoolExecutor(32) as pool:
             answers = [pool.submit(ask, seed, 150) for seed in range(32)]
-            assert eventually(lambda: len(generators()) == 2, 60), "32 pictures of 150 steps are more than 2 s of work"
+            assert eventually(lambda: len(replicas_of("Generator")) == 2, 60), (
+                "32 pictures of 150 steps are more than 2 s of work"
+            )
             assert {answer.result() for answer in answers} == {200}, "and none is lost while they come and go"
         began = time.monotonic()
-        assert eventually(lambda: generators() == [], 90)
+        assert eventually(lambda: replicas_of("Generator") == [], 90)
         assert time.monotonic() - began > 2.0
         assert ask(1, 2) == 200, "and back"
 
@@ -88,7 +90,7 @@ def holders() -> list[int]:
     import ray
 
     found = []
-    for one in generators():
+    for one in replicas_of("Generator"):
         told = ray.get(one.record_routing_stats.remote())
         found.append(len(told["adapters"]))
     return found

@@ -21,7 +21,7 @@ from gtl.families import open_family
 from gtl.generate.edit import Edit
 from gtl.generate.images import generate
 from gtl.generate.request import Request
-from tests.endpoint import BASE, serving
+from tests.endpoint import BASE, replicas_of, serving
 from tests.ports import free_port
 from tests.serving.test_serve import numbers_of, same
 from tests.traffic import Shown, Traffic
@@ -64,28 +64,13 @@ def test_everything_at_once(ray_cluster: None, shelf: Path, seconds: float, kill
     assert len(traffic.shown) > checked // 4
 
 
-def actors(kind: str) -> list[Any]:
-    """Replicas whose deployment's name has this in it."""
-    import ray
-
-    named = ray.util.list_named_actors(all_namespaces=True)
-    found = []
-    for one in named:
-        if f"#{kind}" in one["name"]:
-            try:
-                found.append(ray.get_actor(**one))
-            except ValueError:  # it was killed just now
-                continue
-    return found
-
-
 def idle(url: str) -> bool:
     """Whether nothing is in work, in ingresses and generators."""
     import ray
 
     told = numbers_of(url)
     try:
-        busy = [ray.get(one.record_routing_stats.remote())["busy_s"] for one in actors("Generator")]
+        busy = [ray.get(one.record_routing_stats.remote())["busy_s"] for one in replicas_of("Generator")]
     except ray.exceptions.RayError:  # one is not up yet
         return False
     return told["gtl_pictures_running"] == told["gtl_pictures_waiting"] == 0 and len(busy) == 2 and not any(busy)
@@ -130,7 +115,7 @@ def measured(kind: str) -> list[tuple[int, dict[str, float]]]:
         return os.getpid(), {"bytes": pages * os.sysconf("SC_PAGE_SIZE"), "threads": threads, "files": files}
 
     found = []
-    for one in actors(kind):
+    for one in replicas_of(kind):
         try:
             found.append(ray.get(one.__ray_call__.remote(look), timeout=20))
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # killed, or not up yet
@@ -194,7 +179,7 @@ def killing(period: float) -> Iterator[list[Any]]:
         while not over.wait(period):
             if len(there := measured("Generator")) == 2:
                 killed.append(there)
-                ray.kill(chance.choice(actors("Generator")))
+                ray.kill(chance.choice(replicas_of("Generator")))
 
     thread = threading.Thread(target=kill)
     thread.start()
