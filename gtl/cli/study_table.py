@@ -86,7 +86,7 @@ def counts(standing: Standing) -> str:
 
     states = ", ".join(f"{count} {state}" for state, count in standing.counts.items())
     left = standing.seconds_left
-    return f"trials {standing.ended}/{standing.total}: {states}" + ("" if left is None else f"; {duration(left)} left")
+    return f"trials {standing.ended}/{standing.total}: {states}" + (f"; {duration(left)} left" if left else "")
 
 
 def names(keys: tuple[str, ...]) -> list[str]:

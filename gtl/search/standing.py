@@ -10,7 +10,7 @@ from typing import Any
 from gtl.config import Study
 from gtl.config.trials import longest
 from gtl.search.record import ENDED, Record, TrialRecord
-from gtl.types import Progress
+from gtl.types import Progress, quiet
 
 STATES = ("running", "finished", "stopped", "failed", "waiting")
 
@@ -65,6 +65,10 @@ class Audience:
     """Takes how the trials stand, again and again."""
     hours: Callable[[], float]
     """On the clock since this part of the study began."""
+
+    def __reduce__(self) -> tuple[type[Audience], tuple[Any, ...]]:
+        """Nobody: Ray Tune writes down what it is given, and a terminal cannot be."""
+        return Audience, (quiet, None, float)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from gtl.search.space import configurations
 from gtl.search.standing import Standing
 from gtl.search.study import FRESH, tune
 from gtl.types import UserError, quiet
+from tests.terminal import in_terminal, plain
 from tests.tiny import make_sd, write_pictures
 
 DIVERGING = 1e30
@@ -315,9 +317,13 @@ def test_a_study_that_ended_early_goes_on_and_repeats_nothing(place: Path, tmp_p
         left = json.loads(next(folder.glob("*/study.json")).read_text())
         states = [trial["state"] for trial in left["trials"]]
         assert left["ended"] is None and set(states) <= {"finished", "running", "waiting"}
-    again = subprocess.run([*COMMAND, str(file), "--resume"], capture_output=True, check=True, **options)
-    lines = again.stdout.splitlines()
-    assert sum(" finished" in line for line in lines) == 3
+    status, screen = in_terminal([*COMMAND, str(file), "--resume"], options["env"])
+    assert status == 0, screen
+    table = r"trials (\d)/3: .*\n(?:best +0000\d: .*\n)?trial +learning_rate +step +val_loss *\n0000\d "
+    assert str(len(done)) in re.findall(table, plain(screen)), screen
+    lines = plain(screen).splitlines()
+    rows = [line.split() for line in lines if re.search(r"^0000\d .* finished *$", line)]
+    assert sorted(row[0] for row in rows) == ["00000", "00001", "00002"]
     assert lines[-1].startswith(f"adapter {file.stem}@")
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert len(list(folder.iterdir())) == 1

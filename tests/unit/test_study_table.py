@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from gtl.config import Study, parse_study
 from gtl.search.record import Record, TrialRecord
 from gtl.search.standing import Contender, Spent, Standing, expected_end, standing
 from gtl.storage import Store
+from tests.terminal import in_terminal, plain
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,23 +152,12 @@ with StudyBar() as bar:
 
 def test_a_terminal_shows_one_table_that_changes() -> None:
     """In a real pseudo-terminal: the table is drawn over itself, and stays above what comes after the trials."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
-    pid, master = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, "-c", SHOW], environment)
-    shown = b""
-    try:
-        while chunk := os.read(master, 4096):
-            shown += chunk
-    except OSError:  # the other side is gone
-        pass
-    assert os.waitpid(pid, 0)[1] == 0, shown.decode()
-    screen = shown.decode()
+    status, screen = in_terminal([sys.executable, "-c", SHOW], {"PYTHONPATH": str(ROOT)})
+    assert status == 0, screen
     assert "2 running  best" not in screen, "the table has taken the place of the line"
     assert screen.count("6 min left") == 1 and screen.count("2 min left") >= 1
     first, last = screen.index("6 min left"), screen.rindex("2 min left")
     assert re.search(r"\x1b\[1A", screen[first:last]), "the cursor went up between the two"
-    after = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen[last:]).replace("\r", "")
+    after = plain(screen[last:])
     assert "00002  0.003          8     60/200  0.3" in after
     assert after.index("00003") < after.index("draw") and "8/8" in after
