@@ -146,14 +146,16 @@ def check_base(base: Base, limits: Limits) -> None:
     """Find a base's model, and that it draws what is asked of it where a request says nothing.
 
     Raises:
-        UserError: there is no such model, its steps are more than it has, or so small a limit that `size: auto` would
-            be beyond it.
+        UserError: there is no such model or it is damaged, its steps are more than it has, or so small a limit that
+            `size: auto` would be beyond it.
     """
     from gtl.families import denoising, open_family
     from gtl.generate.request import Request
     from gtl.generate.request import check as check_request
 
     family = denoising(open_family(base.source, revision=base.revision, variant=base.variant))
+    for part in filter(None, (*family.encoders, family.main, family.codec)):
+        family.load(part)  # mapped, hardly read: whether the files are whole, and those of the configs
     height, width = family.default_size
     most = most_pixels(base, limits, (height, width))
     if most is not None and most < height * width:

@@ -1,5 +1,6 @@
 """Configs of the endpoint: what they mean, and one line for what is wrong, before anything is started."""
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from gtl.adapters import Registry
 from gtl.types import UserError
 from serve.command import check, describe, last_error, read_config, run
 from tests.endpoint import BASE
+from tests.tiny import make_sd
 
 PRODUCTION = Path(__file__).parents[2] / "serve" / "production.yaml"
 
@@ -139,6 +141,16 @@ def test_what_a_replica_says_when_it_does_not_start_is_one_line() -> None:
 def test_a_check_leaves_nothing_where_pictures_go(tmp_path: Path) -> None:
     check(read_config(write(tmp_path, args={"output": str(tmp_path / "out")})))
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_whose_download_was_cut_off_is_found(tmp_path: Path) -> None:
+    make_sd(tmp_path / "model")
+    file = write(tmp_path, args={"bases": [{"name": "mine", "source": str(tmp_path / "model")}]})
+    check(read_config(file))
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    with pytest.raises(UserError, match=f"^{weights}: damaged \\(.*\\); get the file again$"):
+        check(read_config(file))
 
 
 def test_what_is_no_file_or_no_yaml(tmp_path: Path) -> None:
