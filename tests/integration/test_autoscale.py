@@ -26,6 +26,8 @@ pytestmark = pytest.mark.soak
 ROOT = Path(__file__).resolve().parents[2]
 GTL = "from gtl.cli import main; main()"
 TOKEN = "a-token-of-this-test-alone-9876543210"
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+"""By its name, since a type `fake_multinode` wants a file that Ray's wheel does not have."""
 HEAD, HEAD_ID = "ray.head.default", "f" * 51 + "00000"
 """As Ray's provider of such machines calls the first."""
 SECOND = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_NODE_TYPE_NAME": HEAD,
@@ -84,7 +86,7 @@ def configuration(address: str) -> dict[str, Any]:
     worker = {"resources": {"CPU": 2, "object_store_memory": 100 * 2**20}, "min_workers": 0, "max_workers": 2}
     return {
         "cluster_name": "growing", "max_workers": 2, "idle_timeout_minutes": 1, "upscaling_speed": 1.0,
-        "provider": {"type": "fake_multinode", "gcs_address": address, "head_node_id": HEAD_ID,
+        "provider": {"type": "external", "module": PROVIDER, "gcs_address": address, "head_node_id": HEAD_ID,
                      "launch_multiple": True, "use_node_id_as_ip": True, "disable_node_updaters": True,
                      "disable_launch_config_check": True},
         "available_node_types": {
