@@ -141,7 +141,7 @@ def wait_for(what: Callable[[], Any]) -> None:
 def test_a_job_gets_the_machine_that_it_needs_and_leaves_it_to_go(growing: Growing) -> None:
     done = growing.submit("small", workers=1)
     assert done.returncode == 0
-    assert done.stderr.count("cluster waiting until it has 2 CPUs\n") >= 1
+    assert "cluster waiting until it has 2 CPUs\n" in done.stdout
     (version,) = Registry(growing.folder / "registry").versions("small")
     assert f"adapter small@{version}\n" in done.stdout
     cpus = [node["resources_total"].get("CPU", 0) for node in growing.nodes()]
