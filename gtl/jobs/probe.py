@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -109,13 +110,16 @@ def make_room(bundles: Sequence[Mapping[str, float]], progress: Progress) -> Non
     """
     import ray
     from ray.autoscaler.sdk import request_resources
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
     wanted = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in ("CPU", "GPU")}
     text = ", ".join(f"{amount:g} {name}s" for name, amount in wanted.items() if amount)
     request_resources(bundles=[dict(bundle) for bundle in bundles])
-    begun = time.monotonic()
+    begun, client = time.monotonic(), internal_kv_get_gcs_client()
     try:
         while any(ray.cluster_resources().get(name, 0) < amount for name, amount in wanted.items()):
+            if refused(client.get_cluster_status(), bundles):
+                raise UserError(f"train.workers: the cluster cannot grow to {text}, as its autoscaler says; ask less")
             waited = time.monotonic() - begun
             if waited > GROW_S:
                 raise UserError(f"train.workers: the cluster did not grow to {text} in {waited / 60:.0f} min; ask less")
@@ -123,6 +127,24 @@ def make_room(bundles: Sequence[Mapping[str, float]], progress: Progress) -> Non
             time.sleep(LOOK_S)
     finally:
         request_resources(bundles=[])  # it would outlive the job; the workers hold what they need from here on
+
+
+def refused(status: bytes, bundles: Sequence[Mapping[str, float]]) -> bool:
+    """Whether an autoscaler has said that it may not add what these places need. Ray's first one (v1) never says.
+
+    Args:
+        status: A cluster's, a serialized GetClusterStatusReply.
+        bundles: Of the request; what is said of an earlier one does not count.
+    """
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    asked = Counter(frozenset(bundle.items()) for bundle in bundles)
+    state = GetClusterStatusReply.FromString(status).autoscaling_state
+    found = [
+        {frozenset(one.request.resources_bundle.items()): one.count for one in constraint.resource_requests}
+        for constraint in state.infeasible_cluster_resource_constraints
+    ]
+    return asked in found
 
 
 def lost(nodes: Sequence[Mapping[str, Any]], before: Collection[str] = ()) -> set[str]:

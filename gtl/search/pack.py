@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from gtl.config import Study
+from gtl.config.load import parse_recipe
 from gtl.config.trials import unpacked
 from gtl.report.chart import short
 from gtl.search.room import Room, corners
 from gtl.session import Cluster, get
 from gtl.train.board import Post
 from gtl.train.group import process_group
+from gtl.train.halve import too_large
 from gtl.train.job import Job
 from gtl.train.launch import begin, open_model
 from gtl.types import Progress, UserError, quiet
@@ -68,19 +70,28 @@ class PackActor:
         Raises:
             Exception: what it met. A mistake of the user's is on the board instead.
         """
+        import torch
+
         post = Post(board)
         try:
             self._ask(lambda: self._join(Job(**job), post)).result()
             post.finish()
         except UserError as error:
             ray.get(board.post_mistake.remote(str(error)))
+        except torch.OutOfMemoryError:
+            ray.get(board.post_mistake.remote(too_large(parse_recipe(job["recipe"]))))
         finally:
             with self._lock:
                 self._taken -= 1
 
     def seconds(self, job: dict[str, Any], counts: Sequence[int]) -> dict[int, float]:
-        """See `Pack.seconds`."""
-        return self._ask(lambda: self._open(Job(**job)).seconds(Job(**job), counts))
+        """See `Pack.seconds`; nothing where not even the model fits into memory."""
+        import torch
+
+        try:
+            return self._ask(lambda: self._open(Job(**job)).seconds(Job(**job), counts))
+        except torch.OutOfMemoryError:
+            return {}
 
     def _ask(self, act: Callable[[], Answer]) -> Answer:
         """What the thread that computes makes of it between two steps."""
@@ -240,7 +251,15 @@ def measure(
 
 
 def best_count(seconds: dict[int, float], progress: Progress) -> int:
-    """The number of trials in a pass that gives the most of them an hour; 1 where packing is not worth it."""
+    """The number of trials in a pass that gives the most of them an hour; 1 where packing is not worth it.
+
+    Args:
+        seconds: See `Pack.seconds`.
+        progress: Is told of the gains.
+    """
+    if 1 not in seconds:  # alone it goes on with less at once
+        progress("pack", 0, 0, "off (a step of the largest trial has no room on a device at once)")
+        return 1
     gains = {count: count * seconds[1] / taken for count, taken in seconds.items()}
     best = max(gains, key=gains.__getitem__)
     best = best if gains[best] >= WORTH else 1

@@ -76,6 +76,11 @@ def halving(run: Store, recipe: Recipe, plan: TrainPlan) -> Iterator[None]:
         raise HalvedError(f"a worker ran out of memory with micro-batch {size}; on with {size // 2}") from error
 
 
+def too_large(recipe: Recipe) -> str:
+    """What helps a run that has no room for its model, or beside it for a single image."""
+    return f"model.source: {recipe.model.source}: {no_room(recipe)}"
+
+
 def no_room(recipe: Recipe) -> str:
     """What helps a run that has no room with any micro-batch."""
     train, highest = recipe.train, recipe.max_zero_stage

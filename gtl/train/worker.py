@@ -35,7 +35,7 @@ def main(config: dict[str, Any]) -> None:
     import torch
     from ray.train.v2._internal.execution.context import get_train_context
 
-    from gtl.train.halve import HalvedError, no_room
+    from gtl.train.halve import HalvedError, too_large
 
     board = config["board"]
     post, notices = Post(board), list[Any]()
@@ -68,8 +68,7 @@ def main(config: dict[str, Any]) -> None:
         ray.get(board.push.remote({"step": 0.0, "said": str(error), "of": "memory"}))
         raise
     except torch.OutOfMemoryError:  # before there was a batch
-        recipe = parse_recipe(config["job"]["recipe"])
-        ray.get(board.post_mistake.remote(f"model.source: {recipe.model.source}: {no_room(recipe)}"))
+        ray.get(board.post_mistake.remote(too_large(parse_recipe(config["job"]["recipe"]))))
         raise
 
 
@@ -129,9 +128,7 @@ def check_base(family: Family, job: Job) -> None:
         )
 
 
-def settle(
-    recipe: Recipe, family: Family, device: torch.device, dtype: str, steps_per_epoch: int
-) -> TrainPlan:
+def settle(recipe: Recipe, family: Family, device: torch.device, dtype: str, steps_per_epoch: int) -> TrainPlan:
     """The plan of this run on these workers; the same on every rank."""
     import torch
     import torch.distributed as dist

@@ -12,6 +12,7 @@ from gtl.config.load import dump_study, set_study_key
 from gtl.config.metrics import METRICS
 from gtl.config.search import Asha, Fifo
 from gtl.config.trials import MOST_PROBES
+from gtl.search.pack import best_count
 from gtl.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -408,3 +409,17 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"study {tmp_path}/s.yaml: expected sections such as `recipe:` and `space:`, found list"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count", "said"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.6, 8: 4.0}, 4, "4 trials in a pass (times the steps an hour: 2: 2, 4: 2.5, 8: 2)"),
+        ({1: 1.0, 2: 1.9}, 1, "off (times the steps an hour: 2: 1.053)"),
+        ({}, 1, "off (a step of the largest trial has no room on a device at once)"),
+    ],
+)
+def test_trials_are_packed_where_that_is_worth_it(seconds: dict[int, float], count: int, said: str) -> None:
+    told: list[str] = []
+    assert best_count(seconds, lambda *row: told.append(row[3])) == count
+    assert told == [said]

@@ -22,7 +22,7 @@ from gtl.jobs.checks import Site, check_places, check_room, site_of
 from gtl.jobs.follow import Output
 from gtl.jobs.inside import LOST
 from gtl.jobs.parcel import Parcel
-from gtl.jobs.probe import DRAINED_IDLE, lost, sees
+from gtl.jobs.probe import DRAINED_IDLE, lost, refused, sees
 from gtl.jobs.resume import Left, left_of, stamp
 from gtl.jobs.submit import read_secrets
 from gtl.jobs.verdict import End, exit_status, is_tried_again, meaning
@@ -281,6 +281,20 @@ def test_workers_that_never_fit_are_refused_unless_the_cluster_grows() -> None:
     assert check_room(recipe, site(grows=True)) == [{"CPU": 1.0, "GPU": 1.0}] * 2
     elastic = load_recipe("recipes/dog.yaml", ["train.workers=[6, 9]"])
     assert check_room(elastic, site(grows=True)) == [{"CPU": 1.0}] * 6
+
+
+def test_what_an_autoscaler_says_of_another_request_is_no_refusal() -> None:
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+    bundles = [{"CPU": 2.0, "GPU": 1.0}] * 3
+    status = GetClusterStatusReply()
+    assert not refused(status.SerializeToString(), bundles)
+    said = status.autoscaling_state.infeasible_cluster_resource_constraints.add().resource_requests.add()
+    said.request.resources_bundle.update({"GPU": 1.0, "CPU": 2.0})
+    for count, is_refused in ((2, False), (3, True), (4, False)):
+        said.count = count
+        assert refused(status.SerializeToString(), bundles) is is_refused
+    assert not refused(status.SerializeToString(), [{"CPU": 2.0}] * 4)
 
 
 def test_a_machine_that_an_autoscaler_found_idle_is_not_lost() -> None:
