@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gtl.adapters import Registry
 from gtl.adapters.fuse import fuse
+from gtl.config.names import parse_reference
 from gtl.config.templates import PLAIN, Templates
 from gtl.search.fusion import at, search_weights
 from gtl.search.prompts import search_prompts
@@ -36,6 +37,8 @@ class Chosen:
     """NAME@VERSION of each that is active."""
     template: str = PLAIN
     """What prompts are drawn as."""
+    told: str = ""
+    """What was chosen, for the table."""
 
 
 Choose = Callable[["Recipe", Sequence[str], Progress], Chosen]
@@ -53,29 +56,35 @@ def best_wording(templates: Sequence[str]) -> Choose:
     def choose(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chosen:
         given = Templates(templates=list(templates), additions=[])
         found = search_prompts(apart(recipe), adapters, given, tries=len(templates) + 1, progress=progress)
-        return Chosen(list(adapters), found.best)
+        return Chosen(list(adapters), found.best, found.best)
 
     return choose
 
 
 def best_alone(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chosen:
     """The adapter that draws best by itself."""
-    return Chosen(at(adapters, weighed(recipe, adapters, progress).single))
+    alone = at(adapters, weighed(recipe, adapters, progress).single)
+    return Chosen(alone, told=parse_reference(alone[0]).name)
 
 
 def in_one(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chosen:
     """One LoRA of all, at the weights that draw best, of the rank of the first: no larger than that one."""
     weights = weighed(recipe, adapters, progress).best
-    pairs = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if weight]
+    pairs, told = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if weight], told_of(weights)
     if len(pairs) == 1:  # none of the others makes it better
-        return Chosen(at(adapters, weights))
+        return Chosen(at(adapters, weights), told=told)
     shelf = Registry(recipe.storage.registry)
     rank = int(shelf.show(adapters[0]).tuner["rank"])
     decided = json.dumps([list(adapters), list(weights), rank])
     version = hashlib.sha256(decided.encode()).hexdigest()[:12]
     if version not in shelf.versions(FUSED):
         fuse(shelf, pairs, "svd", name=FUSED, version=version, rank=rank, progress=progress)
-    return Chosen([f"{FUSED}@{version}"])
+    return Chosen([f"{FUSED}@{version}"], told=told)
+
+
+def told_of(weights: Sequence[float]) -> str:
+    """Weights in the order of their adapters."""
+    return " + ".join(f"{weight:g}" for weight in weights)
 
 
 def weighed(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Found:

@@ -90,15 +90,20 @@ def cut(folder: Path) -> None:
     shrink("builtin:tiny", folder, drop_middle=True)
 
 
-def heads_on(source: str, forgets: bool = False) -> Callable[[Path], None]:
-    """A model with a head for the shapes of the built-in scenes, or the same with random weights under it."""
+def heads_on(
+    source: str, forgets: bool = False, task: str = "shape", part: str | None = None
+) -> Callable[[Path], None]:
+    """A model with a head for the shapes of the built-in scenes, or the same with random weights under it.
+
+    `part`: a text encoder of it, whose head reads their captions.
+    """
 
     def make(folder: Path) -> None:
         beside = folder.with_name(f"{folder.name}-base")
         if forgets:
             write_once(beside, lambda blank: forget(source, blank))
         base, cache = str(beside) if forgets else source, str(folder.parents[1] / "cache")
-        make_heads(base, SCENES, ["shape"], folder, cache)
+        make_heads(base, SCENES, [task], folder, cache, part=part)
 
     return make
 
@@ -173,6 +178,11 @@ COMPARISONS = (
         Arm("a head on the same model with random weights", model=heads_on("builtin:tiny", forgets=True)),
     ),
     Comparison(
+        "captions", "text_heads", "accuracy",
+        Arm("a head on the frozen text encoder", model=heads_on("builtin:tiny", False, "colour", "text_encoder")),
+        Arm("a head on it with random weights", model=heads_on("builtin:tiny", True, "colour", "text_encoder")),
+    ),
+    Comparison(
         "pixels", "heads", "accuracy",
         Arm("a head on features of the frozen diffusion model", model=heads_on("builtin:tiny")),
         Arm("a head on a picture's own pixels", model=heads_on("builtin:pixels")),
@@ -229,7 +239,7 @@ def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = q
 
 def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     """Both sides of one."""
-    found, edited, costs, sizes = [], [], [], []
+    found, edited, costs, sizes, arms = [], [], [], [], []
     for number, (side, arm) in enumerate((("method", one.method), ("baseline", one.baseline))):
         own = {one.recipe: f"{one.name}-{side}"} if arm.is_trained else {}
         wanted = {recipe: f"apart-{recipe}" for recipe in arm.recipes} or own
@@ -239,6 +249,7 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
             adapters.append(str(train_once(asked, name, progress=progress)))
         judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
         chosen = arm.choose(judged, adapters, progress) if arm.choose else Chosen(adapters)
+        arms.append(replace(arm, title=f"{arm.title}: {chosen.told}" if chosen.told else arm.title))
         shelf = Registry(judged.storage.registry)
         if one.ways is None:
             templates = [chosen.template]
@@ -248,6 +259,7 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
             edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
         costs.append(sum(map(seconds_of, made_of(shelf, chosen.adapters))))
         sizes.append(sum(file.bytes for name in chosen.adapters for file in shelf.show(name).files.values()))
+    one = replace(one, method=arms[0], baseline=arms[1])
     if edited:
         return edits_row(one, edited[0], edited[1], costs, sizes)
     return make_row(one, found[0], found[1], costs, sizes)

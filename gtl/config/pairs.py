@@ -11,8 +11,8 @@ from gtl.types import UserError
 class Needs:
     """What training reads. What is not live is encoded once, into the cache, and never loaded beside training."""
 
-    images: Literal["latents", "pixels"]
-    """latents: also the features of a frozen network that sees."""
+    images: Literal["latents", "pixels", "none"]
+    """latents: also the features of a frozen network that sees. none: they are not looked at."""
     text: Literal["embeddings", "tokens", "none"]
     """tokens: the text encoders run inside the training process. none: captions are not looked at."""
     live: tuple[str, ...] = ()
