@@ -11,7 +11,7 @@ from gtl.config import Recipe, parse_recipe
 from gtl.evaluate.run import evaluate
 from gtl.features.heads import make_heads
 from gtl.features.say import say
-from tests.tiny import make_vision
+from tests.tiny import make_sd, make_vision
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 DATA = "builtin:scenes?count=60&seed=3"
@@ -67,3 +67,25 @@ def test_heads_are_trained_measured_and_used(place: Path, model: str, tuner: str
     picture = next(path for path in (place / "cache" / "scenes").rglob("000000.png"))
     said = {each.task: each.answers for each in say([str(picture)], model, str(place / "registry"))}
     assert said.keys() == {"size", "boxes"} and {answer.label for answer in said["size"]} == {"large", "small"}
+
+
+def test_heads_that_read_are_trained_measured_and_used(place: Path) -> None:
+    """On captions of the same pictures, by two workers; of a text encoder with random weights, which tells words."""
+    from gtl.train.launch import train
+
+    make_sd(place / "sd")
+    make_heads(str(place / "sd"), DATA, ["objects"], place / "reading", str(place / "cache"), part="text_encoder")
+    values = make_recipe(place, "reading", "head", steps=40).model_dump(mode="json")
+    values["objective"] = {"type": "classify"}
+    values["evaluate"] |= {"every": 40, "metrics": ["accuracy", "val_loss"]}
+    recipe = parse_recipe(values)
+    train(recipe, "reading")
+    card = Registry(place / "registry").show("reading")
+    assert (card.kind, card.base.family, card.tuner["type"]) == ("delta", "text_classifier", "head")
+    (found,) = evaluate(recipe, ["reading"])
+    assert card.training is not None and found.scores["accuracy"].value == pytest.approx(
+        card.training.scores["accuracy"], abs=1e-6
+    )
+    texts = ["a red ring", "a red ring to the left of a blue star"]
+    said = [each.answers[0].label for each in say(texts, "reading", str(place / "registry"))]
+    assert set(said) <= {"one", "two"} and len(said) == 2
