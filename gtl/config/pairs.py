@@ -58,6 +58,7 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
     ("freeze", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
+    # Heads on a text encoder read captions, and no image: see `gtl.data.prepare`.
     ("head", "classify"): Pair(Needs(images="latents", text="none", labels=True), max_zero_stage=2, draws=False),
     ("full", "classify"): Pair(
         Needs(images="pixels", text="none", live=("backbone",), labels=True), max_zero_stage=2, draws=False
