@@ -1,4 +1,5 @@
-"""Heads on text encoders: features of captions, a head that learns from them, and what is refused."""
+"""Heads on text encoders: features of captions, a head that learns from them, and what is refused; with data and
+workers see tests/integration/test_heads_run.py."""
 
 from __future__ import annotations
 
@@ -12,18 +13,15 @@ import torch
 from gtl.adapters import apply
 from gtl.adapters.base import empty_parts, model_parts
 from gtl.config import Recipe, parse_recipe
-from gtl.data.dataset import NO_SPACE, Dataset
-from gtl.data.prepare import prepare
 from gtl.families import denoising, open_family, seeing
 from gtl.families.classifier_blank import write_classifier, write_text_classifier
 from gtl.families.text_classifier import pooled
 from gtl.objectives import make_objective
-from gtl.storage import Store
 from gtl.train.assemble import join, live_parts, outline
 from gtl.train.footprint import measure
 from gtl.tuners import make_tuner
 from gtl.types import Batch, Geometry, Item, Task, UserError
-from tests.tiny import make_deepfloyd_upscaler, make_flux, make_gan, make_sd, make_sdxl, write_pictures
+from tests.tiny import make_deepfloyd_upscaler, make_flux, make_gan, make_sd, make_sdxl
 
 TASKS = {"animal": Task("kind", "class", ("cat", "dog"))}
 TEXTS = ["a photo of a cat", "a dog", "cat on the left", "two dogs and a dog", "the cat", "a small dog in the snow"]
@@ -43,10 +41,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def recipe_of(folder: Path, source: str = "nowhere", tuner: str = "head", **data: Any) -> Recipe:
+def recipe_of(folder: Path, tuner: str = "head") -> Recipe:
     return parse_recipe({
         "model": {"source": str(folder)}, "tuner": {"type": tuner}, "objective": {"type": "classify"},
-        "data": {"source": source, "resolution": 64, **data},
+        "data": {"source": "nowhere", "resolution": 64},
     })  # fmt: skip
 
 
@@ -122,58 +120,6 @@ def test_a_head_learns_and_publishes_what_it_learned(models: dict[str, Path], tm
     torch.testing.assert_close(mine, theirs)
     found = measure(recipe, outline(recipe, "fp32", family))
     assert found.trained == sum(value.numel() for value in trainee.parameters.values())
-
-
-def folder_of(place: Path, texts: list[str | None]) -> Path:
-    """As many pictures as texts; their kind is in labels.jsonl, and the texts that there are beside them."""
-    write_pictures(place, [(32 + i, 24) for i in range(len(texts))])
-    (place / "metadata.jsonl").unlink()
-    names = sorted(path.name for path in place.glob("*.png"))
-    rows = [json.dumps({"file_name": name, "kind": ("cat", "dog")[i % 2]}) for i, name in enumerate(names)]
-    (place / "labels.jsonl").write_text("\n".join(rows))
-    for name, text in zip(names, texts, strict=True):
-        if text is not None:
-            (place / name).with_suffix(".txt").write_text(text)
-    return place
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_captions_are_encoded_once_and_pictures_stay_closed(models: dict[str, Path], tmp_path: Path) -> None:
-    place = folder_of(tmp_path / "data", [*TEXTS])
-    recipe, family = recipe_of(models["clip"], str(place)), seeing(open_family(str(models["clip"])))
-    cache = tmp_path / "cache"
-    told: list[tuple[Any, ...]] = []
-    for _ in range(2):
-        dataset = prepare(
-            recipe.data, family, str(cache), dtype="fp32", needs=recipe.needs, progress=lambda *a: told.append(a)
-        )
-    assert {row[2] for row in told if row[0] == "encode"} == {len(TEXTS) + 1}  # and the empty one, the first time only
-    assert sum(row[0] == "encode" and row[1] == row[2] for row in told) == 1
-    assert sorted(path.name for path in (cache / "tensors").iterdir()) == [dataset.prompts.name]  # type: ignore[union-attr]
-    assert dataset.images.name == NO_SPACE
-    loaded = Dataset.load(Store(str(cache)), dataset.fingerprint)
-    items = [loaded.item(i, 0, 0) for i in range(len(TEXTS))]
-    assert {item.caption for item in items} == set(TEXTS)
-    with torch.no_grad():
-        encoders = {"backbone": family.load("backbone", torch.float32)}
-        for item in items:
-            assert item.latents == {} and item.pixels is None
-            expected = family.encode_prompts(encoders, [item.caption])[0]["pooled"]
-            torch.testing.assert_close(item.conditions["pooled"], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("texts", "data", "said"), [
-    ([None] * 4, {}, "^data.captions: all 4 images have the caption 'data', of which"),
-    (["a cat", "a dog", None, None], {"captions": "sidecar"}, "^data.captions: sidecar: 2 images have no such caption"),
-])  # fmt: skip
-def test_data_without_captions_is_one_line(
-    models: dict[str, Path], tmp_path: Path, texts: list[str | None], data: dict[str, Any], said: str
-) -> None:
-    place = folder_of(tmp_path / "data", texts)
-    recipe, family = recipe_of(models["clip"], str(place), **data), open_family(str(models["clip"]))
-    with pytest.raises(UserError, match=said):
-        prepare(recipe.data, family, str(tmp_path / "cache"), dtype="fp32", needs=recipe.needs)
 
 
 @pytest.mark.parametrize(("make", "part", "tasks", "said"), [
