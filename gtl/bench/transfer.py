@@ -7,9 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from gtl.adapters import Registry
+from gtl.adapters import Card, Registry
+from gtl.adapters.fuse import called
+from gtl.bench.choosing import Choose, Chosen, best_alone, best_wording, in_one, worded
 from gtl.bench.editing import BEGUN, INSTRUCTED, INVERTED, Edited, Way, edit_pairs
 from gtl.config import Recipe, load_recipe
+from gtl.data.scenes.vocabulary import SHAPES
 from gtl.evaluate.estimate import Difference, Estimate, difference
 from gtl.evaluate.result import Evaluation, Score, compare
 from gtl.evaluate.run import evaluate
@@ -43,6 +46,8 @@ class Arm:
     """False: the recipe's model as it is."""
     recipes: tuple[str, ...] = ()
     """In gtl/recipes/demo: trained apart in place of the comparison's, their adapters all active at once."""
+    choose: Choose | None = None
+    """What of the trained is measured, and in which words; None: all of them at once, the prompts as they are."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,15 @@ BOTH = (
     "evaluate.guidance=3.0",
 )  # fmt: skip
 """Prompts of both, in nobody's training pictures: the concept's are in no style, and the style's of no concept."""
+WORD = (
+    "evaluate.samples=128", "evaluate.steps=12", "evaluate.guidance=3.0",
+    "evaluate.prompts=" + json.dumps([
+        "on a white background: a large red", "gradient green background, a large pink", "white background, a cyan",
+        "yellow background, a large blue", "on a gradient blue background: a yellow", "gray background, a small orange",
+        "on a green background: a small purple", "on a black background: a green",
+    ]),
+)  # fmt: skip
+"""Prompts to which the name of a thing is missing."""
 
 
 def cut(folder: Path) -> None:
@@ -76,15 +90,20 @@ def cut(folder: Path) -> None:
     shrink("builtin:tiny", folder, drop_middle=True)
 
 
-def heads_on(source: str, forgets: bool = False) -> Callable[[Path], None]:
-    """A model with a head for the shapes of the built-in scenes, or the same with random weights under it."""
+def heads_on(
+    source: str, forgets: bool = False, task: str = "shape", part: str | None = None
+) -> Callable[[Path], None]:
+    """A model with a head for the shapes of the built-in scenes, or the same with random weights under it.
+
+    `part`: a text encoder of it, whose head reads their captions.
+    """
 
     def make(folder: Path) -> None:
         beside = folder.with_name(f"{folder.name}-base")
         if forgets:
             write_once(beside, lambda blank: forget(source, blank))
         base, cache = str(beside) if forgets else source, str(folder.parents[1] / "cache")
-        make_heads(base, SCENES, ["shape"], folder, cache)
+        make_heads(base, SCENES, [task], folder, cache, part=part)
 
     return make
 
@@ -132,6 +151,18 @@ COMPARISONS = (
         Arm("the style alone", recipes=("style",)), BOTH,
     ),
     Comparison(
+        "fusion", "concept", "prompt_accuracy",
+        Arm("both in one LoRA of their rank", recipes=("concept", "style"), choose=in_one),
+        Arm("the better of the two alone", recipes=("concept", "style"), choose=best_alone), BOTH,
+    ),
+    Comparison(
+        "words", "word", "kid",
+        Arm("a learned word for a thing", WORD, choose=worded("{} <blick>")),
+        Arm("the known word for it that draws best", WORD, is_trained=False,
+            choose=best_wording([f"{{}} {shape}" for shape in SHAPES])),
+        ("data.source=builtin:scenes?concept=blick&count=256&seed=1",),
+    ),
+    Comparison(
         "instruct", "instruct", "prompt_accuracy",
         Arm("edits, told what to change"), Arm("image to image, told all that is to be seen", is_trained=False),
         ways=(INSTRUCTED, BEGUN),
@@ -145,6 +176,11 @@ COMPARISONS = (
         "features", "heads", "accuracy",
         Arm("a head on features of the frozen diffusion model", model=heads_on("builtin:tiny")),
         Arm("a head on the same model with random weights", model=heads_on("builtin:tiny", forgets=True)),
+    ),
+    Comparison(
+        "captions", "text_heads", "accuracy",
+        Arm("a head on the frozen text encoder", model=heads_on("builtin:tiny", False, "colour", "text_encoder")),
+        Arm("a head on it with random weights", model=heads_on("builtin:tiny", True, "colour", "text_encoder")),
     ),
     Comparison(
         "pixels", "heads", "accuracy",
@@ -203,28 +239,44 @@ def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = q
 
 def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     """Both sides of one."""
-    found, edited, costs, sizes = [], [], [], []
+    found, edited, costs, sizes, arms = [], [], [], [], []
     for number, (side, arm) in enumerate((("method", one.method), ("baseline", one.baseline))):
         own = {one.recipe: f"{one.name}-{side}"} if arm.is_trained else {}
         wanted = {recipe: f"apart-{recipe}" for recipe in arm.recipes} or own
-        adapters, seconds, size = [], 0.0, 0
+        adapters = []
         for recipe, name in wanted.items():
             asked = open_recipe(replace(one, recipe=recipe), arm, out / one.name / side, out)
             adapters.append(str(train_once(asked, name, progress=progress)))
-            card = Registry(asked.storage.registry).show(adapters[-1])
-            seconds += card.training.device_hours * 3600 if card.training else 0.0
-            size += sum(file.bytes for file in card.files.values())
         judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
+        chosen = arm.choose(judged, adapters, progress) if arm.choose else Chosen(adapters)
+        arms.append(replace(arm, title=f"{arm.title}: {chosen.told}" if chosen.told else arm.title))
+        shelf = Registry(judged.storage.registry)
         if one.ways is None:
-            found += evaluate(judged, [adapters or None], progress=progress)
+            templates = [chosen.template]
+            found += evaluate(judged, [chosen.adapters or None], templates=templates, progress=progress)
         else:
-            folders = [(Registry(judged.storage.registry).fetch(adapter), 1.0) for adapter in adapters]
+            folders = [(shelf.fetch(adapter), 1.0) for adapter in chosen.adapters]
             edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
-        costs.append(seconds)
-        sizes.append(size)
+        costs.append(sum(map(seconds_of, made_of(shelf, chosen.adapters))))
+        sizes.append(sum(file.bytes for name in chosen.adapters for file in shelf.show(name).files.values()))
+    one = replace(one, method=arms[0], baseline=arms[1])
     if edited:
         return edits_row(one, edited[0], edited[1], costs, sizes)
     return make_row(one, found[0], found[1], costs, sizes)
+
+
+def made_of(shelf: Registry, adapters: Sequence[str]) -> list[Card]:
+    """Cards of what was trained for some adapters: of a fused one those that it was made of."""
+    cards = [shelf.show(name) for name in adapters]
+    return [
+        shelf.show(name)
+        for card in cards for name in (card.lineage.fusion.adapters if card.lineage.fusion else [called(card)])
+    ]  # fmt: skip
+
+
+def seconds_of(card: Card) -> float:
+    """Of training, times devices."""
+    return card.training.device_hours * 3600 if card.training else 0.0
 
 
 def make_row(
@@ -232,7 +284,7 @@ def make_row(
 ) -> Row:  # fmt: skip
     """The row of two evaluations."""
     scores = [evaluation.scores[one.metric] for evaluation in (method, baseline)]
-    (found,) = (each for each in compare(baseline, method) if each.metric == one.metric)
+    (found,) = (each for each in compare(baseline, method, besides=("template",)) if each.metric == one.metric)
     return _row(one, scores, found, costs, sizes)
 
 

@@ -29,25 +29,32 @@ def heads(
     out: Annotated[Path, typer.Option(help="A new folder for the model.")],
     time: Annotated[float, typer.Option(help="Of a diffusion model: how far to noise pictures are, 0 to 1.")] = 0.25,
     block: Annotated[float, typer.Option(help="Of a diffusion model: behind which share of its blocks.")] = 0.6,
+    part: Annotated[str | None, typer.Option(
+        help="Of a diffusion model: a text encoder, such as text_encoder; heads then read captions, and see nothing.",
+    )] = None,
     seed: Annotated[int, typer.Option(help="Of the heads' first weights.")] = 0,
 ) -> None:  # fmt: skip
-    """Put heads on a network that sees, for objective.type: classify; they have learned nothing yet."""
+    """Put heads on a network that sees or reads, for objective.type: classify; they have learned nothing yet."""
     from gtl.features.heads import make_heads
 
     with Bar() as bar:
-        tasks = make_heads(backbone, data, task, out, cache_url(), time=time, block=block, seed=seed, progress=bar)
+        tasks = make_heads(
+            backbone, data, task, out, cache_url(), time=time, block=block, part=part, seed=seed, progress=bar
+        )
     for name, found in tasks.items():
         print(f"{name}: {found.kind} of {', '.join(found.values)}")
 
 
 def classify(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Files.")],
+    images: Annotated[list[str], typer.Argument(
+        metavar="IMAGE...", help="Files; for heads on a text encoder, texts.",
+    )],
     adapter: Annotated[str, typer.Option(metavar="NAME[@VERSION|@ALIAS]", help="Published heads.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to name, the likeliest.")] = 1,
     registry: RegistryUrl = "./registry",
     json_: AsJson = False,
-) -> None:
-    """Say what is in pictures, by heads that were trained."""
+) -> None:  # fmt: skip
+    """Say what is in pictures, or what texts are about, by heads that were trained."""
     from gtl.features.say import say
 
     with Bar() as bar:

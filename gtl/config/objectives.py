@@ -192,8 +192,8 @@ class ConsistencyObjective(Section):
 
 
 class ClassifyObjective(Section):
-    """Say what is in a picture: what the heads of the model are for, learned from columns of the data. `gtl heads`
-    makes such a model; several heads learn together."""
+    """Say what is in a picture, or what a caption is about: what the heads of the model are for, learned from columns
+    of the data. `gtl heads` makes such a model; several heads learn together."""
 
     type: Literal["classify"] = "classify"
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}

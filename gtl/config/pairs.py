@@ -11,8 +11,8 @@ from gtl.types import UserError
 class Needs:
     """What training reads. What is not live is encoded once, into the cache, and never loaded beside training."""
 
-    images: Literal["latents", "pixels"]
-    """latents: also the features of a frozen network that sees."""
+    images: Literal["latents", "pixels", "none"]
+    """latents: also the features of a frozen network that sees. none: they are not looked at."""
     text: Literal["embeddings", "tokens", "none"]
     """tokens: the text encoders run inside the training process. none: captions are not looked at."""
     live: tuple[str, ...] = ()
@@ -58,6 +58,7 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("freeze", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
     ("freeze", "adversarial"): Pair(Needs(images="pixels", text="none", live=("discriminator",)), max_zero_stage=2),
+    # Heads on a text encoder read captions, and no image: see `gtl.data.prepare`.
     ("head", "classify"): Pair(Needs(images="latents", text="none", labels=True), max_zero_stage=2, draws=False),
     ("full", "classify"): Pair(
         Needs(images="pixels", text="none", live=("backbone",), labels=True), max_zero_stage=2, draws=False

@@ -222,7 +222,8 @@ class PromptTuner(Section):
 
 
 class HeadTuner(Section):
-    """The heads of a model that sees. The network under them stays, and what it makes of the images is made once."""
+    """The heads of a model that sees, or of one that reads captions. The network under them stays, and what it makes of
+    the images or captions is made once."""
 
     train: ClassVar[None] = None
     type: Literal["head"] = "head"

@@ -26,6 +26,8 @@ PIXEL_SPACE = f"images-{PIXELS}-uint8"
 """The space of crops that no codec has encoded: they are the same for every model."""
 BYTE_SPACE = "images-identity-uint8"
 """The space of moments of models that have no codec and denoise pixels: their bytes, whatever the dtype."""
+NO_SPACE = "images-none"
+"""The space of images that are not looked at, of which only captions count: nothing is in it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Dataset:
         found = self.entries[entry]
         record = found.record
         cut = variants(record.sha256, record.size, found.bucket, **vars(self.cuts))[variant]
-        tensors = self.images.read(found.variants[variant])
+        tensors = {} if self.images.name == NO_SPACE else self.images.read(found.variants[variant])
         pixels = tensors.pop(PIXELS, None)
         return Item(
             latents=tensors,

@@ -17,7 +17,7 @@ from gtl.data.dataset import PIXEL_SPACE, PIXELS
 from gtl.data.index import CHANGED, GONE
 from gtl.data.spread import spread
 from gtl.data.stream import MISTAKE, pack, run_actors, unpack
-from gtl.families import denoising, encoding
+from gtl.families import encoding
 from gtl.images import BrokenImage, decode
 from gtl.storage import Store
 from gtl.types import DTYPES, UserError
@@ -167,7 +167,7 @@ class Encoder:
             chunk = rows[i : i + PROMPT_BATCH]
             encoders = {name: self._part(name) for name in self._family.encoders}
             with torch.inference_mode():
-                found = denoising(self._family).encode_prompts(encoders, [row["caption"] for row in chunk])
+                found = encoding(self._family).encode_prompts(encoders, [row["caption"] for row in chunk])
             items = {row["key"]: conditions for row, conditions in zip(chunk, found, strict=True)}
             yield items, [{"uri": row["key"], "error": ""} for row in chunk]
 

@@ -13,7 +13,7 @@ from gtl.data.buckets import MAX_ASPECT, Size, bucket_sizes, choose_bucket, vari
 from gtl.data.cache import prompt_key
 from gtl.data.captions import ORIGINAL, CaptionRule
 from gtl.data.containers import ORIGINAL_COLUMNS
-from gtl.data.dataset import BYTE_SPACE, PIXEL_SPACE, Cuts, Dataset, choose_held_out
+from gtl.data.dataset import BYTE_SPACE, NO_SPACE, PIXEL_SPACE, Cuts, Dataset, choose_held_out
 from gtl.data.fill import ImageWork, fill
 from gtl.data.index import Index, SeenFile
 from gtl.data.labels import CAPTION, check_labels, check_turned
@@ -60,8 +60,10 @@ def prepare(
     tell: Progress = progress or quiet
     cache = Store(cache_url)
     tasks = seeing(family).tasks if needs.labels else {}
+    if reads := bool(tasks and family.encoders):  # what its heads say is of captions alone
+        needs = replace(needs, images="none", text="embeddings")
     check_turned(tasks, data.flip)
-    found = scan_all(data, cache, prior, tell, target, {task.column for task in tasks.values()})
+    found = scan_all(data, cache, prior, tell, target, {task.column for task in tasks.values()}, reads)
     found = paired(found) if needs.originals else unpaired(found)
     if tasks:
         check_labels(found, tasks)
@@ -69,6 +71,8 @@ def prepare(
         found.images = [located._replace(record=replace(located.record, captions=())) for located in found.images]
     check_usable(found, data)
     check_captioned(found, data, needs)
+    if reads:
+        check_told_apart(found)
     sizes = bucket_sizes(data.resolution, family.multiple, MAX_ASPECT if data.buckets else 1.0, family.max_size)
     cuts = Cuts(data.crops, data.flip, data.seed)
     images, texts = spaces(family, dtype, needs)
@@ -79,7 +83,7 @@ def prepare(
         dataset = Dataset(cache, entries, images, texts, cuts)
         dataset.refresh()
         # Once is enough for all copies of an image, unless the one that was to stand for them failed.
-        work = list(missing_images(dataset, wanted, every_copy=bool(failed)))
+        work = [] if needs.images == "none" else list(missing_images(dataset, wanted, every_copy=bool(failed)))
         captions = missing_texts(dataset, prompts)
         if check is not None and (work or captions):
             check()
@@ -99,7 +103,7 @@ def prepare(
 
 def spaces(family: Family, dtype: str, needs: Needs) -> tuple[str, str | None]:
     """Names of the cache's spaces of images and of prompts, which say what made the tensors in them."""
-    images = PIXEL_SPACE if needs.images == "pixels" else BYTE_SPACE
+    images = {"pixels": PIXEL_SPACE, "latents": BYTE_SPACE, "none": NO_SPACE}[needs.images]
     if needs.images == "latents" and family.codec is not None:
         images = f"images-{family.fingerprint(family.codec)[:16]}-{dtype}"
     if needs.text != "embeddings":
@@ -125,15 +129,17 @@ def sources(data: Data) -> list[Source]:
 
 def scan_all(
     data: Data, cache: Store, prior: tuple[str, str, float] | None, progress: Progress, target: str | None = None,
-    columns: Collection[str] = (),
+    columns: Collection[str] = (), reads: bool = False,
 ) -> Scan:  # fmt: skip
     """The images of every source with labels of those columns, those of the target marked, and of the prior.
+
+    Beside labels captions count only if they are read, too.
 
     Raises:
         UserError: a source or a caption is not what it has to be.
     """
     rule = CaptionRule(data.captions, data.caption_template)
-    if columns and CAPTION not in columns:
+    if columns and CAPTION not in columns and not reads:
         rule = CaptionRule("folder")  # metadata files need no captions then
 
     def look(root: str, files: list[File]) -> Iterator[SeenFile]:
@@ -267,6 +273,20 @@ def check_captioned(found: Scan, data: Data, needs: Needs) -> None:
         raise UserError(
             f"data.captions: {data.captions}: {len(captionless)} images have no such caption, the first: "
             f"{captionless[0]}; caption them, or use captions: auto"
+        )
+
+
+def check_told_apart(found: Scan) -> None:
+    """Refuse captions that are all the same, of which nothing can be told.
+
+    Raises:
+        UserError: they are.
+    """
+    captions = {caption for located in found.images for caption in located.record.captions}
+    if len(captions) == 1:
+        raise UserError(
+            f"data.captions: all {len(found.images)} images have the caption {captions.pop()!r}, of which the model's "
+            "heads can tell nothing; give text in metadata.jsonl, or a .txt beside each image"
         )
 
 

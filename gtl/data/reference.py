@@ -61,7 +61,8 @@ def reference(data: Data, family: Family, cache_url: str, progress: Progress = q
     """
     cache = Store(cache_url)
     tasks = seeing(family).tasks if family.heads else {}
-    found = scan_all(data, cache, None, progress, columns={task.column for task in tasks.values()})
+    columns = {task.column for task in tasks.values()}
+    found = scan_all(data, cache, None, progress, columns=columns, reads=bool(family.encoders))
     if tasks:
         check_labels(found, tasks)
     check_usable(found, data)

@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {
     "gan": "gtl.families.gan:Gan",
     "classifier": "gtl.families.classifier:Classifier",
     "diffusion_classifier": "gtl.families.diffusion_classifier:DiffusionClassifier",
+    "text_classifier": "gtl.families.text_classifier:TextClassifier",
 }
 """Families by name, imported when opened."""
 
@@ -49,6 +50,7 @@ PIPELINES: dict[str, str] = {
     "GanPipeline": "gan",
     "ClassifierPipeline": "classifier",
     "DiffusionClassifierPipeline": "diffusion_classifier",
+    "TextClassifierPipeline": "text_classifier",
 }
 """Family by the pipeline class that model_index.json names."""
 
@@ -100,7 +102,7 @@ def denoising(family: Family) -> DiffusionFamily:
 
 
 def encoding(family: Family) -> DiffusionFamily | SeeingFamily:
-    """A family as one that makes latents or features of pictures.
+    """A family as one that makes latents of pictures and conditions of captions, or features of either.
 
     Raises:
         UserError: it does not.

@@ -295,7 +295,7 @@ class EnlargingFamily(DiffusionFamily, Protocol):
 
 
 class SeeingFamily(Family, Protocol):
-    """A family whose main part makes features of pictures, of which its head says what is in them."""
+    """A family whose main part makes features of pictures, or of captions, of which its head says what is in them."""
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -312,7 +312,19 @@ class SeeingFamily(Family, Protocol):
         ...
 
     def encode_images(self, codec: nn.Module | None, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels [B, 3, H, W] in [-1, 1] to features, [B, ...]; differentiable in the weights of the main part."""
+        """Pixels [B, 3, H, W] in [-1, 1] to features, [B, ...]; differentiable in the weights of the main part.
+
+        Raises:
+            UserError: it has `encoders`: its features are of captions.
+        """
+        ...
+
+    def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
+        """Features of each caption, unbatched, of a family with `encoders`.
+
+        Raises:
+            UserError: it has none: its features are of pictures.
+        """
         ...
 
 

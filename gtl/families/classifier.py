@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,6 +23,8 @@ from gtl.types import Task, UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from gtl.families.base import Conditions
 
 BACKBONES: dict[str, str] = {
     "Scenes": "gtl", "Pixels": "gtl",
@@ -151,6 +153,14 @@ class Classifier(DiffusersLayout):
         assert codec is not None
         found = see(codec, normalized(pixels, self.sight))
         return {name: found[name] for name in self.feature_shapes(0, 0)}
+
+    def encode_prompts(self, encoders: Mapping[str, nn.Module], prompts: Sequence[str]) -> list[Conditions]:
+        """None.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{self.folder}: its heads look at pictures, and read no captions")
 
     def blocks(self, main: nn.Module) -> list[tuple[str, ...]]:
         """Blocks in execution order: each residual and each transformer block; none where nothing can move."""

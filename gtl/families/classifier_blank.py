@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gtl.families.classifier import BACKBONES, see, without_pooler
 from gtl.families.files import INDEX, read_json
 from gtl.families.loading import write_weights
+from gtl.imports import absent, quieted
 from gtl.types import Task, UserError
 
 if TYPE_CHECKING:
@@ -162,4 +163,45 @@ def write_diffusion_classifier(
     midway = Midway(family, main, codec, told, conditions).float().eval()
     write_head(tasks, sizes_of(midway, family.default_size[0]), folder, seed)
     index |= {"_class_name": "DiffusionClassifierPipeline", BASE: index["_class_name"], "head": ["gtl", "Heads"]}
+    write_json(folder / INDEX, index)
+
+
+def write_text_classifier(source: str, part: str, tasks: Mapping[str, Task], folder: Path, seed: int = 0) -> None:
+    """Write a text encoder of a diffusion model, alone, with heads on what it makes of captions; the index comes last.
+
+    Args:
+        source: A hub id, a local folder in diffusers layout, or a bucket URL of one.
+        part: Which of its text encoders.
+        tasks: By name; one head each.
+        folder: Where to.
+        seed: Of the heads' weights.
+
+    Raises:
+        UserError: it is no diffusion model, has no such encoder, or a task is of places in pictures.
+    """
+    import torch
+
+    from gtl.families import denoising, open_family
+    from gtl.families.text_classifier import READERS, pooled
+
+    if boxed := next((name for name, task in tasks.items() if task.kind == "boxes"), None):
+        raise UserError(f"--task {boxed}: boxes are places in pictures, and a text encoder reads texts; leave it out")
+    family: Any = denoising(open_family(source))
+    if part not in family.encoders:
+        known = f"has {', '.join(family.encoders)}" if family.encoders else "reads no text"
+        raise UserError(f"--part {part}: {source}: no text encoder of that name; the model {known}")
+    library, name = family.classes[part]
+    if name not in READERS:
+        raise UserError(f"--part {part}: {source}: a {name}; heads stand on {', '.join(READERS)}")
+    tokens, encoder = family.companions[part], family.load(part)
+    with absent("deepspeed"), quieted():  # accelerate would import it, and it warns where there is no GPU
+        encoder.save_pretrained(folder / "backbone")
+    shutil.copytree(family.folder / tokens, folder / "tokenizer")
+    with torch.no_grad():
+        width = pooled(encoder.float(), family.tokenizers[part], [""]).shape[1]
+    write_head(tasks, {"pooled": width, "channels": 1, "stride": 1}, folder, seed)
+    index = {
+        "_class_name": "TextClassifierPipeline", "backbone": [library, name], "head": ["gtl", "Heads"],
+        "tokenizer": family.index[tokens],
+    }  # fmt: skip
     write_json(folder / INDEX, index)

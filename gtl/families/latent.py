@@ -14,6 +14,8 @@ from gtl.families.words import spell_out, teach
 from gtl.types import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
@@ -183,17 +185,9 @@ class LatentDiffusion(DiffusersLayout, ABC):
     @functools.cached_property
     def tokenizers(self) -> dict[str, Any]:
         """Each text encoder's tokenizer."""
-        import transformers
-
-        def load(part: str) -> Any:
-            name, folder = TOKENIZERS[self.classes[part][1]], self.folder / self.companions[part]
-            try:
-                return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
-            except Exception as error:  # the library raises nearly anything
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{folder}: not a {name} that can be read: {reason}") from error
-
-        return {part: load(part) for part in self.encoders}
+        return {
+            part: read_tokenizer(self.classes[part][1], self.folder / self.companions[part]) for part in self.encoders
+        }
 
     def negative_text(self, prompt: str) -> str:
         """The prompt itself."""
@@ -224,6 +218,22 @@ class LatentDiffusion(DiffusersLayout, ABC):
         import torch
 
         return {name: torch.stack([sample[name] for sample in conditions]) for name in conditions[0]}
+
+
+def read_tokenizer(encoder: str, folder: Path) -> Any:
+    """The tokenizer in a folder, of transformers, for a text encoder of that class.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    import transformers
+
+    name = TOKENIZERS[encoder]
+    try:
+        return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: not a {name} that can be read: {reason}") from error
 
 
 def ids_of(encoder: str) -> str:

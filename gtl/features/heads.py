@@ -9,7 +9,13 @@ from gtl.data.captions import CaptionRule
 from gtl.data.check import inspect_here
 from gtl.data.labels import CAPTION, find_tasks
 from gtl.data.sources import scan
-from gtl.families.classifier_blank import PIXELS, SCENES, write_classifier, write_diffusion_classifier
+from gtl.families.classifier_blank import (
+    PIXELS,
+    SCENES,
+    write_classifier,
+    write_diffusion_classifier,
+    write_text_classifier,
+)
 from gtl.families.files import INDEX, read_json, write_once
 from gtl.storage import Store
 from gtl.types import Progress, Task, UserError, quiet
@@ -20,7 +26,7 @@ TIME, BLOCK = 0.25, 0.6
 
 def make_heads(
     source: str, data: str, wanted: Sequence[str], out: Path, cache: str, *, time: float = TIME, block: float = BLOCK,
-    seed: int = 0, progress: Progress = quiet,
+    part: str | None = None, seed: int = 0, progress: Progress = quiet,
 ) -> dict[str, Task]:  # fmt: skip
     """Write a model whose heads are to say what columns of the data say; they have learned nothing yet.
 
@@ -33,11 +39,12 @@ def make_heads(
         cache: URL of its root, which remembers what was found in files.
         time: Of a diffusion model: how far on the way to noise pictures are looked at, from 0 to 1.
         block: Of a diffusion model: behind which share of its blocks, from 0 to 1.
+        part: Of a diffusion model: a text encoder, whose features of captions the heads are to stand on instead.
         seed: Of the heads' weights.
         progress: Is called as it goes on.
 
     Raises:
-        UserError: there is no such network, no such column, or the folder holds something.
+        UserError: there is no such network, part or column, or the folder holds something.
     """
     columns = columns_of(wanted)
     if out.exists() and any(out.iterdir()):
@@ -48,7 +55,9 @@ def make_heads(
     progress("heads", 0, 0, source)
 
     def write(folder: Path) -> None:
-        if is_diffusion(source):
+        if part is not None:
+            write_text_classifier(source, part, tasks, folder, seed)
+        elif is_diffusion(source):
             write_diffusion_classifier(source, tasks, folder, time, block, seed)
         else:
             write_classifier(source, tasks, folder, seed)

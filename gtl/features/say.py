@@ -1,4 +1,4 @@
-"""What published heads say of pictures: here and now, one picture after the other."""
+"""What published heads say of pictures or texts: here and now, one after the other."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ LEAST = 0.3
 
 @dataclass(frozen=True)
 class Said:
-    """What one head says of one picture."""
+    """What one head says of one picture, or of one text."""
 
     image: str
+    """The file, or the text."""
     task: str
     answers: list[Answer]
     """Of classes the likeliest, the first first; of objects those that are seen."""
@@ -50,12 +51,12 @@ class Answer:
 def say(
     images: Sequence[str], adapter: str, registry: str, most: int = 3, progress: Progress = quiet
 ) -> Iterator[Said]:
-    """What an adapter's heads say, picture by picture.
+    """What an adapter's heads say, picture by picture, or text by text if they stand on a text encoder.
 
     Pictures are cut at the centre to the square that the model was made for, as in training.
 
     Args:
-        images: Files.
+        images: Files, or texts.
         adapter: NAME, NAME@VERSION or NAME@ALIAS.
         registry: URL of the registry.
         most: Classes that are named.
@@ -66,21 +67,22 @@ def say(
     """
     shelf = Registry(registry)
     card, version = shelf.resolve(adapter)
-    if missing := [image for image in images if not Path(image).is_file()]:
-        raise UserError(f"{missing[0]}: no such file")
     family = seeing(open_base(card))
+    if missing := [image for image in images if not family.encoders and not Path(image).is_file()]:
+        raise UserError(f"{missing[0]}: no such file")
     parts = {part: family.load(part, torch.float32) for part in (family.main, *family.heads)}
     apply(parts, shelf.fetch(f"{card.name}@{version}"))
     backbone, head = parts[family.main].eval(), parts[family.heads[0]].eval()
     for number, name in enumerate(images):
         progress("look", number, len(images), name)
-        try:
-            image = decode(Path(name).read_bytes())
-        except BrokenImage as error:
-            raise UserError(f"{name}: {error}") from error
-        pixels, scale, corner = square(image, family.default_size)
-        with torch.inference_mode():
-            outputs = head(family.encode_images(backbone, pixels))
+        if family.encoders:
+            with torch.inference_mode():
+                (found,) = family.encode_prompts({part: parts[part] for part in family.encoders}, [name])
+                outputs = head({key: value[None] for key, value in found.items()})
+        else:
+            pixels, scale, corner = square(opened(name), family.default_size)
+            with torch.inference_mode():
+                outputs = head(family.encode_images(backbone, pixels))
         for task, output in outputs.items():
             values = family.tasks[task].values
             if family.tasks[task].kind == "class":
@@ -89,6 +91,18 @@ def say(
             else:
                 answers = objects(output, values, pixels.shape[-2:], scale, corner)
             yield Said(name, task, answers)
+
+
+def opened(name: str) -> Image:
+    """A picture.
+
+    Raises:
+        UserError: the file is none.
+    """
+    try:
+        return decode(Path(name).read_bytes())
+    except BrokenImage as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def square(image: Image, size: tuple[int, int]) -> tuple[Tensor, float, tuple[int, int]]:

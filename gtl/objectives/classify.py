@@ -56,8 +56,9 @@ class Classify:
         return "error"
 
     def draw(self, item: Item, rng: torch.Generator, stratum: int | None = None) -> dict[str, Tensor]:
-        """One sample: pixels [3, H, W] in [-1, 1] or features, and of each task what is true."""
-        seen = {FEATURE + name: value.float() for name, value in item.latents.items()}
+        """One sample: pixels [3, H, W] in [-1, 1] or features, which may be of the caption, and of each task what is
+        true."""
+        seen = {FEATURE + name: value.float() for name, value in (item.latents | item.conditions).items()}
         if item.pixels is not None:
             seen = {"pixels": item.pixels.float().div(127.5).sub(1)}
         labels = json.loads(item.labels or "{}")
@@ -81,7 +82,8 @@ class Classify:
         """
         (head,) = self.family.heads
         if self.family.main in parts and self.family.is_frozen:
-            raise UserError(f"tuner.type: what {self.family.folder} makes of pictures is frozen; take head")
+            seen = "captions" if self.family.encoders else "pictures"
+            raise UserError(f"tuner.type: what {self.family.folder} makes of {seen} is frozen; take head")
         return {"classifier": Classifier(parts[head], parts.get(self.family.main), self.family, self.config, dtype)}
 
 

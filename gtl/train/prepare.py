@@ -51,7 +51,8 @@ def prepare(recipe: Recipe, family: Family, dtype: str, gpus: int, progress: Pro
         folder = draw_class_images(recipe, family, prior, dtype, gpus, check, progress)
         extra = (folder, prior.prompt, prior.weight)
     shown = recipe.evaluate
-    prompts = [denoising(family).negative_text(shown.negative_prompt)] if family.encoders else []
+    draws = family.draws == "by denoising" and family.encoders
+    prompts = [denoising(family).negative_text(shown.negative_prompt)] if draws else []
     if isinstance(shown.prompts, list):
         prompts += shown.prompts
     dataset = encode(

@@ -249,7 +249,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_every_family_has_a_model_here() -> None:
     assert set(FAMILIES) == set(PIPELINES.values())
     denoise = {name for name in FAMILIES if family_class(name).draws == "by denoising"}
-    others = {"gan", "classifier", "diffusion_classifier"}  # see test_gan.py and test_classifiers.py
+    # See test_gan.py, test_classifiers.py and test_text_heads.py.
+    others = {"gan", "classifier", "diffusion_classifier", "text_classifier"}
     assert {family for family, _ in MODELS.values()} == denoise == set(FAMILIES) - others
 
 

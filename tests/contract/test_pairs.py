@@ -36,9 +36,11 @@ OBJECTIVE_CONFIGS = {
     "distill": {"output": 1e-3, "features": 1e-3}, "align": {"weight": 0.1},
 }  # fmt: skip
 """The teacher of distill is the model itself, so that all that is to be learned is the task."""
-OWN = {"gan": "adversarial", "classifier": "classify", "diffusion_classifier": "classify"}
-"""Families that no other objective than theirs is for; they are walked in test_gan.py and in test_classifiers.py, and
-what sees an image beside in test_instruct.py."""
+OWN = {
+    "gan": "adversarial", "classifier": "classify", "diffusion_classifier": "classify", "text_classifier": "classify",
+}  # fmt: skip
+"""Families that no other objective than theirs is for; they are walked in test_gan.py, in test_classifiers.py and in
+test_text_heads.py, and what sees an image beside in test_instruct.py."""
 FLOW_CONFIGS = {**OBJECTIVE_CONFIGS, "denoise": {"timesteps": {"distribution": "logit_normal", "shift": "model"}}}
 """For models that predict a flow, which has no min-SNR weights."""
 CASES = [

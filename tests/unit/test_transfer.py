@@ -6,12 +6,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from gtl.adapters import Card, Registry
+from gtl.adapters.card import Base, Fusion, Lineage, Training
+from gtl.bench.choosing import Chosen, apart, told_of
 from gtl.bench.editing import BEGUN, PAIRS, Edited, describe, describe_before, distance, edit_pairs
-from gtl.bench.transfer import COMPARISONS, Comparison, edits_row, make_row, open_recipe, table
+from gtl.bench.transfer import (
+    COMPARISONS,
+    RECIPES,
+    Comparison,
+    edits_row,
+    made_of,
+    make_row,
+    open_recipe,
+    seconds_of,
+    table,
+)
+from gtl.config import load_recipe
 from gtl.data.scenes.captions import read_caption
 from gtl.evaluate.estimate import Estimate, estimate_share
 from gtl.evaluate.result import Evaluation, Sampling, make_score
 from gtl.families import open_family
+from gtl.search.study import FRESH
 from gtl.types import quiet
 
 FACTS = {"extractor": "reader", "resize": "none", "dtype": "exact"}
@@ -28,8 +43,9 @@ def test_both_sides_are_measured_alike(one: Comparison, tmp_path: Path) -> None:
     assert method.storage.registry == str(tmp_path / "registry")
     if one.baseline.is_trained:
         assert method.train == baseline.train, "the same steps, batches and rate"
+    known = ("sd", "gan", "classifier", "diffusion_classifier", "text_classifier")
     for recipe in (method, baseline):
-        assert open_family(recipe.model.source).name in ("sd", "gan", "classifier", "diffusion_classifier")
+        assert open_family(recipe.model.source).name in known
     judged = open_recipe(one, one.method, tmp_path / "method", tmp_path, one.measured)
     assert (judged.data.source != method.data.source) == bool(one.measured)
 
@@ -88,3 +104,42 @@ def test_pairs_are_edited_by_the_built_in_model() -> None:
     found = edit_pairs("builtin:tiny", (), replace(BEGUN, steps=4), 8, quiet)
     assert 0 <= found.right.value <= 1 and found.right.num_fake == 8
     assert 0 < found.moved[1] < found.moved[0] < found.moved[2] < 0.5
+
+
+def test_candidates_are_drawn_on_seeds_that_nothing_is_measured_on(tmp_path: Path) -> None:
+    one = next(one for one in COMPARISONS if one.name == "words")
+    recipe = open_recipe(one, one.baseline, tmp_path, tmp_path, one.measured)
+    drawn = apart(recipe)
+    seeds = {recipe.evaluate.seed + i for i in range(recipe.evaluate.samples)}
+    # A search draws its candidates, and the best of them once more.
+    for first in (drawn.evaluate.seed, drawn.evaluate.seed + FRESH):
+        assert seeds.isdisjoint(range(first, first + drawn.evaluate.samples))
+    assert drawn.evaluate.samples < recipe.evaluate.samples and drawn.data == recipe.data
+
+
+def test_a_learned_word_is_measured_in_its_own_words() -> None:
+    one = next(one for one in COMPARISONS if one.name == "words")
+    assert one.method.choose is not None
+    recipe = load_recipe(RECIPES / "word.yaml")
+    chosen = one.method.choose(recipe, ["word@v1"], quiet)
+    assert chosen == Chosen(["word@v1"], f"{{}} {recipe.tuner.token}")  # type: ignore[union-attr]
+    other = evaluation("word@v1", [1.0] * 10)
+    worded = other.model_copy(update={"sampling": other.sampling.model_copy(update={"template": chosen.template})})
+    assert make_row(COMPARISONS[0], worded, evaluation(None, [0.0] * 10), (1, 0), (1, 0)).better == "the method"
+
+
+def test_what_is_fused_costs_what_was_trained_for_it(tmp_path: Path) -> None:
+    shelf = Registry(tmp_path / "registry")
+    base = Base(source="builtin:tiny", fingerprint="f" * 64, family="sd")
+    fused = Lineage(fusion=Fusion(method="svd", adapters=["dog@v1", "neon@v1"], weights=[1.0, 0.5]))
+    for name, hours, lineage in (("dog", 0.5, Lineage()), ("neon", 0.25, Lineage()), ("both", None, fused)):
+        (folder := tmp_path / name).mkdir()
+        (folder / "weights").write_text(name)
+        training = None if hours is None else Training(steps=1, device_hours=hours)
+        shelf.publish(name, "v1", folder, Card(
+            name=name, version="v1", base=base, tuner={}, training=training, lineage=lineage,
+        ))  # fmt: skip
+    spent = [sum(map(seconds_of, made_of(shelf, [name]))) for name in ("dog@v1", "both@v1")]
+    assert spent == [1800, 2700]
+    assert sum(map(seconds_of, made_of(shelf, ["dog@v1", "neon@v1"]))) == 2700
+    assert told_of((0.5, 1.25)) == "0.5 + 1.25"
