@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 
 from gtl.objectives.adversarial import autocast, critic_loss, slope
@@ -34,7 +35,10 @@ class Judged(nn.Module):
     @property
     def is_judged(self) -> bool:
         """Whether the second player has begun."""
-        return bool(self._judge) and int(self.passed) >= (self._after or 0)
+        if not self._judge:
+            return False
+        # A plan has shapes alone, and has to have room for the run as it will be.
+        return isinstance(self.passed, FakeTensor) or int(self.passed) >= (self._after or 0)
 
     def shown(self, batch: Batch) -> tuple[Seen, Seen]:
         """What the second player is to see of the batch's pictures, and the same of what is drawn; no gradient."""

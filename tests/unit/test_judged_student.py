@@ -17,7 +17,9 @@ from gtl.families import open_family
 from gtl.families.base import DiffusionFamily
 from gtl.objectives import make_objective
 from gtl.objectives.features import Heads
+from gtl.train.assemble import outline
 from gtl.train.blocks import checkpoint_blocks
+from gtl.train.footprint import measure
 from gtl.types import Batch, UserError
 from tests.tiny import make_sd
 from tests.unit.test_consistency import adapted, item
@@ -214,6 +216,26 @@ def test_what_the_model_cannot_do_is_one_line(tmp_path: Path) -> None:
         make_objective(ConsistencyObjective(adversarial=0.1, adversarial_steps=200), few)
     with pytest.raises(UserError, match="^objective.type: consistency: a model of family gan learns adversarial"):
         make_objective(ConsistencyObjective(adversarial=0.1), open_family("builtin:gan"))
+
+
+@pytest.mark.parametrize("after", [0, 50])
+def test_a_plan_has_room_for_both(after: int) -> None:
+    family = open_family("builtin:tiny")
+    found = []
+    for weight in (0.0, 0.1):
+        asked = recipe({"adversarial": weight, "adversarial_after": after}, data={"source": "photos", "resolution": 64})
+        found.append(measure(asked, outline(asked, "fp32", family)))
+    alone, judged = found
+    _, widths = zip(*family.sections(family.load("unet", device="meta")), strict=True)  # type: ignore[attr-defined]
+    assert widths == (32, 64, 96, 96, 96, 64, 32)
+    assert judged.trained - alone.trained == sum((width + 1) * 128 + 128 + 1 for width in widths)
+    assert judged.per_image.whole > 1.5 * alone.per_image.whole, "the student draws a second time, and is looked at"
+    codec = parse_recipe({
+        "model": {"source": "builtin:tiny"}, "data": {"source": "photos", "resolution": 64},
+        "tuner": {"type": "full", "train": ["vae"]},
+        "objective": {"type": "autoencode", "adversarial": 0.1, "adversarial_after": after},
+    })  # fmt: skip
+    assert measure(codec, outline(codec, "fp32", family)).trained > 2_000_000, "its codec has but 656,000"
 
 
 def test_the_rest_of_a_recipe_follows() -> None:
