@@ -98,7 +98,10 @@ def told(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: row[name] for name in row if name.startswith(("student", "discriminator"))} for row in rows]
 
 
-@pytest.mark.parametrize(("tuner", "stage"), [("lora", 0), ("lora", 2), ("full", 2)])
+@pytest.mark.parametrize(
+    ("tuner", "stage"),
+    [("lora", 2), *(pytest.param(*case, marks=pytest.mark.soak) for case in (("lora", 0), ("full", 2)))],
+)
 def test_both_learn_in_shares_what_they_learn_together(solo: Group, duo: Group, tuner: str, stage: int) -> None:
     ((rows, states, published),) = solo.run(run, tuner, 0, STEPS)
     (shared, again, _), _ = duo.run(run, tuner, stage, STEPS)
@@ -114,7 +117,7 @@ def test_both_learn_in_shares_what_they_learn_together(solo: Group, duo: Group, 
     assert all("ema" not in kinds for kinds in again["discriminator"].tensors.values())
 
 
-@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("tuner", ["lora", pytest.param("full", marks=pytest.mark.soak)])
 def test_a_judged_student_goes_on_in_the_same_bits(duo: Group, tuner: str) -> None:
     (rows, states, published), _ = duo.run(run, tuner, 0, STEPS)
     (_, half, _), _ = duo.run(run, tuner, 0, 3)
