@@ -19,6 +19,7 @@ from gtl.adapters.words import EMBEDS, apply_word, moved_by_word
 from gtl.types import UserError
 
 if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import Tensor, nn
 
 
@@ -156,9 +157,7 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
 
     Where an adapter was started from the base weight's own principal part (PiSSA, OLoRA), that part is missing.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = adapters_on(module)
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:  # `enable_adapters` would also change what is trained
         layer._disable_adapters = True
@@ -167,6 +166,13 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer._disable_adapters = was
+
+
+def adapters_on(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers of a module that have low-rank adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def apply_pivotal(parts: Mapping[str, nn.Module], folder: Path, name: str, scale: float) -> None:

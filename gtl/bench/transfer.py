@@ -122,6 +122,11 @@ COMPARISONS = (
         Arm("drawn in 2 steps, consistency LoRA"), Arm("the model alone in 2 steps", is_trained=False),
     ),
     Comparison(
+        "one-step", "one_step", "prompt_accuracy",
+        Arm("drawn in 1 step, consistency LoRA that is judged"),
+        Arm("the same one that nobody judges", ("objective.adversarial=0",)),
+    ),
+    Comparison(
         "student", "student", "prompt_accuracy",
         Arm("distilled into three quarters of the weights", model=cut),
         Arm("the same one from random weights", ("objective={type: denoise}", "model.weights=random"), cut),

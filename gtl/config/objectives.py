@@ -175,9 +175,10 @@ class AutoencodeObjective(Section):
 
 class ConsistencyObjective(Section):
     """Draw in a few steps what the model draws in many: latent consistency distillation (Luo et al. 2023, arXiv
-    2310.04378; Song et al. 2023, arXiv 2303.01469).
+    2310.04378; Song et al. 2023, arXiv 2303.01469), and beside it adversarial distillation.
 
-    The teacher is the model itself, without what is trained. What is learned is drawn by the sampler of consistency
+    The teacher is the model itself, without what is trained: of an adapter what is under it, of tuner.type: full a
+    second copy. What is learned is drawn by the sampler of consistency
     models, in 2 to 8 steps and without guidance: that is learned too.
     """
 
@@ -189,6 +190,21 @@ class ConsistencyObjective(Section):
     """Steps that the teacher would take from noise to a picture; the student learns to skip them."""
     huber: Annotated[float, Field(gt=0)] = 1e-3
     """c of the pseudo-Huber loss sqrt(d^2 + c^2) - c (arXiv 2310.14189, section 3.3)."""
+    adversarial: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of what a second network says of what the student draws at once, which learns meanwhile to tell it from
+    the data (adversarial diffusion distillation, Sauer et al. 2023, arXiv 2311.17042; in latents, by heads on what the
+    teacher's sections put out, arXiv 2403.12015; hinge loss): it is for one step and two, where the mean of all that
+    could be drawn is a blur."""
+    adversarial_after: Annotated[int, Field(ge=0)] = 0
+    """Steps of the student before that network begins to learn and to be listened to."""
+    adversarial_steps: Annotated[int, Field(ge=1, le=999)] = 4
+    """What it judges is drawn from one of so many times, which are those of the sampler for as many steps; 1: from
+    noise alone."""
+    r1: Annotated[float, Field(ge=0)] = 0.0
+    """gamma of gamma/2 times the squared gradient of its logits in the teacher's features of the data (arXiv
+    2311.17042, section 3.2)."""
+    discriminator_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of that network. null: train.learning_rate."""
 
 
 class ClassifyObjective(Section):
@@ -253,3 +269,15 @@ Objective = Annotated[
     | Annotated[ClassifyObjective, Tag("classify")],
     Discriminator(type_of("denoise")),
 ]
+
+
+def is_judged(objective: Objective) -> bool:
+    """Whether a second network judges what the first one makes of the data itself, beside its other losses."""
+    return isinstance(objective, AutoencodeObjective | ConsistencyObjective) and objective.adversarial > 0
+
+
+def rate_of(objective: Objective) -> float | None:
+    """The learning rate of a discriminator, where it has one of its own."""
+    if isinstance(objective, AdversarialObjective | ConsistencyObjective):
+        return objective.discriminator_learning_rate
+    return None

@@ -49,6 +49,7 @@ PAIRS: dict[tuple[str, str], Pair] = {
     ("full", "instruct"): Pair(
         Needs(images="latents", text="embeddings", originals=True), max_zero_stage=3, draws=False
     ),
+    ("full", "consistency"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "distill"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("full", "denoise"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3),
     ("lora", "align"): Pair(Needs(images="latents", text="embeddings"), max_zero_stage=3, frozen_base=True),

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from gtl.config.base import ModelSource, Place, Section
 from gtl.config.evaluate import Evaluate
 from gtl.config.metrics import METRICS, MetricName, check_metrics, check_objective, of_pictures
-from gtl.config.objectives import AdversarialObjective, AlignObjective, DenoiseObjective, Objective
+from gtl.config.objectives import AdversarialObjective, AlignObjective, DenoiseObjective, Objective, is_judged, rate_of
 from gtl.config.pairs import Needs, Pair, pair, with_trained
 from gtl.config.tuners import FreezeTuner, FullTuner, LoraTuner, PromptTuner, Tuner
 from gtl.types import Sampler
@@ -229,9 +229,8 @@ class Recipe(Section):
     @property
     def max_zero_stage(self) -> int:
         """The highest ZeRO stage that the pair bears, with what this objective asks for."""
-        # Where a codec is judged, one network runs within the turn of the other, on whole weights.
-        is_judged = self.objective.type == "autoencode" and self.objective.adversarial > 0
-        return min(self.pair.max_zero_stage, 2 if is_judged else 3)
+        # Where a player is judged, its network runs within the turn of the other, on whole weights.
+        return min(self.pair.max_zero_stage, 2 if is_judged(self.objective) else 3)
 
     @property
     def needs(self) -> Needs:
@@ -245,8 +244,8 @@ class Recipe(Section):
         """`train` as it is for one of the objective's players."""
         if player != "discriminator":
             return self.train
-        asked = self.objective.discriminator_learning_rate if isinstance(self.objective, AdversarialObjective) else None
-        return self.train.model_copy(update={"learning_rate": asked or self.train.learning_rate, "ema": None})
+        rate = rate_of(self.objective) or self.train.learning_rate
+        return self.train.model_copy(update={"learning_rate": rate, "ema": None})
 
     @property
     def sampler(self) -> Sampler:

@@ -162,6 +162,11 @@ class DiffusionFamily(Family, Protocol):
         """The module half-way through the main part, and the number of channels that it puts out."""
         ...
 
+    def sections(self, main: nn.Module) -> list[tuple[str, int]]:
+        """Modules from the main part's begin to its end that see the picture and the text, in execution order, and the
+        number of channels that each puts out."""
+        ...
+
     @property
     def input_layer(self) -> str | None:
         """The main part's convolution over latents, if it can be given further channels; see `gtl.families.wide`."""

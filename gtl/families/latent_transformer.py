@@ -46,8 +46,12 @@ class LatentTransformer(LatentDiffusion, ABC):
 
     def middle(self, main: nn.Module) -> tuple[str, int]:
         """The block half-way through those that read the text; as wide as all of them."""
-        readers = self.cross_attentions(main)
-        return readers[len(readers) // 2].rpartition(".")[0], self.width
+        found = self.sections(main)
+        return found[len(found) // 2]
+
+    def sections(self, main: nn.Module) -> list[tuple[str, int]]:
+        """The blocks that read the text; all of one width."""
+        return [(reader.rpartition(".")[0], self.width) for reader in self.cross_attentions(main)]
 
     @property
     def width(self) -> int:
@@ -58,7 +62,8 @@ class LatentTransformer(LatentDiffusion, ABC):
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The projections of patches and of text, and the embedding of time and pooled text."""
         return tuple(
-            name for name, child in main.named_children()
+            name
+            for name, child in main.named_children()
             if name not in (*self.stacks, *self.head) and next(child.parameters(), None) is not None
         )
 

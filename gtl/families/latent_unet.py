@@ -45,6 +45,13 @@ class LatentUNet(LatentDiffusion, ABC):
         *_, lowest = (name for name in unet_sections(main) if not name.startswith("up_blocks"))
         return lowest, int(self.config("unet")["block_out_channels"][-1])
 
+    def sections(self, main: nn.Module) -> list[tuple[str, int]]:
+        """Down, middle and up; as wide as their resolution."""
+        widths = [int(width) for width in self.config("unet")["block_out_channels"]]
+        levels = {"down_blocks": widths, "up_blocks": widths[::-1], "mid_block": widths[-1:]}
+        split = [(name, *name.partition(".")[::2]) for name in unet_sections(main)]
+        return [(name, levels[side][int(level or 0)]) for name, side, level in split]
+
     def embedders(self, main: nn.Module) -> tuple[str, ...]:
         """The input convolution and the time embedding."""
         return unet_embedders(main)

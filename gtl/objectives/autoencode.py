@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gtl.config.objectives import AutoencodeObjective
-from gtl.objectives.patches import PatchDiscriminator, Patches
+from gtl.objectives.judge import Judge, Judged, Seen
+from gtl.objectives.patches import Patches
 from gtl.objectives.perceptual import Perceptual, open_perceptual
 from gtl.types import Batch, Item, Losses, UserError
 
@@ -75,44 +76,28 @@ class Autoencode:
         player = Autoencoder(codec, self.family, config, dtype, eyes)
         if not config.adversarial:
             return {"autoencoder": player}
-        judge = PatchDiscriminator(Patches().to(device), player, dtype)
+        judge = Judge(Patches().to(device), player, dtype)
         player.heed(judge)
         return {"autoencoder": player, "discriminator": judge}
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Judged):
     """A codec and its loss."""
-
-    passed: Tensor
 
     def __init__(
         self, codec: nn.Module, family: DiffusionFamily, config: AutoencodeObjective, dtype: torch.dtype,
         eyes: Perceptual | None = None,
     ) -> None:  # fmt: skip
         """Trained weights are fp32 whatever the arithmetic's dtype; other than fp32 it runs under autocast."""
-        super().__init__()
+        super().__init__(config.adversarial_after if config.adversarial else None)
         self.codec = codec
         self.family = family
-        self.config = config
         self.weights = {
             "l1": config.l1, "l2": config.l2, "kl": config.kl, "perceptual": config.perceptual,
             "adversarial": config.adversarial,
         }  # fmt: skip
         self.dtype = dtype
         self.eyes = eyes
-        self._judge: tuple[PatchDiscriminator, ...] = ()
-        if config.adversarial:
-            self.register_buffer("passed", torch.zeros((), dtype=torch.long))
-            """Steps made."""
-
-    def heed(self, judge: PatchDiscriminator) -> None:
-        """Listen to a second player; not as a submodule, which this player's engine would take for its own."""
-        self._judge = (judge,)
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether the second player has begun."""
-        return bool(self._judge) and int(self.passed) >= self.config.adversarial_after
 
     def decoded(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What the codec makes of the batch's pictures, [B, 3, H, W] in fp32, and the moments in between."""
@@ -122,6 +107,10 @@ class Autoencoder(nn.Module):
             # The model's shift and scale, which `decode` takes back, cancel out.
             decoded = self.family.decode(self.codec, self.family.sample_latents(moments, batch.tensors["noise"]))
         return decoded.float(), moments
+
+    def shown(self, batch: Batch) -> tuple[Seen, Seen]:
+        """The batch's pictures, and what the codec makes of them."""
+        return (batch.tensors["pixels"],), (self.decoded(batch)[0],)
 
     def forward(self, batch: Batch) -> Losses:
         """The batch's share of the mean loss; its parts, `l1`, `l2`, `kl` and so on, are without their weights."""
@@ -137,11 +126,6 @@ class Autoencoder(nn.Module):
         total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum(0)
         outcomes = {} if torch.is_grad_enabled() else reconstruction(decoded, pixels)
         return Losses(total, {name: share.detach() for name, share in shares.items()}, outcomes)
-
-    def after_step(self, done: int, total: int) -> None:
-        """Count."""
-        if self._judge:
-            self.passed.fill_(done)
 
 
 def reconstruction(decoded: Tensor, pixels: Tensor) -> dict[str, Tensor]:

@@ -51,10 +51,11 @@ CASES = [
 
 
 def is_long(model: str, place: int) -> bool:
-    """Of variants all but the first pair; the full tuning of everything; alignment, but by LoRA and of a UNet."""
+    """Of variants all but the first pair; the full tuning of everything; alignment and fewer steps, but by LoRA and of
+    a UNet."""
     tuner, objective, _ = case = CASES[place]
     return case == CASES[-1] or (model in VARIANTS and place > 0) or (
-        objective == "align" and tuner != "lora" and model != "sd"
+        objective in ("align", "consistency") and tuner != "lora" and model != "sd"
     )  # fmt: skip
 
 

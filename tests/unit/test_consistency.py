@@ -161,7 +161,7 @@ def test_what_draws_with_several_adapters() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tuner": {"type": "full"}}, "'consistency' does not go with tuner.type 'full'"),
+        ({"tuner": {"type": "freeze", "freeze_depth": 1}}, "'consistency' does not go with tuner.type 'freeze'"),
         ({"tuner": {"initialization": "pissa"}}, "tuner.initialization: pissa: takes a part of the model's weights"),
         ({"objective": {"type": "consistency", "solver_steps": 1}}, "objective.solver_steps"),
         ({"objective": {"type": "consistency", "teacher": "x"}}, "objective.teacher"),
