@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["stall", "cut answer", "half answer", "cut request", "refuse"]
+Kind = Literal["stall", "cut answer", "half answer", "cut request", "refuse", "meanwhile"]
 """stall: take the request and never answer. cut answer: close the connection in the middle of the answer's body. half
 answer: half of the body, under a header that calls it all. cut request: close it in the middle of the request's body.
-refuse: close it before anything is answered."""
+refuse: close it before anything is answered. meanwhile: do something else first, and pass it on whole."""
 STALLED_S = 600
 
 
@@ -27,6 +27,8 @@ class Fault:
     """Of the request's target."""
     left: int = 10**9
     """How many more of them."""
+    act: Callable[[], object] = bool
+    """What is done meanwhile."""
 
     def takes(self, method: str, target: str) -> bool:
         """Whether it spoils this request; counts it."""
@@ -79,6 +81,9 @@ class Proxy:
             if fault is not None:
                 self.spoiled.append((method, fault.kind))
             if fault is None:
+                self._pass_on(client, head, begun)
+            elif fault.kind == "meanwhile":
+                fault.act()
                 self._pass_on(client, head, begun)
             elif fault.kind == "stall":
                 self._closed.wait(STALLED_S)

@@ -152,6 +152,15 @@ def test_half_of_a_file_that_is_called_all_of_it_is_read_again(store: Store, pro
     assert proxy.spoiled == [("GET", "half answer")]
 
 
+def test_what_is_replaced_between_two_requests_is_read_again(store: Store, proxy: Proxy) -> None:
+    """A bucket is asked how long an object is, and then for so much of what stands in its place by then."""
+    longer = b"a longer one, by far"
+    store.write("moving", b"short")
+    proxy.faults = [Fault("meanwhile", "GET", "moving", left=1, act=lambda: store.write("moving", longer))]
+    assert store.read("moving") == longer
+    assert proxy.spoiled == [("GET", "meanwhile")]
+
+
 @pytest.mark.parametrize("kind", ["half answer", "cut answer", slow("stall")])
 def test_a_list_that_comes_by_half_is_no_empty_run(store: Store, proxy: Proxy, kind: Kind) -> None:
     """A run that found no checkpoint would begin at its first step and write over those that are there."""

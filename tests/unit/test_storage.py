@@ -1,14 +1,12 @@
 """Local folders and a real S3-speaking server behind the same verbs."""
 
 import errno
-import itertools
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -326,24 +324,3 @@ def test_a_killed_writer_leaves_a_whole_object(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
     assert seen | {store.read("object")} <= {b"a" * 200_000, b"b" * 200_000}
     assert keys(store) == ["object"]
-
-
-def test_what_is_replaced_while_it_is_read_is_the_old_or_the_new(store: Store) -> None:
-    """A bucket says how long an object is, and then gives so much of what stands in its place by then."""
-    kinds, through = (b"short", b"a longer one, by far"), threading.Event()
-    store.write("moving", kinds[0])
-
-    def replace() -> None:
-        for data in itertools.cycle(kinds):
-            if through.wait(0.02):
-                return
-            store.write("moving", data)
-
-    writer = threading.Thread(target=replace)
-    writer.start()
-    try:
-        found = [store.read("moving") for _ in range(120)]
-    finally:
-        through.set()
-        writer.join()
-    assert set(found) <= set(kinds)
