@@ -194,11 +194,11 @@ def check_looks(study: Study) -> None:
 
 
 def longest(study: Study) -> int | None:
-    """Optimizer steps of the longest trial; None where the recipe says epochs."""
+    """Optimizer steps of the longest trial; None where the recipe says epochs, or a trial's whole `train` is drawn."""
     domain = study.space.get("train.steps")
     if domain is not None:
         return int(max(domain.probes))
-    return None if "train.epochs" in study.space else study.base.train.steps
+    return None if "train.epochs" in study.space or "train" in study.space else study.base.train.steps
 
 
 def check_trials(study: Study) -> None:
