@@ -197,12 +197,14 @@ def choose(study: Study, place: Place, record: Record, cluster: Cluster, progres
     """Measure the best trials again on fresh seeds, name the winner, publish.
 
     Raises:
-        UserError: no trial ran to its end.
+        UserError: no trial ran to its end, or none of those has the study's metrics.
     """
     finished = record.finished()
     if not finished:
         reasons = dict.fromkeys(one.reason for one in record.trials.values() if one.reason)
         raise UserError(f"no trial ran to its end: {'; '.join(map(str, reasons)) or 'all were stopped'}")
+    if not rank(finished, study.directions):
+        raise UserError(f"metric: {', '.join(study.metrics)}: no trial that ran to its end has a finite number of each")
     best = [outcome.trial for outcome in top(finished, study.directions, max(study.confirm.top, study.publish.top, 1))]
     if study.confirm.top and study.metrics[0] in METRICS:
         found = confirm(study, place, best[: study.confirm.top], cluster, progress)
