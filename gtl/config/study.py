@@ -14,7 +14,7 @@ from gtl.config.names import NAME
 from gtl.config.recipe import Recipe
 from gtl.config.search import Asha, Fifo, RandomSearch, Scheduler, Searcher
 from gtl.config.space import Domain, Space, applying, check_space, count_points
-from gtl.config.trials import check_fit, check_trials
+from gtl.config.trials import check_fit, check_looks, check_trials
 from gtl.types import UserError
 
 TRIALS = 16
@@ -204,6 +204,9 @@ class Study(Section):
             _ = self.base
         except UserError as error:
             raise UserError(f"set: {error}") from None
+        for key in self.set:
+            if drawn := next((other for other in self.space if f"{key}.".startswith(f"{other}.")), None):
+                raise ValueError(f"set.{key}: trials have what space.{drawn} draws instead; leave one of the two out")
         return self
 
     @model_validator(mode="after")
@@ -238,4 +241,5 @@ class Study(Section):
         check_judged(self)
         check_fit(self)
         check_trials(self)
+        check_looks(self)
         return self

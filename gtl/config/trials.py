@@ -59,7 +59,6 @@ def check_fit(study: Study) -> None:
         check_pack(study)
     if study.transfer_rank:
         check_transfer(study)
-    check_looks(study)
 
 
 def check_population(study: Study, scheduler: Pbt) -> None:
