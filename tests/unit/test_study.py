@@ -113,6 +113,11 @@ def test_how_many_trials_there_are(override: str, trials: int) -> None:
     assert study(override).num_trials == trials
 
 
+def test_a_budget_makes_no_population_larger() -> None:
+    assert study("scheduler.type=pbt", "budget.hours=4").num_trials == 16
+    assert study("scheduler.type=pbt", "budget.hours=4", "trials=6").num_trials == 6
+
+
 def test_a_grid_has_its_points_and_conditions_make_them_fewer() -> None:
     made = study(KINDS, "searcher.type=grid")
     assert (made.num_points, made.num_trials) == (2 + 5, 7)
