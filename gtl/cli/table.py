@@ -258,7 +258,7 @@ def tune(
     if resume and dry_run:
         raise UserError("--resume: goes on with trials, and --dry-run runs none; leave one of the two out")
     loaded = load_study(study, set_ or ())
-    called = check_name(name or Path(study).stem, "study name")
+    called = check_name(name or Path(study).stem.lower(), "--name" if name else f"--name, left out, of {study}")
     with StudyBar() as bar:
         if dry_run:
             from gtl.search.forecast import forecast

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gtl.config.metrics import METRICS
+from gtl.config.explain import parse
+from gtl.config.metrics import METRICS, check_metrics
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def check_judged(study: Study) -> None:
             if reason := incomparable(key, name):
                 raise UserError(f"space.{key}: {reason}")
     check_measured(study.base, study.measured)
+    if study.confirm.top and study.metrics[0] in METRICS:
+        asked, again = study.base.evaluate, study.confirm.samples
+        key = "set.evaluate.samples" if again is None else "confirm.samples"
+        check_metrics(study.measured, again or asked.samples, asked.clip, key)
 
 
 def incomparable(key: str, metric: str) -> str | None:
@@ -80,3 +85,9 @@ def check_measured(recipe: Recipe, metrics: tuple[str, ...]) -> None:
             raise UserError(f"metric: {name}: is of pictures of prompts, and {recipe.objective.type} draws none")
         if found.needs and recipe.evaluate.prompts == []:
             raise UserError(f"metric: {name}: there is nothing to draw; give evaluate.prompts, or auto")
+    values = recipe.model_dump(mode="json")
+    values["evaluate"]["beside"]["metrics"] = [*metrics]
+    try:
+        parse(type(recipe), values)
+    except UserError as error:  # such as too few pictures
+        raise UserError(f"metric: {error}") from None

@@ -40,6 +40,8 @@ def check_bounds(bounds: Bounds) -> Bounds:
         raise ValueError("should be [lowest, highest], the smaller one first")
     if step and step[0] <= 0:
         raise ValueError("should have a step above 0, as the last of three")
+    if step and not math.isfinite((high - low) / step[0]):
+        raise ValueError("should have a larger step: there are more values than a number can say")
     if step and not math.isclose((high - low) / step[0], round((high - low) / step[0]), rel_tol=1e-9):
         raise ValueError("should have a step that goes into highest - lowest a whole number of times")
     return bounds
@@ -49,6 +51,8 @@ def check_positive(bounds: Bounds) -> Bounds:
     """Refuse a range without a logarithm."""
     if bounds[0] <= 0:
         raise ValueError("should begin above 0, since it is drawn by its logarithm")
+    if not math.isfinite(bounds[1] / bounds[0]):
+        raise ValueError("should be narrower: highest / lowest is more than a number can be")
     return bounds
 
 
@@ -214,6 +218,8 @@ def check_condition(space: Space, key: str, parent: str, wanted: Any) -> None:
         raise ValueError(f"{where}: is no key of this space, so nothing decides it; there are {', '.join(space)}")
     if (space[parent].size or math.inf) > MOST_NAMED:
         raise ValueError(f"{where}: has more values than can be named; give it choice, grid or a step")
+    if not alternatives(wanted):
+        raise ValueError(f"{where}: []: never is; it is {', '.join(map(label, space[parent].values))}")
     for value in alternatives(wanted):
         if value not in space[parent].values:
             raise ValueError(f"{where}: {value!r}: never is; it is {', '.join(map(label, space[parent].values))}")
@@ -239,7 +245,7 @@ def alternatives(wanted: Any) -> list[Any]:
 
 def label(value: Any) -> str:
     """A value as a YAML file would have it, in one line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # YAML has dates, too
 
 
 def applies(space: Space, key: str, values: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from gtl.config.names import NAME
 from gtl.config.recipe import Recipe
 from gtl.config.search import Asha, Fifo, RandomSearch, Scheduler, Searcher
 from gtl.config.space import Domain, Space, applying, check_space, count_points
-from gtl.config.trials import check_fit, check_trials
+from gtl.config.trials import check_fit, check_looks, check_trials
 from gtl.types import UserError
 
 TRIALS = 16
@@ -104,8 +104,8 @@ class Study(Section):
     `evaluate` says. These are counted and not timed, so that they do not depend on what else a machine does; with them
     evaluate.steps may be in the space, for example {choice: [2, 4], when: {objective.type: consistency}}."""
     trials: Annotated[int, Field(ge=1, le=MOST_LISTED)] | None = None
-    """At most so many. null: a grid's points; else as many as the budget is good for; else 16. A space with fewer
-    configurations has fewer, since none is tried twice."""
+    """At most so many. null: a grid's points; else as many as the budget is good for, but for the members of a
+    population (pbt); else 16. A space with fewer configurations has fewer, since none is tried twice."""
     budget: Budget = Budget()
     scheduler: Scheduler = Field(default_factory=default_scheduler)
     """Which trials end early. Left out: asha for one metric, fifo for several."""
@@ -173,7 +173,8 @@ class Study(Section):
         if asked is None and self.searcher.type == "grid":
             asked = points
         if asked is None:
-            asked = TRIALS if budget.hours is None and budget.gpu_hours is None else MOST
+            is_endless = budget != Budget() and self.scheduler.type != "pbt"  # whose members go on together
+            asked = MOST if is_endless else TRIALS
         draws_again = self.searcher.type not in ("random", "grid") or self.scheduler.type == "pbt"
         return asked if points is None or draws_again else min(asked, points)
 
@@ -204,6 +205,9 @@ class Study(Section):
             _ = self.base
         except UserError as error:
             raise UserError(f"set: {error}") from None
+        for key in self.set:
+            if drawn := next((other for other in self.space if f"{key}.".startswith(f"{other}.")), None):
+                raise ValueError(f"set.{key}: trials have what space.{drawn} draws instead; leave one of the two out")
         return self
 
     @model_validator(mode="after")
@@ -238,4 +242,5 @@ class Study(Section):
         check_judged(self)
         check_fit(self)
         check_trials(self)
+        check_looks(self)
         return self

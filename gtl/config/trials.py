@@ -59,7 +59,6 @@ def check_fit(study: Study) -> None:
         check_pack(study)
     if study.transfer_rank:
         check_transfer(study)
-    check_looks(study)
 
 
 def check_population(study: Study, scheduler: Pbt) -> None:
@@ -194,11 +193,11 @@ def check_looks(study: Study) -> None:
 
 
 def longest(study: Study) -> int | None:
-    """Optimizer steps of the longest trial; None where the recipe says epochs."""
+    """Optimizer steps of the longest trial; None where the recipe says epochs, or a trial's whole `train` is drawn."""
     domain = study.space.get("train.steps")
     if domain is not None:
         return int(max(domain.probes))
-    return None if "train.epochs" in study.space else study.base.train.steps
+    return None if "train.epochs" in study.space or "train" in study.space else study.base.train.steps
 
 
 def check_trials(study: Study) -> None:

@@ -71,11 +71,9 @@ def read_work(verb: str, values: Mapping[str, Any], tree: Path | None) -> Work:
     text = dump_study(read) if isinstance(read, Study) else dump_recipe(read)
     recipe = read.base if isinstance(read, Study) else read
     name = None
-    if verb == "train":
+    if verb in ("train", "tune"):
         given = values.get("name")
         name = check_name(given or Path(path).stem.lower(), "--name" if given else f"--name, left out, of {path}")
-    elif verb == "tune":
-        name = check_name(values.get("name") or Path(path).stem, "study name")
     sent = place_of(path, kind, tree)
     writes = {f"storage.{key}": place for key, place in recipe.storage.model_dump().items()}
     changed = {**values, kind: sent, "set_": None}

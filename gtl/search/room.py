@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gtl.config import Study
-from gtl.config.trials import probes
+from gtl.config.trials import longest, probes
 from gtl.session import Cluster
 from gtl.train.launch import open_model
+from gtl.train.plan import steps_of
 from gtl.train.prepare import prepare
 from gtl.train.resources import Resources, choose_resources
 from gtl.types import Progress
 
 if TYPE_CHECKING:
+    from gtl.config import Recipe
+    from gtl.data.dataset import Dataset
     from gtl.search.trial import Place
 
 
@@ -60,17 +64,31 @@ def size_of(resources: Resources) -> float:
     return workers * (resources.cpus_per_worker + 1000 * resources.gpus_per_worker)
 
 
-def fill(study: Study, place: Place, room: Room, progress: Progress) -> None:
-    """Put what trials read into the cache they share, before any of them looks for it."""
+def fill(study: Study, place: Place, room: Room, progress: Progress) -> int:
+    """Put what trials read into the cache they share, before any of them looks for it.
+
+    Returns:
+        Optimizer steps of the longest trial, also where these are known only with the data.
+    """
     from gtl.search.cost import inference_tflops
 
-    seen: set[str] = set()
+    seen: dict[str, Dataset] = {}
+    runs: dict[tuple[str, int, int | None, int | None], tuple[Recipe, Dataset]] = {}
     for values in corners(study):
         recipe = place.recipe(study, values)
         key = f"{recipe.data!r} {recipe.objective!r} {recipe.model!r} {recipe.tuner.train!r}"
         if key not in seen:
-            seen.add(key)
             family = open_model(recipe, progress)
             if "inference_tflops" in study.metrics:  # where it cannot be counted, that is better known now
                 inference_tflops(recipe)
-            prepare(recipe, family, room.resources.dtype, room.resources.gpus_per_worker, progress)
+            seen[key] = prepare(recipe, family, room.resources.dtype, room.resources.gpus_per_worker, progress)
+        train = recipe.train
+        runs[key, train.batch_size, train.epochs, train.steps] = recipe, seen[key]
+    return longest(study) or most_steps(runs.values())
+
+
+def most_steps(runs: Iterable[tuple[Recipe, Dataset]]) -> int:
+    """Optimizer steps of the longest of these runs, each on its data."""
+    from gtl.train.course import images_of
+
+    return max(steps_of(recipe, images_of(recipe, dataset).batches.steps_per_epoch) for recipe, dataset in runs)

@@ -78,7 +78,7 @@ def run(study: Study, record: Record, progress: Progress, watch: Watch | None) -
 
     with session(dashboard=True) as cluster:
         room = make_room(study, place, cluster)
-        fill(study, place, room, progress)
+        steps = fill(study, place, room, progress)
         folder.write(STUDY, dump_study(study).encode())
         if study.kinds == "auto":
             study = record.study = advised(study, record, progress)
@@ -87,7 +87,7 @@ def run(study: Study, record: Record, progress: Progress, watch: Watch | None) -
             record.trials.setdefault(trial, TrialRecord(trial, values, place.run(number).url()))
         record.save(hours())
         try:
-            search(study, place, record, room, cluster, Audience(progress, watch, hours))
+            search(study, place, record, room, cluster, Audience(progress, watch, hours), steps)
             choose(study, place, record, cluster, progress)
             record.ended = now()
         finally:
@@ -144,21 +144,24 @@ def listed(study: Study) -> list[tuple[int, dict[str, Any]]]:
     return list(enumerate(configurations(study))) if study.searcher.type in ("random", "grid") else []
 
 
-def search(study: Study, place: Place, record: Record, room: Room, cluster: Cluster, audience: Audience) -> None:
-    """Run the trials that are left; where a rate is carried over ranks, first those at the smallest.
+def search(
+    study: Study, place: Place, record: Record, room: Room, cluster: Cluster, audience: Audience, steps: int
+) -> None:
+    """Run the trials that are left, of so many steps at most; where a rate is carried over ranks, first those at the
+    smallest.
 
     Raises:
         KeyboardInterrupt: the study was stopped.
     """
     first, trials = study.at_smallest_rank, record.trials
     if not any(one.carried for one in trials.values()):
-        run_left(first, place, record, list(trials), room, cluster, audience)
+        run_left(first, place, record, list(trials), room, cluster, audience, steps)
         if study.transfer_rank:
             carry(study, place, record)
             record.save(audience.hours())
     if added := [name for name, one in trials.items() if one.carried]:
         whole = first.model_copy(update={"scheduler": Fifo(), "searcher": RandomSearch()})
-        run_left(whole, place, record, added, room, cluster, audience)
+        run_left(whole, place, record, added, room, cluster, audience, steps)
 
 
 def carry(study: Study, place: Place, record: Record) -> None:
@@ -172,7 +175,7 @@ def carry(study: Study, place: Place, record: Record) -> None:
 
 def run_left(
     study: Study, place: Place, record: Record, trials: Sequence[str], room: Room, cluster: Cluster,
-    audience: Audience,
+    audience: Audience, steps: int,
 ) -> None:  # fmt: skip
     """Run those of some trials that are left, and what else a searcher asks for.
 
@@ -187,19 +190,21 @@ def run_left(
         return
     asked = study.num_trials - sum(one.state in ENDED for one in record.trials.values())
     with packs_for(study, place, room, cluster, max(asked, len(left)), audience.progress) as packs:
-        run_trials(study, place, record, room, packs, left, audience)
+        run_trials(study, place, record, room, packs, left, audience, steps)
 
 
 def choose(study: Study, place: Place, record: Record, cluster: Cluster, progress: Progress) -> None:
     """Measure the best trials again on fresh seeds, name the winner, publish.
 
     Raises:
-        UserError: no trial ran to its end.
+        UserError: no trial ran to its end, or none of those has the study's metrics.
     """
     finished = record.finished()
     if not finished:
         reasons = dict.fromkeys(one.reason for one in record.trials.values() if one.reason)
         raise UserError(f"no trial ran to its end: {'; '.join(map(str, reasons)) or 'all were stopped'}")
+    if not rank(finished, study.directions):
+        raise UserError(f"metric: {', '.join(study.metrics)}: no trial that ran to its end has a finite number of each")
     best = [outcome.trial for outcome in top(finished, study.directions, max(study.confirm.top, study.publish.top, 1))]
     if study.confirm.top and study.metrics[0] in METRICS:
         found = confirm(study, place, best[: study.confirm.top], cluster, progress)

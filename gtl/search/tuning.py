@@ -47,7 +47,7 @@ or on a machine with one CPU they would wait for ever."""
 
 def run_trials(
     study: Study, place: Place, record: Record, room: Room, packs: Packs | None, left: Sequence[int],
-    audience: Audience,
+    audience: Audience, steps: int,
 ) -> None:  # fmt: skip
     """Run what is left of a study.
 
@@ -59,8 +59,10 @@ def run_trials(
         packs: Where they train together, if they do.
         left: Numbers of trials that were begun or are listed, and have not ended.
         audience: Is told as it goes on.
+        steps: Optimizer steps of the longest trial.
 
     Raises:
+        UserError: there is nothing between a trial's first look and its last.
         KeyboardInterrupt: the study was stopped; its trials have saved.
     """
     board = make_board(Desk)
@@ -69,7 +71,7 @@ def run_trials(
         concurrency = min(concurrency, study.concurrency)
     with stop_signals(lambda: board.ask.remote("stop")) as seen:
         teller = Teller(study, place, record, devices, audience, seen, board)
-        scheduler = make_scheduler(study, together=concurrency >= study.num_trials)
+        scheduler = make_scheduler(study, steps, together=concurrency >= study.num_trials)
         remember(scheduler, study, list(record.trials.values()))
         inner = make_searcher(study)
         numbered = None

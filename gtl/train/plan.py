@@ -114,6 +114,11 @@ def need(
     )
 
 
+def steps_of(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run whose epochs have so many."""
+    return recipe.train.steps or steps_per_epoch * (recipe.train.epochs or 1)
+
+
 def choose(recipe: Recipe, *, workers: int, steps_per_epoch: int, memory: Memory | None = None) -> TrainPlan:
     """Settle a recipe for a number of workers. `memory` is None on CPUs, where nothing is sharded unless asked for.
 
@@ -127,7 +132,7 @@ def choose(recipe: Recipe, *, workers: int, steps_per_epoch: int, memory: Memory
     share = math.ceil(train.batch_size / workers)
     stage, micro_batch = settle_sizes(recipe, workers, share, memory)
     return TrainPlan(
-        steps=train.steps or steps_per_epoch * (train.epochs or 1),
+        steps=steps_of(recipe, steps_per_epoch),
         stage=stage,
         micro_batch=micro_batch,
         accumulation=math.ceil(share / micro_batch),

@@ -2,15 +2,22 @@
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gtl.config import parse_study
 from gtl.evaluate.estimate import estimate, estimate_share
 from gtl.evaluate.result import Evaluation, Sampling, make_score
 from gtl.search.choose import Outcome, crowding, front, rank, top, winner
-from gtl.types import UserError
+from gtl.search.record import Record, TrialRecord
+from gtl.search.study import choose
+from gtl.search.trial import Place
+from gtl.session import Cluster
+from gtl.storage import Store
+from gtl.types import UserError, quiet
 
 UP: Any = {"prompt_accuracy": "max"}
 BOTH: Any = {"prompt_accuracy": "max", "adapter_bytes": "min"}
@@ -132,3 +139,17 @@ def test_what_cannot_be_compared_is_refused() -> None:
         winner({"a": one, "b": other}, "prompt_accuracy")
     with pytest.raises(UserError, match="^metric: kid: no trial that was measured again has it; see evaluate.metrics$"):
         winner({"a": one}, "kid")
+
+
+@pytest.mark.parametrize("confirmed", [0, 3])
+def test_nothing_is_chosen_where_nothing_could_be_measured(confirmed: int, tmp_path: Path) -> None:
+    study = parse_study({
+        "recipe": {"model": {"source": "org/name"}, "data": {"source": "nowhere"}}, "metric": "kid",
+        "space": {"train.learning_rate": {"choice": [1e-3]}}, "confirm": {"top": confirmed},
+        "scheduler": {"type": "fifo"},
+    })  # fmt: skip
+    record = Record(Store(str(tmp_path)), "study", "v1", study)
+    record.trials["00000"] = TrialRecord("00000", {}, "run", "finished", looks=[{"step": 9.0, "kid": math.nan}])
+    place = Place(study.model_dump(mode="json"), str(tmp_path), "v1")
+    with pytest.raises(UserError, match=r"^metric: kid: no trial that ran to its end has a finite number of each$"):
+        choose(study, place, record, Cluster(1, 0), quiet)

@@ -222,6 +222,19 @@ def test_init_writes_a_recipe_and_what_to_type_next(
     )
 
 
+def test_a_study_is_called_as_its_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = "space: {train.learning_rate: {choice: [1e-3]}}"
+    (here / "Rates.yaml").write_text(f"recipe: dog.yaml\n{space}\nmetric: kid\nscheduler: {{type: fifo}}\n")
+    tried: list[str] = []
+    monkeypatch.setattr("gtl.search.study.tune", lambda study, name, **_: tried.append(name) or stop())
+    assert run(monkeypatch, "tune", "Rates.yaml") == 130
+    assert tried == ["rates"]
+    assert run(monkeypatch, "tune", "Rates.yaml", "--name", "a/b") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --name: 'a/b': a name starts with a-z or 0-9")
+
+
 def test_ctrl_c_says_what_it_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("gtl.train.launch.train", stop)
     assert run(monkeypatch, "train", "dog.yaml") == 130

@@ -296,6 +296,32 @@ def test_one_graph_serves_every_assignment(tmp_path: Path) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv-3x3"])
+def test_gradients_in_one_pass_are_those_of_each_trial_alone(kind: str) -> None:
+    (part, x), (bare, _) = net(kind), net(kind)
+    loras = [random_lora(part, "unet", rank=rank, seed=rank) for rank in (4, 1, 2)]
+    slots = Slots("unet", part, ["layer"], 4, 4, trainable=True)
+    for slot, lora in enumerate(loras, start=1):
+        slots.put(slot, slots.stack(lora))
+    slots.assign([1, 1, 2, 2, 3, 3])
+    part(x).square().unflatten(0, (3, 2)).flatten(1).mean(1).sum().backward()
+    for slot, lora in enumerate(loras, start=1):
+        mine = {name: nn.Parameter(tensor.clone()) for name, tensor in lora.items()}
+        down, up = mine["unet.layer.lora_A.weight"], mine["unet.layer.lora_B.weight"]
+        rows = x[2 * slot - 2 : 2 * slot]
+        own = rows @ down.T @ up.T if kind == "linear" else nn.functional.conv2d(
+            nn.functional.conv2d(rows, down, padding=1), up
+        )  # fmt: skip
+        (bare(rows) + own).square().mean().backward()
+        gradient = slots.parameter(slot).grad
+        assert gradient is not None
+        packed = slots.named(slot, gradient)
+        assert packed.keys() == mine.keys()
+        for name, parameter in mine.items():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0
+            assert close(packed[name], parameter.grad, 1e-6), name
+
+
 def test_trials_step_apart_and_padding_stays_zero() -> None:
     """Three ranks in slots of 4, each with its own AdamW, rate and clipping: as the same trials one by one."""
     part, _ = net("conv-3x3")

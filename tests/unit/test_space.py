@@ -16,11 +16,14 @@ from ray.tune.search.variant_generator import generate_variants
 
 from gtl.config import Study, parse_study
 from gtl.config.load import set_study_key
+from gtl.data.dataset import Cuts, Dataset
 from gtl.search.forecast import forecast
+from gtl.search.room import corners, most_steps
 from gtl.search.schedule import make_scheduler, make_searcher
 from gtl.search.space import carried, configurations, keep_inside, mutations, param_space
 from gtl.search.study import tune
-from gtl.types import UserError
+from gtl.storage import Store
+from gtl.types import Entry, Record, UserError
 
 BASE: dict[str, Any] = {
     "recipe": {
@@ -249,6 +252,18 @@ def test_epochs_become_steps_first() -> None:
     assert make_scheduler(made, 450)._max_t == 225
     with pytest.raises(UserError, match=r"^evaluate.every: 30: nothing is measured before the last of 30 steps$"):
         make_scheduler(made, 30)
+
+
+def test_how_many_steps_epochs_are_is_known_with_the_data(tmp_path: Path) -> None:
+    entries = [Entry(Record(f"{i}.png", str(i), (64, 64), ("a",)), (64, 64), ("k",)) for i in range(20)]
+    dataset = Dataset(Store(str(tmp_path)), entries, "images-codec-fp32", None, Cuts(1, False, 0))
+    made = study("set={train.epochs: 3, data.validation: 0.1}", "space={train.batch_size: {choice: [4, 6]}}")
+    assert most_steps([(made.recipe_of(values), dataset) for values in corners(made)]) == 3 * 5
+    whole = study("space={train: {choice: [{steps: 700}, {epochs: 2}]}}")
+    assert most_steps([(whole.recipe_of(values), dataset) for values in corners(whole)]) == 700
+    assert make_scheduler(whole, 700)._max_t == 350
+    with pytest.raises(ValueError, match="has to be given"):
+        make_scheduler(whole)
 
 
 def test_several_metrics_run_to_their_end() -> None:

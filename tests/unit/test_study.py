@@ -113,6 +113,11 @@ def test_how_many_trials_there_are(override: str, trials: int) -> None:
     assert study(override).num_trials == trials
 
 
+def test_a_budget_makes_no_population_larger() -> None:
+    assert study("scheduler.type=pbt", "budget.hours=4").num_trials == 16
+    assert study("scheduler.type=pbt", "budget.hours=4", "trials=6").num_trials == 6
+
+
 def test_a_grid_has_its_points_and_conditions_make_them_fewer() -> None:
     made = study(KINDS, "searcher.type=grid")
     assert (made.num_points, made.num_trials) == (2 + 5, 7)
@@ -171,6 +176,10 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         (["set.train.stepz=3"], "set: train.stepz: no such key of a recipe; did you mean train.steps?"),
         (["set.train.steps=0"], "set: train.steps: 0: should be greater than or equal to 1"),
         (["set.model.source.x=0"], "set: model.source.x: no such key of a recipe; did you mean model.source?"),
+        (["set.train.learning_rate=1e-3"],
+         "set.train.learning_rate: trials have what space.train.learning_rate draws instead; leave one of the two out"),
+        (["set.train.ema=0.9", "space={train: {choice: [{steps: 60}]}}"],
+         "set.train.ema: trials have what space.train draws instead; leave one of the two out"),
         (["set.x=0"], "set: x: no such key of a recipe; it is dotted, such as train.learning_rate"),
         # the space
         (["space="], "space: None: should be a section with keys"),
@@ -200,6 +209,12 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "space.train.learning_rate.loguniform: [0, 1]: should begin above 0, since it is drawn by its logarithm"),
         (["space={tuner.rank: {qrandint: [1, 8, 4]}}"], "space.tuner.rank.qrandint: [1, 8, 4]: should have a step that "
          "goes into highest - lowest a whole number of times"),
+        (["space={train.ema: {quniform: [0.0, 0.9, 1.0e-320]}}"],
+         "space.train.ema.quniform: [0.0, 0.9, 1e-320]: should have a larger step: there are more values than a "
+         "number can say"),
+        (["space={train.learning_rate: {loguniform: [1.0e-300, 1.0e+300]}}"],
+         "space.train.learning_rate.loguniform: [1e-300, 1e+300]: should be narrower: highest / lowest is more than a "
+         "number can be"),
         (["space={tuner.rank: {randint: [1.5, 8]}}"], "space.tuner.rank.randint.0: 1.5: should be a whole number"),
         (["space={tuner: {choice: [{type: lora}]}, tuner.rank: {choice: [2]}}"],
          "space: tuner.rank: is inside tuner, which is drawn whole; leave one of the two out"),
@@ -209,6 +224,8 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "space: tuner.rank.when.tuner.type: 'full': never is; it is lora"),
         (["space={train.ema: {uniform: [0.1, 0.2]}, tuner.rank: {choice: [2], when: {train.ema: 0.1}}}"],
          "space: tuner.rank.when.train.ema: has more values than can be named; give it choice, grid or a step"),
+        (["space={tuner.type: {choice: [lora]}, tuner.rank: {choice: [2], when: {tuner.type: []}}}"],
+         "space: tuner.rank.when.tuner.type: []: never is; it is lora"),
         (["space={tuner.rank: {choice: [2], when: {tuner.alpha: 2}}, "
           "tuner.alpha: {choice: [2], when: {tuner.rank: 2}}}"],
          "space: tuner.rank.when.tuner.alpha: depends on tuner.rank itself"),
@@ -225,6 +242,13 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
          "space.tuner.rank: with tuner.type: full there is no such key; add when: {tuner.type: ...}"),
         (["set.tuner.type=full", "space={tuner.rank: {choice: [2]}}"],
          "space.tuner.rank: with tuner.type: full there is no such key; set tuner.type, or leave it out"),
+        (["space={train.learning_rate: {choice: [2024-01-01]}}"],
+         "space: train.learning_rate: datetime.date(2024, 1, 1): should be a number "
+         '(with train.learning_rate: "2024-01-01")'),
+        (["space={train.steps: {choice: [x, 60]}}"], "space: train.steps: 'x': should be a whole number (with "
+         "train.steps: x)"),
+        (["space={train.steps: {choice: [null, 60]}}"], "space: train: steps and epochs are both null; give one (with "
+         "train.steps: null)"),
         # how many
         (["searcher.type=grid"],
          "space.train.learning_rate: loguniform: a grid needs listed values or steps; take grid, "
@@ -246,6 +270,13 @@ def test_a_recipe_is_looked_for_beside_the_study_first(tmp_path: Path, monkeypat
         (["metric=memorization"],
          "metric: memorization: needs images that are held out; set data.validation, such as 0.05"),
         (["metric=cmmd"], "metric: cmmd: needs a CLIP model; set evaluate.clip to its folder or hub id"),
+        (["metric=accuracy", "set.data.validation=0.1"],
+         "metric: evaluate.beside.metrics: accuracy: comes of objective.type: classify, and not of denoise"),
+        (["metric=fid"], "metric: evaluate.beside.samples: 64: fid needs at least 100"),
+        (["metric=fid", "set.evaluate.beside.samples=100", "confirm.samples=8"],
+         "confirm.samples: 8: fid needs at least 100"),
+        (["metric=fid", "set.evaluate.beside.samples=100", "set.evaluate.samples=99"],
+         "set.evaluate.samples: 99: fid needs at least 100"),
         (["set.evaluate.prompts=[]"], "metric: kid: there is nothing to draw; give evaluate.prompts, or auto"),
         (["set={tuner.type: full, objective.type: autoencode}"],
          "metric: kid: is of pictures of prompts, and autoencode draws none"),
