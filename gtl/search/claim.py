@@ -153,12 +153,14 @@ def is_counting(studies: Store, driver: Driver, progress: Progress) -> bool:
 
 
 def count(studies: Store, mine: Driver, through: threading.Event) -> None:
-    """Count until all is through; interrupt the main thread if another driver has taken the study over."""
+    """Count until all is through; interrupt or end the process if another driver has taken the study over."""
     beat = 0
     while not through.wait(BEAT_S):
         try:
             if read(studies) != mine:  # this process slept for long, such as a laptop's does
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                # Where a shell began it in the background, an interrupt would go unheard.
+                is_deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM if is_deaf else signal.SIGINT)
                 return
             beat += 1
             studies.write(mine.beats, f"{beat}\n".encode())

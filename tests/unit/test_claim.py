@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,9 @@ with claim.claimed(Store(sys.argv[1]), quiet):
     print("claimed", flush=True)
     time.sleep(60)
 """
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+"""What a shell asks of what it begins in the background."""
 
 
 @pytest.fixture
@@ -89,13 +91,18 @@ def test_what_ends_by_an_error_leaves_nobody(fast: None, studies: Store) -> None
     assert read(studies) is None
 
 
+def hold(folder: Path, begun: str = HEARS) -> subprocess.Popen[str]:
+    """Another process that has claimed a study, for a minute."""
+    command = [sys.executable, "-c", begun + HOLD, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert holder.stdout is not None and holder.stdout.readline() == "claimed\n"
+    return holder
+
+
 def test_a_killed_one_of_this_machine_is_known_to_be_gone_at_once(tmp_path: Path) -> None:
     studies = Store(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == "claimed\n"
+    holder = hold(tmp_path)
     assert re.search(rf"process {holder.pid} on \S+ runs it since", refusal(studies))
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
@@ -182,10 +189,12 @@ def test_of_two_that_come_at_once_one_runs_it(fast: None, studies: Store) -> Non
     assert [key for key, _, _ in studies.list()] == []
 
 
-def test_who_lost_a_study_while_asleep_is_interrupted(fast: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("begun", "end"), [(HEARS, signal.SIGINT), (DEAF, signal.SIGTERM)], ids=["in front", "behind"])
+def test_who_lost_a_study_while_asleep_is_interrupted(tmp_path: Path, begun: str, end: int) -> None:
+    """Also where a shell began it in the background, with interrupts ignored."""
     studies = Store(tmp_path)
-    with pytest.raises(KeyboardInterrupt), claimed(studies, quiet):
-        theirs = elsewhere(studies)
-        time.sleep(20)
+    holder = hold(tmp_path, begun)
+    theirs = elsewhere(studies)
+    _, said = holder.communicate(timeout=60)
+    assert holder.returncode == -end and ("KeyboardInterrupt" in said) is (end == signal.SIGINT)
     assert read(studies) == theirs, "it is theirs, and stays"
-    assert [key for key, _, _ in studies.list()] == [DRIVER]
