@@ -19,6 +19,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from gtl.train.job import Job
 from gtl.train.services import Services
+from tests.waiting import eventually
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "steps": 2, "loss": 0.5, "val_loss": 0.75},
@@ -77,7 +78,10 @@ def test_wandb_keeps_a_run_offline(job: Job, tmp_path: Path, monkeypatch: pytest
     services.is_finished = True
     services.close()
     (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{job.version}")
-    records = list(read_records(folder / f"run-{job.version}.wandb"))
+    file = folder / f"run-{job.version}.wandb"
+    # wandb has a process of its own, which writes on for a moment.
+    assert eventually(lambda: any(record.HasField("exit") for record in read_records(file)))
+    records = list(read_records(file))
     series = [
         {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         for record in records if record.HasField("history")
