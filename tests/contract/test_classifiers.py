@@ -23,6 +23,7 @@ from gtl.train.assemble import Trainee, iterated, join, live_parts, outline
 from gtl.train.footprint import measure
 from gtl.tuners import make_tuner
 from gtl.types import Batch, Geometry, Item, Task, UserError
+from tests.overfit import overfit
 from tests.tiny import make_sd, make_vision
 
 TASKS = {
@@ -141,14 +142,7 @@ def test_a_pair_learns_and_publishes_what_it_learned(
     family = trainee.family
     assert live_parts(recipe, family, trainee.objective) == ["head", *(["backbone"] if tuner != "head" else [])]
     (player,), batch = trainee.players.values(), batch_of(trainee)
-    optimizer = torch.optim.AdamW(trainee.parameters.values(), 5e-3, weight_decay=0)
-    losses = []
-    for _ in range(40):
-        total = player(batch).total
-        losses.append(float(total.detach()))
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+    losses = overfit(player, trainee.parameters.values(), batch, 40, 5e-3)
     assert losses[-1] < 0.5 * losses[0]
     with torch.no_grad():
         outcomes = player.eval()(batch).outcomes

@@ -16,6 +16,7 @@ from gtl.objectives.features import recorded_each
 from gtl.tuners import make_tuner
 from tests.contract.test_families import MODELS, VARIANTS
 from tests.contract.test_pairs import TOKEN_LIMITS, fixed_batch
+from tests.overfit import overfit
 
 WALK = [
     pytest.param(model, marks=pytest.mark.soak if model in VARIANTS else ())
@@ -46,14 +47,7 @@ def test_a_student_listens_to_what_its_teacher_sees(tmp_path: Path, written: Cal
     for (name, width), found in zip(sections, outputs, strict=True):
         assert found and {tensor.shape[1 if tensor.dim() == 4 else 2] for tensor in found} == {width}, name
 
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-2, weight_decay=0)
-    losses = []
-    for _ in range(20):
-        told = judge(batch)
-        losses.append(float(told.total.detach()))
-        optimizer.zero_grad()
-        told.total.backward()
-        optimizer.step()
+    losses = overfit(judge, judge.parameters(), batch, 20, 3e-2)
     assert all(parameter.grad is None for parameter in main.parameters())
     assert losses[0] == pytest.approx(2.0, abs=0.2) and losses[-1] < 0.95 * losses[0], "the two can be told apart"
     heard = student(batch)

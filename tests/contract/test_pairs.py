@@ -24,6 +24,7 @@ from gtl.train.assemble import live_parts
 from gtl.tuners import TUNERS, make_tuner
 from gtl.types import Batch, Geometry, Item, UserError
 from tests.contract.test_families import MODELS, VARIANTS, size_of
+from tests.overfit import overfit
 
 TUNER_CONFIGS = {
     "lora": {"rank": 8, "alpha": 16, "targets": "all-linear+conv"},
@@ -257,20 +258,6 @@ def draw_batch(objective: Objective, items: list[Item]) -> Batch:
     """Each of two items twice, with other noise."""
     draws = [objective.draw(items[i % 2], torch.Generator().manual_seed(i)) for i in range(4)]
     return Batch(objective.collate(draws), torch.full((4,), 0.25))
-
-
-def overfit(player: nn.Module, parameters: list[nn.Parameter], batch: Batch, steps: int) -> list[float]:
-    """Losses of some steps on one batch."""
-    # So few steps need a short memory of the squares: those of the first steps are the largest.
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    losses = []
-    for _ in range(steps):
-        total = player(batch).total
-        losses.append(float(total.detach()))
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-    return losses
 
 
 def predict(family: DiffusionFamily, parts: dict[str, nn.Module], batch: Batch) -> Tensor:

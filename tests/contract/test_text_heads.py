@@ -21,6 +21,7 @@ from gtl.train.assemble import join, live_parts, outline
 from gtl.train.footprint import measure
 from gtl.tuners import make_tuner
 from gtl.types import Batch, Geometry, Item, Task, UserError
+from tests.overfit import overfit
 from tests.tiny import make_deepfloyd_upscaler, make_flux, make_gan, make_sd, make_sdxl
 
 TASKS = {"animal": Task("kind", "class", ("cat", "dog"))}
@@ -99,14 +100,7 @@ def test_a_head_learns_and_publishes_what_it_learned(models: dict[str, Path], tm
         draws.append(trainee.objective.draw(item, torch.Generator()))
     batch = Batch(trainee.objective.collate(draws), torch.full((len(TEXTS),), 1 / len(TEXTS)))
     (player,) = trainee.players.values()
-    optimizer = torch.optim.AdamW(trainee.parameters.values(), 5e-2, weight_decay=0)
-    losses = []
-    for _ in range(40):
-        total = player(batch).total
-        losses.append(float(total.detach()))
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+    losses = overfit(player, trainee.parameters.values(), batch, 40, 5e-2)
     assert losses[-1] < 0.1 * losses[0]
     with torch.no_grad():
         assert player.eval()(batch).outcomes["right.animal"].all()
