@@ -150,12 +150,15 @@ def check_base(base: Base, limits: Limits) -> None:
             `size: auto` would be beyond it.
     """
     from gtl.families import denoising, open_family
+    from gtl.families.files import weight_files
+    from gtl.families.loading import check_whole
     from gtl.generate.request import Request
     from gtl.generate.request import check as check_request
 
     family = denoising(open_family(base.source, revision=base.revision, variant=base.variant))
     for part in filter(None, (*family.encoders, family.main, family.codec)):
-        family.load(part)  # mapped, hardly read: whether the files are whole, and those of the configs
+        for file in weight_files(family.folder / part, family.variant):
+            check_whole(file)
     height, width = family.default_size
     most = most_pixels(base, limits, (height, width))
     if most is not None and most < height * width:

@@ -82,11 +82,31 @@ def read_tensors(
                         tied[name] = tensor
                     yield name, tensor
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged ({error}); get the file again") from error
+            raise damaged(file, error) from error
     yield from ((twin, tied[name]) for twin, name in twins.items() if name in tied and twin not in tied)
     left_out = [key for key in left_out if not key.endswith("position_ids")]
     if left_out:
         log.warning("%s: %d tensors that the model does not have, such as %s", file, len(left_out), left_out[0])
+
+
+def check_whole(file: Path) -> None:
+    """See that a safetensors file is as long as it says itself; no tensor is read.
+
+    Raises:
+        UserError: it is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):  # which needs no torch
+            pass
+    except (SafetensorError, OSError) as error:
+        raise damaged(file, error) from error
+
+
+def damaged(file: Path, error: Exception) -> UserError:
+    """What is to be done about a file of weights that cannot be read."""
+    return UserError(f"{file}: damaged ({error}); get the file again")
 
 
 def _spellings(key: str) -> Iterator[str]:
