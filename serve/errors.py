@@ -37,6 +37,7 @@ FIELDS = {
     "prompt": "prompt", "negative_prompt": "negative_prompt", "seed": "seed", "strength": "strength",
     "steps": "num_inference_steps", "guidance": "guidance_scale", "height": "size", "width": "size",
     "image": "image", "mask": "mask", "adapters": "adapters", "image_guidance": "image_guidance_scale",
+    "invert": "invert",
 }  # fmt: skip
 """What the engine's messages begin with, and the field of the API that is meant."""
 

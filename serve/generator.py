@@ -248,13 +248,10 @@ class Mail:
             "gtl": __version__, **order.told,
         }  # fmt: skip
         if order.edit is not None:
-            scale = order.edit.image_guidance
-            told |= {"strength": order.edit.strength} if scale is None else {"image_guidance": scale}
+            told |= told_of(order.edit)
         if order.keep_prompt:
-            told["prompt"] = order.prompt
-        else:
-            del told["negative_prompt"]
-        return told
+            return {**told, "prompt": order.prompt}
+        return {name: value for name, value in told.items() if name not in ("negative_prompt", "invert")}
 
     def fail(self, error: Exception) -> None:
         """No picture."""
@@ -263,6 +260,14 @@ class Mail:
     def _send(self, event: Drawn | Exception) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+def told_of(edit: Edit) -> dict[str, Any]:
+    """How a picture came of another."""
+    by_image, shows, palette = edit.image_guidance, edit.shows, edit.palette
+    told: dict[str, Any] = {"strength": edit.strength} if by_image is None else {"image_guidance": by_image}
+    told |= {} if shows is None else {"invert": shows}
+    return told if palette is None else {**told, "palette": palette._asdict()}
 
 
 def size_of(image: Image) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import base64
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ from serve.schema import (
 )
 from serve.settings import Base, Settings
 from serve.share import FairShare
-from serve.uploads import Uploads, begin, read_edit
+from serve.uploads import FILES, Uploads, begin, read_edit
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ PAGE_HEADERS = {
 }  # fmt: skip
 DECODING = 2
 """Uploads that are decoded at once: each may take half a gigabyte."""
-FILES = {"image": {"type": "string", "format": "binary"}, "mask": {"type": "string", "format": "binary"}}
 KEEP_ALIVE_S = 10.0
 """Between two comments in a stream that has nothing to tell: proxies close silent connections."""
 
@@ -81,11 +80,11 @@ app.add_middleware(metrics.CountRequests)
 errors.install(app)
 
 
-def body_of(model: type[Drawing], kind: str = "application/json", files: Mapping[str, Any] = {}) -> dict[str, Any]:
+def body_of(model: type[Drawing], kind: str = "application/json", files: Sequence[str] = ()) -> dict[str, Any]:
     """The body in the API's own description."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema["properties"] |= files
-    schema["required"] = [*schema.get("required", ()), *list(files)[:1]]
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+    schema["required"] = [*schema.get("required", ()), *files[:1]]
     schema["properties"]["adapters"] = schema["properties"]["adapters"] | {"items": schema.pop("$defs")["Adapter"]}
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}, "responses": PICTURES}
 

@@ -114,7 +114,7 @@ def name_of(request: Request) -> bytes | None:
 
 def digest_of(asked: Drawing, uploads: Uploads | None) -> bytes:
     """Of what is asked for, however its JSON or form was written."""
-    files = [] if uploads is None else [uploads.image, uploads.mask or b""]
+    files = [] if uploads is None else [file or b"" for file in uploads]
     return hashed(asked.model_dump_json().encode(), *files)
 
 

@@ -33,7 +33,7 @@ class Limits(Section):
     max_n: Annotated[int, Field(ge=1, le=10)] = 10
     """Pictures of one request."""
     max_prompt: Annotated[int, Field(ge=1, le=MAX_PROMPT)] = 4000
-    """Characters of the prompt, and of the negative prompt."""
+    """Characters of the prompt, of the negative prompt, and of what an edit inverts."""
     max_upload_bytes: Annotated[int, Field(ge=1)] = 20 * 2**20
     """Of an uploaded picture or mask, as a file."""
     max_upload_pixels: Annotated[int, Field(ge=1)] = 40_000_000
@@ -181,15 +181,25 @@ class Generation(Drawing):
 
 
 class Edit(Drawing):
-    """Form of POST /v1/images/edits, beside its files `image` and `mask`."""
+    """Form of POST /v1/images/edits, beside its files `image`, `mask`, and `colors_of`, a picture whose colours what is
+    drawn gets."""
 
     strength: Annotated[float, Field(ge=0, le=1)] = 0.8
     """How far the picture may go from the one that was sent; 1 forgets it, but for what the mask keeps."""
+    invert: str | None = None
+    """What the picture that is sent shows: it is drawn from the noise that draws that, and keeps more of its structure
+    than without. A low guidance_scale suits it, such as 3."""
     image_guidance_scale: Annotated[float, Field(ge=1, le=100)] | None = None
     """With an adapter that was taught to edit: how close to stay to the image that is sent, 1 is off; left out: 1.5.
     Such a one begins at noise, whatever the strength."""
     input_fidelity: Literal["low", "high"] | None = None
     """Without effect: `strength` says it."""
+
+    @model_validator(mode="after")
+    def _check_inversion(self) -> Edit:
+        if self.invert is not None and self.n > 1:
+            raise ValueError(f"n: {self.n}: should be 1 with invert, which draws no noise: all would be one picture")
+        return self
 
 
 Asked = TypeVar("Asked", bound=Drawing)
@@ -227,8 +237,8 @@ def check(asked: Asked, limits: Limits, *, urls: bool) -> Asked:
     Raises:
         ApiError: 400; it is well-formed and asks for more than this server allows.
     """
-    for field in ("prompt", "negative_prompt"):
-        if (length := len(getattr(asked, field) or "")) > limits.max_prompt:
+    for field in ("prompt", "negative_prompt", "invert"):
+        if (length := len(getattr(asked, field, None) or "")) > limits.max_prompt:
             raise invalid(field, f"{length} characters: should be at most {limits.max_prompt}", "invalid_value")
     if asked.pixels is not None:
         check_pixels(*asked.pixels, limits.max_pixels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from starlette.requests import Request
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from gtl.generate.edit import Edit as Start
 from gtl.generate.edit import choose_size, fit, marks
 from gtl.generate.outpaint import filled
-from gtl.images import BrokenImage, decode_canvas, decode_mask
+from gtl.images import BrokenImage, decode, decode_canvas, decode_mask
 from serve.body import read_form
 from serve.errors import ApiError, invalid, too_large
 from serve.schema import Edit, Limits, check_pixels, parse_edit
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from gtl.families.base import DiffusionFamily
 
+FILES = ("image", "mask", "colors_of")
+"""Fields of an edit that are pictures, of which the first must be there."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What OpenAI's API takes; each further format is a decoder more that strangers can reach."""
 
@@ -34,7 +36,8 @@ class Uploads(NamedTuple):
     """The files of an edit, as they were sent."""
 
     image: bytes
-    mask: bytes | None
+    mask: bytes | None = None
+    colors_of: bytes | None = None
 
 
 class Canvas(NamedTuple):
@@ -54,10 +57,10 @@ async def read_edit(request: Request, limits: Limits, *, urls: bool) -> tuple[Ed
     Raises:
         ApiError: 400 or 413; names the field, its value and what is allowed.
     """
-    form = await read_form(request, ("image", "mask"), limits.max_upload_bytes)
+    form = await read_form(request, FILES, limits.max_upload_bytes)
     files, fields = dict(form.files), []
     for name, text in form.fields:
-        if name not in ("image", "mask"):
+        if name not in FILES:
             fields.append((name, text))
         elif not text:
             continue  # as every empty field of a form
@@ -68,7 +71,7 @@ async def read_edit(request: Request, limits: Limits, *, urls: bool) -> tuple[Ed
     edit = parse_edit(fields, limits, urls=urls)
     if "image" not in files:
         raise ApiError(400, "image: missing", code="missing_required_parameter", param="image")
-    return edit, Uploads(files["image"], files.get("mask"))
+    return edit, Uploads(**files)
 
 
 def from_base64(text: str, field: str, max_bytes: int) -> bytes:
@@ -97,12 +100,10 @@ def decode_uploads(uploads: Uploads, limits: Limits) -> Canvas:
     Raises:
         ApiError: 400 or 413; one is no picture, too large, or damaged, or the mask fits the picture not.
     """
-    image, clear = _read(
-        lambda data: decode_canvas(data, limits.max_upload_pixels, FORMATS), uploads.image, "image", limits
-    )
+    image, clear = _read(decode_canvas, uploads.image, "image", limits)
     if uploads.mask is None:
         return Canvas(image, None) if clear is None or not marks(clear) else Canvas(filled(image, clear), clear)
-    mask = _read(lambda data: decode_mask(data, limits.max_upload_pixels, ("PNG",)), uploads.mask, "mask", limits)
+    mask = _read(decode_mask, uploads.mask, "mask", limits, ("PNG",))
     if mask.size != image.size:
         sizes = f"{mask.width}x{mask.height}: should be of the image's size, {image.width}x{image.height}"
         raise invalid("mask", sizes, "invalid_value")
@@ -116,14 +117,20 @@ def begin(
 ) -> tuple[Start, tuple[int, int] | None]:
     """What an edit begins at, and its (height, width).
 
-    It is cut to that here, so that not a photograph travels for each picture that is drawn of it; where neither the
-    request nor `family` says how large that is, the size is None and the generator cuts.
+    It is cut to that here, and of the picture of colours nothing but these are kept, so that no photograph travels for
+    each picture that is drawn; where neither the request nor `family` says how large it is drawn, the size is None and
+    the generator cuts.
 
     Raises:
         ApiError: as `decode_uploads`; 400, a long and narrow picture would be drawn at more than `most` pixels.
     """
+    palette = None
+    if uploads.colors_of is not None:
+        from gtl.generate.colours import palette_of
+
+        palette = palette_of(_read(decode, uploads.colors_of, "colors_of", limits))
     canvas = decode_uploads(uploads, limits)
-    start = Start(canvas.image, canvas.mask, asked.strength)
+    start = Start(canvas.image, canvas.mask, asked.strength, shows=asked.invert, palette=palette)
     if asked.pixels is not None:
         size = asked.pixels[1], asked.pixels[0]
     elif family is not None:
@@ -134,11 +141,14 @@ def begin(
     return fit(start, *size), size
 
 
-def _read(decoder: Callable[[bytes], Decoded], data: bytes, field: str, limits: Limits) -> Decoded:
+def _read(
+    decoder: Callable[[bytes, int, Sequence[str]], Decoded], data: bytes, field: str, limits: Limits,
+    formats: Sequence[str] = FORMATS,
+) -> Decoded:  # fmt: skip
     if len(data) > limits.max_upload_bytes:
         raise too_large(field, limits.max_upload_bytes)
     try:
-        return decoder(data)
+        return decoder(data, limits.max_upload_pixels, formats)
     except BrokenImage as error:
         raise invalid(field, _reason(error, limits), "invalid_image") from None
 

@@ -19,7 +19,8 @@ from gtl.evaluate.intervals import student_t
 from gtl.families import denoising, open_family
 from gtl.generate.edit import Edit
 from gtl.generate.engine import Engine
-from gtl.generate.images import load_parts, to_image
+from gtl.generate.images import load_parts
+from gtl.generate.pixels import to_image
 from gtl.generate.request import Request
 from gtl.types import Progress
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from gtl.families import denoising
 from gtl.generate.drawing import open_drawer
-from gtl.generate.images import to_image
+from gtl.generate.pixels import to_image
 from gtl.generate.request import Request
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ It is done in CIELAB and not in the paper's own l-alpha-beta, whose logarithms h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,29 +25,50 @@ _LINEAR = (6 / 29) ** 3
 """Where CIELAB goes over from a line to the cube root."""
 FLAT = 1e-3
 """Deviation up to which a channel has but one value, which nothing can be spread from."""
+BAND = 2**18
+"""Pixels whose colours are taken at once: in CIELAB a photograph is twenty times as large as it is."""
 
 
-def match_colours(image: Image, reference: Image, area: Image | None = None) -> Image:
+class Palette(NamedTuple):
+    """The colours of a picture, in CIELAB: lightness, green to red, blue to yellow."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def palette_of(image: Image) -> Palette:
+    """The colours of a picture of any size."""
+    rows = max(1, BAND // image.width)
+    total, squares = np.zeros(3), np.zeros(3)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        lab = to_lab(np.asarray(band.convert("RGB")))
+        total, squares = total + lab.sum((0, 1)), squares + (lab**2).sum((0, 1))
+    mean = total / (image.width * image.height)
+    variance = squares / (image.width * image.height) - mean**2
+    return Palette(tuple(mean.tolist()), tuple(np.sqrt(variance.clip(min=0)).tolist()))
+
+
+def match_colours(image: Image, palette: Palette, area: Image | None = None) -> Image:
     """An RGB picture with the colours of another one.
 
     Args:
         image: The picture.
-        reference: Of any size.
+        palette: Of the other one.
         area: Of the picture's size, light where its colours are to change; all else stays. None: everywhere.
     """
     from PIL import Image as Images
 
     from gtl.generate.edit import HALF
 
-    lab, wanted = to_lab(np.asarray(image.convert("RGB"))), to_lab(np.asarray(reference.convert("RGB")))
-    inside = np.ones(lab.shape[:2], bool) if area is None else np.asarray(area.convert("L")) >= HALF
+    changed = np.asarray(image.convert("RGB")).copy()
+    inside = np.ones(changed.shape[:2], bool) if area is None else np.asarray(area.convert("L")) >= HALF
     if not inside.any():
         return image
-    mine, theirs = lab[inside], wanted.reshape(-1, 3)
+    mine = to_lab(changed[inside])
     spread = mine.std(0)
-    factor = np.where(spread > FLAT, theirs.std(0) / np.maximum(spread, FLAT), 1.0)
-    changed = np.asarray(image.convert("RGB")).copy()
-    changed[inside] = from_lab((mine - mine.mean(0)) * factor + theirs.mean(0))
+    factor = np.where(spread > FLAT, np.array(palette.deviation) / np.maximum(spread, FLAT), 1.0)
+    changed[inside] = from_lab((mine - mine.mean(0)) * factor + np.array(palette.mean))
     return Images.fromarray(changed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,8 +20,6 @@ from gtl.session import session
 from gtl.types import DTYPES, GUIDANCE, STEPS, Progress, Sampler, UserError, sampler_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from gtl.adapters.card import Base
     from gtl.families.base import Family
     from gtl.generate.cascade import Upscaler
@@ -293,9 +291,9 @@ def writing(out: Path) -> Iterator[None]:
 def draw_here(
     family: Family, requests: Sequence[Request], adapters: Sequence[Adapter], out: Path,
     recipe: Mapping[str, Any], columns: int | None, progress: Progress | None, edit: Edit | None = None,
-    second: Upscaler | None = None, finish: Callable[[Image], Image] | None = None,
+    second: Upscaler | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Draw in this process and save, what `finish` makes of each picture if there is more to do."""
+    """Draw in this process and save."""
     import torch
 
     from gtl.generate.images import generate
@@ -307,10 +305,7 @@ def draw_here(
     drawn = generate(
         family, requests, folders, device=device, dtype=dtype, edit=edit, upscaler=second, progress=progress
     )
-    files = (
-        (index, encode_png(finish(image) if finish else image, {**dataclasses.asdict(requests[index]), **recipe}))
-        for index, image in drawn
-    )
+    files = ((index, encode_png(image, {**dataclasses.asdict(requests[index]), **recipe})) for index, image in drawn)
     return save(files, requests, out, recipe, columns)
 
 

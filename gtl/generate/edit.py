@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gtl.generate.pixels import pixels_of, to_image
 from gtl.types import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from gtl.diffusion.path import NoisePath
     from gtl.families.base import DiffusionFamily
+    from gtl.generate.colours import Palette
     from gtl.generate.request import Request
 
 STRENGTH, IMAGE_GUIDANCE = 0.8, 1.5
@@ -45,10 +47,17 @@ class Edit:
     shows: str | None = None
     """What is to be seen in the image: it is drawn from the noise that draws it with this prompt, unguided (as the
     baseline of Mokady et al. 2022, arXiv 2211.09794), so that what both prompts say stays. None: not so."""
+    palette: Palette | None = None
+    """Whose colours what is drawn gets, see `match_colours`; None: those that are drawn."""
     moments: Mapping[str, Tensor] | None = None
     """Of the image, by the codec of the model that draws, each [1, C, h, w]; None until they are needed."""
     inverted: Tensor | None = None
-    """Latents [1, C, h, w] as far up as the strength says, where it `shows` something; None until they are needed."""
+    """Latents [1, C, h, w] as far up as the strength says, where it `shows` something; None until they are found."""
+
+    @property
+    def rises(self) -> bool:
+        """Whether the noise that draws the image is still to be found."""
+        return self.shows is not None and self.inverted is None
 
 
 def first_step(edit: Edit | None, steps: int, path: NoisePath) -> int:
@@ -155,19 +164,17 @@ def encode(edit: Edit, family: DiffusionFamily, codec: Any, device: torch.device
     return {name: value.float() for name, value in family.encode_images(codec, pixels.to(device)).items()}
 
 
-def paste(picture: Tensor, edit: Edit) -> Tensor:
-    """A picture [3, H, W] in [0, 1] with what the mask keeps as it is in the image."""
+def finish(picture: Tensor, edit: Edit) -> Tensor:
+    """A picture [3, H, W] in [0, 1] in its colours, with what the mask keeps as it is in the image."""
     import torch
 
-    return picture if edit.mask is None else torch.where(repainted(edit.mask), picture, pixels_of(edit.image))
+    from gtl.generate.colours import match_colours
 
-
-def pixels_of(image: Image) -> Tensor:
-    """[3, H, W] in [0, 1], fp32."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) / 255
+    if edit.mask is not None:
+        picture = torch.where(repainted(edit.mask), picture, pixels_of(edit.image))
+    if edit.palette is None or picture.isnan().any():  # NaN is told by whoever asked, and has no colour
+        return picture
+    return pixels_of(match_colours(to_image(picture), edit.palette, edit.mask))
 
 
 def repainted(mask: Image) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,26 +67,29 @@ def run(
     picture has the image's own pixels. Without one, what is transparent in the image is. An image that does not fit the
     model is resized and cut; see `choose_size`. One that is to be extended is not: its border grows until all fits.
     With an adapter that was taught to edit, the prompt is the instruction, and the model sees the image meanwhile. With
-    `invert`, which says what the image shows, it is drawn from the noise that draws the image. What is drawn gets the
-    colours of the picture `colors_of`; see `match_colours`.
+    `invert`, which says what the image shows, it is drawn from the noise that draws the image, and so no further seed
+    draws another picture. What is drawn gets the colours of the picture `colors_of`; see `match_colours`.
 
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
     """
-    from gtl.generate.colours import match_colours
+    from gtl.generate.colours import palette_of
     from gtl.images import decode
 
     if count < 1:
         raise UserError(f"--count: {count}: expected 1 or more")
+    if count > 1 and invert is not None:
+        raise UserError(f"--count: {count}: an edit by --invert draws no noise: all would be one picture; expected 1")
     border = None if extend is None else parse_border(extend)
     if border is not None and not width is height is None:
         raise UserError(f"--extend: {extend}: says how large the picture is; leave --width and --height out")
     out = Path(out)
     lines = read_prompts(prompt, None)
     picture, area, hashes = read_image(image, mask)
-    palette, finish = None, None
+    palette = None
     if colors_of is not None:
-        palette, hashes["colors_of"] = _read(colors_of, f"--colors-of {colors_of}", decode)
+        other, hashes["colors_of"] = _read(colors_of, f"--colors-of {colors_of}", decode)
+        palette = palette_of(other)
     chosen = find_adapters(Registry(registry), adapters)
     way = way_of(chosen, strength, image_guidance)
     check_writable(out)
@@ -103,7 +105,7 @@ def run(
     )  # fmt: skip
     for request in requests:
         check_options(request, family)
-    edit = fit(Edit(picture, area, **way, shows=invert), requests[0].height, requests[0].width)
+    edit = fit(Edit(picture, area, **way, shows=invert, palette=palette), requests[0].height, requests[0].width)
     check_options(requests[0], family, edit)
     told = (
         {**hashes, **way}
@@ -111,9 +113,7 @@ def run(
         | ({} if border is None else {"extend": list(border)})
     )
     recipe = {**recipe_of(origin, fingerprint, chosen), "edit": told}
-    if palette is not None:
-        finish = functools.partial(match_colours, reference=palette, area=edit.mask)
-    return draw_here(family, requests, chosen, out, recipe, None, progress, edit, finish=finish)
+    return draw_here(family, requests, chosen, out, recipe, None, progress, edit)
 
 
 def way_of(adapters: Sequence[Adapter], strength: float | None, image_guidance: float | None) -> dict[str, Any]:

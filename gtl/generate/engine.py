@@ -18,7 +18,7 @@ from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.diffusion.solver import Rising, Solver
 from gtl.families.wide import is_wide
 from gtl.generate.codec import wearing
-from gtl.generate.edit import Edit, begin, check_shown, encode, first_step, paste
+from gtl.generate.edit import Edit, begin, check_shown, encode, finish, first_step
 from gtl.generate.request import Request, check
 from gtl.generate.state import State
 from gtl.types import Geometry
@@ -142,7 +142,7 @@ class Engine:
             UserError: the family cannot draw it; see `check`.
         """
         try:
-            state = self._begin(request, seat, previews, edit, small)
+            state = self._begin(next(self._handles), request, seat, previews, edit, small)
         except BaseException:
             self._leave(seat)
             raise
@@ -162,33 +162,41 @@ class Engine:
             UserError: the family cannot draw it; see `check`.
         """
         check(request, self.family, edit)
-        if edit.moments is None:
-            codec = self.parts[self.family.codec] if self.family.codec else None
-            with self._codec_lock, wearing(codec, own):
-                edit = replace(edit, moments=encode(edit, self.family, codec, self.device))
-        if edit.shows is None or edit.inverted is not None:
+        if edit.moments is not None:
             return edit
-        return replace(edit, inverted=self._inverted(edit, request))
+        codec = self.parts[self.family.codec] if self.family.codec else None
+        with self._codec_lock, wearing(codec, own):
+            return replace(edit, moments=encode(edit, self.family, codec, self.device))
 
-    def _inverted(self, edit: Edit, request: Request) -> Tensor:
-        """The latents that a `Solver` draws the image from, as far up as its strength says; of the base's own prompt.
-
-        The model looks at it alone: in the one thread that draws, where there are others.
-        """
+    def _rise(self, handle: int, request: Request, seat: Seat, previews: Sequence[int], edit: Edit) -> State:
+        """On the way to the latents that a `Solver` draws the image from, as far up as its strength says."""
         assert edit.shows is not None and edit.moments is not None
-        request = replace(request, prompt=edit.shows, guidance=1.0)
         rises = request.steps - first_step(edit, request.steps, self.family.path)
-        clean = self.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
-        conditions = self._completed(self._encoded(edit.shows, BASE), request)
-        scheduler = Rising(self.family.path, request.steps, rises)
-        state = State(next(self._handles), request, scheduler, torch.Generator(), clean, conditions, None)
-        while not state.advance(self._predict([state])[:1]):
-            pass
-        return state.latents
+        return State(
+            handle=handle,
+            request=request,
+            scheduler=Rising(self.family.path, request.steps, rises),
+            generator=torch.Generator(),
+            latents=self.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"])),
+            conditions=self._completed(self._encoded(edit.shows, seat), replace(request, guidance=1.0)),
+            negative=None,
+            seat=seat,
+            previews=previews,
+            edit=edit,
+        )
+
+    def _turn(self, state: State) -> State:
+        """The same request on its way down, once what it begins at is found."""
+        assert state.edit is not None
+        found = replace(state.edit, inverted=state.latents)
+        below = self._begin(state.handle, state.request, state.seat, state.previews, found, None)
+        below.risen = state.steps_done
+        return below
 
     def _begin(
-        self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None, small: Small | None
-    ) -> State:
+        self, handle: int, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None,
+        small: Small | None,
+    ) -> State:  # fmt: skip
         check(request, self.family, edit, enlarges=small is not None)
         check_shown(edit, self._edits or seat.edits)
         generator = torch.Generator().manual_seed(request.seed) if small is None else small.generator
@@ -196,6 +204,8 @@ class Engine:
         guided = self.family.classifier_free and (request.guidance > 1 or by_image)
         codec = {} if self.residents is None else self.residents.own(seat, self.family.codec)
         edit = None if edit is None else self.encode(edit, request, codec)
+        if edit is not None and edit.rises:
+            return self._rise(handle, request, seat, previews, edit)
         if edit is not None and edit.inverted is not None:
             scheduler: Any = Solver(self.family.path, request.steps)
         else:
@@ -208,7 +218,7 @@ class Engine:
             return self._completed({**conditions, **given}, request)
 
         return State(
-            handle=next(self._handles),
+            handle=handle,
             request=request,
             scheduler=scheduler,
             generator=generator,
@@ -230,9 +240,9 @@ class Engine:
             self._leave(state.seat)
 
     def steps_done(self, handle: int) -> int:
-        """Of a request; 0 of one that is not here."""
+        """Of a request, those up to the noise of its image among them; 0 of one that is not here."""
         state = self._states.get(handle)
-        return 0 if state is None else state.steps_done
+        return 0 if state is None else state.risen + state.steps_done
 
     def _leave(self, seat: Seat) -> None:
         if self.residents is not None:
@@ -247,6 +257,10 @@ class Engine:
             return []
         outputs = []
         for state, prediction in zip(batch, self._predict(batch)[: len(batch)].split(1), strict=True):
+            if state.rises:
+                if state.advance(prediction):
+                    self._states[state.handle] = self._turn(state)
+                continue
             wanted = state.steps_done + 1 in state.previews
             estimate = self._estimate(state, prediction) if wanted else None
             if state.advance(prediction):
@@ -281,7 +295,7 @@ class Engine:
                 pictures += (pixels / 2 + 0.5).clamp(0, 1).cpu().unbind()
         edits = [item.edit for item in outputs]
         return [
-            picture if edit is None else paste(picture, edit) for picture, edit in zip(pictures, edits, strict=True)
+            picture if edit is None else finish(picture, edit) for picture, edit in zip(pictures, edits, strict=True)
         ]
 
     def _batch(self) -> list[State]:

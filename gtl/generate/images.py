@@ -13,10 +13,11 @@ from gtl.adapters import apply
 from gtl.adapters.base import model_parts
 from gtl.generate.cascade import check_cascade, open_cascade
 from gtl.generate.drawing import Drawer, check, open_drawer
+from gtl.generate.pixels import to_image
 from gtl.types import UserError, quiet
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from gtl.families.base import Family
     from gtl.generate.cascade import Upscaler
@@ -107,8 +108,3 @@ def load_parts(
     for index, (folder, scale) in enumerate(adapters):
         apply(parts, folder, f"adapter{index}", scale)
     return parts
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels [3, H, W] in [0, 1] as an 8-bit picture, rounded as diffusers does."""
-    return Image.fromarray((pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Loaded
+from gtl.diffusion.solver import PASSES
 from gtl.generate.edit import Edit, first_step
 from gtl.generate.engine import Engine, Output
-from gtl.generate.images import to_image
+from gtl.generate.pixels import to_image
 from gtl.generate.request import Request, check
 from gtl.types import UserError
 
@@ -89,7 +90,7 @@ class Ticket:
     edit: Edit | None = None
     """What it begins at, if that is not noise."""
     steps: int = 0
-    """That it takes."""
+    """That it takes, those up to the noise of an image among them."""
     alone: bool = False
     loaded: Loaded | None = None
     handle: int | None = None
@@ -171,7 +172,8 @@ class EngineLoop:
         steps = request.steps - first_step(edit, request.steps, self.engine.family.path)
         after = [round(steps * (number + 1) / (previews + 1)) for number in range(previews)]
         shown = tuple(step for step in dict.fromkeys(after) if 0 < step < steps)
-        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, steps, alone)
+        rises = steps * PASSES if edit is not None and edit.rises else 0
+        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, rises + steps, alone)
         with self._wake:
             if self._is_closed:
                 raise Closed("it is being stopped")

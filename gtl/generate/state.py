@@ -45,6 +45,8 @@ class State:
     """What the model sees of the image that it edits, [1, C, h, w]."""
     codec: Mapping[str, Tensor] = field(default_factory=dict)
     """What its adapters put in place of the codec's own weights."""
+    risen: int = 0
+    """Steps that finding what it begins at took."""
     index: int = field(init=False)
     """Where in the schedule it is."""
     key: Hashable = field(init=False)
@@ -59,6 +61,11 @@ class State:
     def steps_done(self) -> int:
         """Those that it took itself."""
         return self.index - self.first
+
+    @property
+    def rises(self) -> bool:
+        """Whether it is on the way from an image to its noise, and not down yet."""
+        return self.edit is not None and self.edit.rises
 
     @property
     def timestep(self) -> Tensor:

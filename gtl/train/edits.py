@@ -13,7 +13,7 @@ import torch
 from gtl.evaluate.samples import draw_share, gather
 from gtl.families import denoising
 from gtl.generate.edit import IMAGE_GUIDANCE, Edit
-from gtl.generate.images import to_image
+from gtl.generate.pixels import to_image
 from gtl.generate.request import Request
 from gtl.images import grid, save_png
 from gtl.train.look import SAMPLES, Pictures

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from gtl.evaluate.samples import MAX_BATCH, encode
 from gtl.generate.engine import Engine, Small
-from gtl.generate.images import to_image
+from gtl.generate.pixels import to_image
 from gtl.generate.request import Request
 from gtl.images import grid, save_png
 from gtl.train.look import SAMPLES, Pictures

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from gtl.families import denoising
-from gtl.generate.images import to_image
+from gtl.generate.pixels import to_image
 from gtl.images import grid, save_png
 from gtl.train.look import SAMPLES, Pictures
 

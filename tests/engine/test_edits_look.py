@@ -7,7 +7,7 @@ import torch
 from gtl.config import parse_recipe
 from gtl.data.scenes.sets import SceneSet
 from gtl.families import open_family
-from gtl.generate.edit import pixels_of
+from gtl.generate.pixels import pixels_of
 from gtl.images import decode, read_recipe
 from gtl.storage import Store
 from gtl.train.assemble import assemble

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gtl.adapters import Registry
 from gtl.adapters.delta import write_delta
 from gtl.families import open_family
+from gtl.generate import edit_command
 from gtl.generate.edit import Edit
 from gtl.generate.images import generate
 from gtl.generate.request import Request
@@ -138,6 +139,33 @@ def test_an_edit_begins_at_the_picture_that_is_sent(client: OpenAI, shelf: Path)
     assert edited.crop(right).tobytes() != first.crop(right).tobytes()
     events = list(client.images.edit(image=png(first), stream=True, partial_images=1, extra_body=extra, **fields))
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_an_edit_by_inversion_in_the_colours_of_another_picture(
+    endpoint: str, shelf: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """As `gtl edit` draws it; what cannot be inverted names the field."""
+    first, green = alone(shelf, 2), Image.new("RGB", (3, 3), "green")
+    fields = {"prompt": PROMPT, "seed": "8", "num_inference_steps": "6", "guidance_scale": "3", "invert": "a cat"}
+
+    def ask(**more: bytes) -> httpx.Response:
+        return httpx.post(f"{endpoint}/v1/images/edits", data=fields, files={"image": png(first), **more}, timeout=60)
+
+    drawn = picture_of(ask(colors_of=png(green)).json()["data"][0]["b64_json"])
+    first.save(tmp_path / "first.png")
+    green.save(tmp_path / "green.png")
+    (file,) = edit_command.run(
+        tmp_path / "first.png", out=tmp_path, prompt=PROMPT, model=BASE, seed=8, steps=6, guidance=3.0,
+        invert="a cat", colors_of=tmp_path / "green.png",
+    )  # fmt: skip
+    assert same(drawn, Image.open(file))
+    mask = Image.new("L", first.size, 255)
+    error = ask(mask=png(mask)).json()["error"]
+    assert (error["param"], error["code"]) == ("invert", "invalid_value")
+    assert error["message"].startswith("invert: keeps by itself what is not said to change")
+    fields["n"] = "2"
+    error = ask().json()["error"]
+    assert error["message"] == "n: 2: should be 1 with invert, which draws no noise: all would be one picture"
 
 
 def png(image: Image.Image) -> bytes:

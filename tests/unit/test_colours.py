@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gtl.generate.colours import from_lab, match_colours, to_lab
+from gtl.generate.colours import from_lab, match_colours, palette_of, to_lab
 from gtl.generate.edit_command import run
 from gtl.images import read_recipe
 from gtl.types import UserError
@@ -35,26 +35,34 @@ def test_mean_and_deviation_become_the_others() -> None:
     image, reference = (
         Image.fromarray(rng.integers(low, high, (40, 30, 3)).astype(np.uint8)) for low, high in ((90, 120), (110, 170))
     )
-    matched = match_colours(image, reference)
+    matched = match_colours(image, palette_of(reference))
     for found, wanted in zip(statistics(matched), statistics(reference), strict=True):
         np.testing.assert_allclose(found, wanted, atol=0.3)
-    again = match_colours(matched, reference)
+    again = match_colours(matched, palette_of(reference))
     assert np.abs(np.asarray(again).astype(int) - np.asarray(matched)).max() <= 1
+
+
+def test_the_colours_of_a_photograph_are_taken_band_by_band(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 30, 3)).astype(np.uint8))
+    monkeypatch.setattr("gtl.generate.colours.BAND", 120)
+    for found, wanted in zip(palette_of(image), statistics(image), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9)
+    assert palette_of(image.resize((500, 1)))[0] != palette_of(image)[0], "wider than a band"
 
 
 def test_one_colour_takes_the_mean_and_black_has_a_place() -> None:
     flat, dark = Image.new("RGB", (8, 8), (120, 130, 140)), Image.new("RGB", (5, 5), "black")
-    assert match_colours(flat, dark).getcolors() == [(64, (0, 0, 0))]
-    assert match_colours(dark, flat).getcolors() == [(25, (120, 130, 140))]
+    assert match_colours(flat, palette_of(dark)).getcolors() == [(64, (0, 0, 0))]
+    assert match_colours(dark, palette_of(flat)).getcolors() == [(25, (120, 130, 140))]
 
 
 def test_only_the_area_changes() -> None:
     image, mask = picture(), right_half()
-    matched = match_colours(image, Image.new("RGB", (4, 4), "green"), mask)
+    matched = match_colours(image, palette_of(Image.new("RGB", (4, 4), "green")), mask)
     left, right = (0, 0, 32, 64), (32, 0, 64, 64)
     assert matched.crop(left).tobytes() == image.crop(left).tobytes()
     assert matched.crop(right).getcolors() == [(2048, (0, 128, 0))]
-    assert match_colours(image, mask, Image.new("L", image.size, 0)).tobytes() == image.tobytes()
+    assert match_colours(image, palette_of(mask), Image.new("L", image.size, 0)).tobytes() == image.tobytes()
 
 
 def test_the_command_gives_what_it_draws_the_colours_of_a_picture(tmp_path: Path) -> None:

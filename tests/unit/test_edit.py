@@ -15,10 +15,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from gtl.families import open_family
-from gtl.generate.edit import Edit, check_edit, first_step, paste, pixels_of
+from gtl.generate.edit import Edit, check_edit, finish, first_step
 from gtl.generate.engine import Engine
-from gtl.generate.images import generate, load_parts, to_image
+from gtl.generate.images import generate, load_parts
 from gtl.generate.loop import EngineLoop
+from gtl.generate.pixels import pixels_of, to_image
 from gtl.generate.request import Request, check
 from gtl.types import UserError
 from tests.tiny import make_sd
@@ -256,7 +257,7 @@ def test_what_a_mask_keeps_is_kept_in_every_value() -> None:
     image = Image.fromarray(values.numpy()).convert("RGB")
     mask = Image.new("L", (16, 16), 0)
     mask.putpixel((0, 0), 255)
-    pasted = to_image(paste(torch.ones(3, 16, 16), Edit(image, mask)))
+    pasted = to_image(finish(torch.ones(3, 16, 16), Edit(image, mask)))
     assert pasted.getpixel((0, 0)) == (255, 255, 255)
     pasted.putpixel((0, 0), (0, 0, 0))
     assert pasted.tobytes() == image.tobytes()

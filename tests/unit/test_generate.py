@@ -19,7 +19,8 @@ from gtl.families import open_family
 from gtl.generate.class_images import class_folder
 from gtl.generate.command import Adapter, choose_base, run
 from gtl.generate.engine import Engine, Output
-from gtl.generate.images import generate, load_parts, to_image
+from gtl.generate.images import generate, load_parts
+from gtl.generate.pixels import to_image
 from gtl.generate.prompts import Prompt, read_prompts
 from gtl.generate.request import Request
 from gtl.generate.spread import Model, Order, Origin, cut
@@ -88,6 +89,14 @@ def drain(engine: Engine) -> dict[int, torch.Tensor]:
         finished = engine.step()
         pictures |= zip([item.handle for item in finished], engine.decode(finished), strict=True)
     return pictures
+
+
+def through(engine: Engine) -> list[Output]:
+    """Step until nothing is left; what came of it, in order."""
+    outputs = []
+    while len(engine):
+        outputs += engine.step()
+    return outputs
 
 
 def draw(engine: Engine, *requests: Request) -> list[torch.Tensor]:

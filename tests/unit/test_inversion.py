@@ -13,14 +13,16 @@ from gtl.data.scenes.sets import SceneSet
 from gtl.diffusion.path import NoisePath, RectifiedFlow, VariancePreserving
 from gtl.diffusion.solver import PASSES, Rising, Solver, step
 from gtl.families import open_family
+from gtl.generate.colours import match_colours, palette_of
 from gtl.generate.edit import Edit, first_step
 from gtl.generate.edit_command import run
 from gtl.generate.engine import Engine
 from gtl.generate.images import load_parts
+from gtl.generate.pixels import to_image
 from gtl.generate.request import Request
 from gtl.images import read_recipe
 from gtl.types import UserError
-from tests.unit.test_generate import drain
+from tests.unit.test_generate import drain, through
 
 ALPHAS = torch.linspace(0.9991, 0.0047, 1000)
 PATHS: dict[str, NoisePath] = {
@@ -79,12 +81,13 @@ def test_the_same_prompt_gives_the_image_back(engine: Engine) -> None:
     """Within 4 % of the latents and 0.01 of the decoded picture, of a model that has learned something."""
     image, caption = SceneSet(seed=5).picture(0)
     request = Request(caption, 64, 64, steps=20, guidance=1.0)
-    edit = engine.encode(Edit(image, strength=1.0, shows=caption), request)
-    assert edit.moments is not None and edit.inverted is not None
+    engine.add(request, edit=Edit(image, strength=1.0, shows=caption))
+    (output,) = through(engine)
+    edit = output.edit
+    assert edit is not None and edit.moments is not None and edit.inverted is not None
     clean = engine.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
     assert (edit.inverted - clean).norm() > 0.5 * clean.norm(), "it went somewhere"
-    handle = engine.add(request, edit=edit)
-    drawn = drain(engine)[handle]
+    (drawn,) = engine.decode([output])
     decoded = (engine.family.decode(engine.parts["vae"], clean)[0] / 2 + 0.5).clamp(0, 1)
     assert (drawn - decoded).abs().mean() < 0.01
     other = engine.add(replace(request, seed=1), edit=edit)
@@ -98,11 +101,47 @@ def test_less_strength_takes_fewer_steps_up_and_down(engine: Engine) -> None:
     handle = engine.parts["unet"].register_forward_pre_hook(lambda module, args: looks.append(len(args[0])))
     edit = Edit(image, strength=0.3, shows=caption)
     assert first_step(edit, 10, engine.family.path) == 7
-    taken = engine.add(request, edit=edit)
+    taken = engine.add(request, edit=edit, previews=(1, 2))
+    assert not looks, "it is looked at in its turn"
+    while engine.steps_done(taken) < 3 * PASSES:
+        assert engine.step() == []
     assert len(looks) == 3 * PASSES
-    drain(engine)
+    shown = [output.preview for output in through(engine)]
     handle.remove()
-    assert len(looks) == 3 * PASSES + 3 and taken >= 0
+    assert shown == [0, 1, None] and len(looks) == 3 * PASSES + 3
+
+
+def test_an_inversion_shares_its_steps_with_others(engine: Engine) -> None:
+    """The way up is rows of the same batches; each comes out as it would alone, and can be given up on the way."""
+    image, caption = SceneSet(seed=5).picture(2)
+    request = Request(caption, 64, 64, steps=6, guidance=1.0)
+    edit = Edit(image, strength=0.5, shows=caption)
+    handle = engine.add(request, edit=edit)
+    alone = drain(engine)[handle]
+    engine.add(replace(request, seed=4))
+    (plain,) = drain(engine).values()
+    asked = (request, edit), (replace(request, seed=4), None), (request, edit)
+    first, second, dropped = (engine.add(each, edit=begun) for each, begun in asked)
+    assert engine.step() == [] and engine.batch == (first, second, dropped)
+    engine.cancel(dropped)
+    drawn = drain(engine)
+    assert set(drawn) == {first, second}
+    torch.testing.assert_close(drawn[first], alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn[second], plain, rtol=0, atol=1e-4)
+
+
+def test_a_picture_by_inversion_has_the_colours_that_are_asked_for(engine: Engine) -> None:
+    image, caption = SceneSet(seed=5).picture(3)
+    other = SceneSet(seed=9).picture(0)[0]
+    request = Request(caption, 64, 64, steps=4, guidance=1.0)
+    edit = Edit(image, strength=0.5, shows=caption, palette=palette_of(other))
+    engine.add(request, edit=replace(edit, palette=None))
+    engine.add(request, edit=edit, previews=(1,))
+    outputs = through(engine)
+    assert [output.preview for output in outputs] == [0, None, None]
+    shown, plain, drawn = (to_image(pixels) for pixels in engine.decode(outputs))
+    assert drawn.tobytes() == match_colours(plain, palette_of(other)).tobytes() != plain.tobytes()
+    assert np.allclose(palette_of(shown).mean, palette_of(other).mean, atol=3), "the estimate too"
 
 
 def test_what_both_prompts_say_stays(tmp_path: Path) -> None:
@@ -129,6 +168,7 @@ def test_what_both_prompts_say_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"count": 3}, "--count: 3: an edit by --invert draws no noise: all would be one picture; expected 1"),
         ({"mask": "mask.png"}, "--invert: keeps by itself what is not said to change; leave the mask out"),
         ({"extend": "16"}, "--invert: keeps by itself what is not said to change; leave the mask out"),
         ({"strength": 0.0}, "--strength: 0: expected a number above 0 and up to 1"),

@@ -16,9 +16,10 @@ from gtl.adapters.delta import write_delta
 from gtl.adapters.formats import LoraExport, write_lora
 from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.families import open_family
-from gtl.generate.edit import Edit, pixels_of
+from gtl.generate.edit import Edit
 from gtl.generate.engine import Engine
 from gtl.generate.images import generate, load_parts
+from gtl.generate.pixels import pixels_of
 from gtl.generate.request import Request
 from gtl.types import UserError
 from tests.loras import random_lora

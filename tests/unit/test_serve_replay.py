@@ -154,5 +154,5 @@ def test_a_request_is_the_same_however_it_was_written() -> None:
     fields: list[dict[str, Any]] = [{}, {"n": 2}, {"prompt": "a cat"}, {"model": "tiny"}]
     assert len({digest_of(Generation(**{"prompt": "a dog", **more}), None) for more in fields}) == 4
     edit = Edit(prompt="a dog")
-    files = [Uploads(b"ab", None), Uploads(b"a", b"b"), Uploads(b"", b"ab"), Uploads(b"ab", b"b")]
-    assert len({digest_of(edit, one) for one in files}) == 4
+    files = [Uploads(b"ab"), Uploads(b"a", b"b"), Uploads(b"", b"ab"), Uploads(b"ab", b"b"), Uploads(b"ab", None, b"b")]
+    assert len({digest_of(edit, one) for one in files}) == 5

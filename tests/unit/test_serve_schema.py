@@ -70,7 +70,7 @@ def test_every_field_of_openais_client_is_known() -> None:
         assert missing == ({"image", "mask"} if ours is Edit else set())
         assert set(theirs.__annotations__) >= set(ours.model_fields) - {
             "stream", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "adapters", "strength",
-            "image_guidance_scale",
+            "image_guidance_scale", "invert",
         }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gtl.families import open_family
+from gtl.generate.colours import palette_of
 from gtl.generate.edit import Edit as Start
 from gtl.generate.edit import choose_size, fit
-from gtl.images import BrokenImage, decode_mask
+from gtl.images import BrokenImage, decode, decode_mask
 from serve.errors import ApiError, install
 from serve.schema import Edit, Limits
 from serve.uploads import Canvas, Uploads, begin, decode_uploads, from_base64, read_edit
@@ -81,6 +82,21 @@ def test_an_edit_is_cut_where_it_is_known_how_large_it_is_drawn() -> None:
         assert start.image.size == start.mask.size == (size[1], size[0])
     start, found = begin(Edit(prompt="a dog"), sent, limits, None)
     assert found is None and start.image.size == wide.size
+
+
+def test_of_a_picture_of_colours_only_these_are_kept() -> None:
+    sent = Uploads(encoded(RED), None, encoded(NOISE, "JPEG", quality=95))
+    start, _ = begin(Edit(prompt="a dog", invert="a cat"), sent, LIMITS, None)
+    assert (start.shows, start.palette) == ("a cat", palette_of(decode(sent.colors_of or b"")))
+    assert begin(Edit(prompt="a dog"), Uploads(encoded(RED)), LIMITS, None)[0].palette is None
+    for data, status, reason in (
+        (b"text", 400, "no image in a known format (PNG, JPEG, WEBP)"), (encoded(NOISE)[:-40], 400, "damaged or cut"),
+        (b"x" * (LIMITS.max_upload_bytes + 1), 413, "more than 20971520 bytes"),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as caught:
+            begin(Edit(prompt="a dog"), sent._replace(colors_of=data), LIMITS, None)
+        assert (caught.value.status_code, caught.value.param) == (status, "colors_of")
+        assert caught.value.message.startswith(f"colors_of: {reason}")
 
 
 def test_a_picture_that_is_long_and_narrow_is_not_drawn_so() -> None:
