@@ -71,6 +71,8 @@ export class Form {
       guidance: number("#guidance"),
       seed: number("#seed"),
       strength: number("#strength"),
+      invert: find("#invert").value.trim(),
+      keepsColours: find("#colors").checked,
       adapters: this.racks[0].chosen,
     };
   }
@@ -96,7 +98,8 @@ export class Form {
     this.#offer();
     this.mode = settings.mode;
     this.prompt.value = settings.prompt;
-    for (const name of ["negative", "steps", "guidance", "seed", "strength"]) find(`#${name}`).value = settings[name] ?? "";
+    for (const name of ["negative", "steps", "guidance", "seed", "strength", "invert"]) find(`#${name}`).value = settings[name] ?? "";
+    find("#colors").checked = Boolean(settings.keepsColours);
     find("#strength").dispatchEvent(new Event("input")); // its output follows
     this.#chooseSize(settings.size);
     const missing = this.racks[0].choose(settings.adapters);

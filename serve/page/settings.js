@@ -36,6 +36,7 @@ export function requestOf(settings) {
       ? settings.adapters.map(({ reference, scale }) => ({ name: reference, scale }))
       : null,
     strength: settings.mode === "edit" ? settings.strength : null,
+    invert: settings.mode === "edit" ? settings.invert || null : null,
     output_format: "png",
     stream: true,
     partial_images: PARTIAL_IMAGES,
@@ -50,6 +51,7 @@ export function formOf(settings, source, mask) {
     form.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
   }
   form.append("image", source, "image.png");
+  if (settings.keepsColours) form.append("colors_of", source, "image.png");
   if (mask) form.append("mask", mask, "mask.png");
   return form;
 }
@@ -68,9 +70,17 @@ export function factsOf({ settings, size, seconds }) {
     ["Guidance", String(settings.guidance ?? "auto")],
     ...(settings.negative ? [["Keep out", settings.negative]] : []),
     ...(settings.mode === "edit" ? [["Strength", settings.strength.toFixed(2)]] : []),
+    ...(settings.mode === "edit" && settings.invert ? [["Image shows", settings.invert]] : []),
+    ...(settings.mode === "edit" && settings.keepsColours ? [["Colours", "of the image"]] : []),
     ["Took", `${seconds.toFixed(1)} s`],
   ];
 }
+
+const editShown = ({ strength, invert, keepsColours }) => ({
+  strength,
+  "what it shows": invert || "not said",
+  colours: keepsColours ? "of the image" : "free",
+});
 
 /** What differs between two settings, a short text for each difference. */
 export function changesOf(before, after) {
@@ -83,7 +93,7 @@ export function changesOf(before, after) {
     steps: settings.steps ?? "auto",
     guidance: settings.guidance ?? "auto",
     seed: settings.seed ?? "random",
-    ...(before.mode === "edit" ? { strength: settings.strength } : {}),
+    ...(before.mode === "edit" ? editShown(settings) : {}),
   });
   const [old, now] = [shown(before), shown(after)];
   return Object.keys(old)

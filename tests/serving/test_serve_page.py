@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from gtl.generate.colours import palette_of
 from tests.pages import EVIL, contrast
 from tests.studio import CONTRASTS, KEPT, LOW, NAMELESS, OBSERVE, PAINTED, WAIT_MS
 
@@ -370,6 +371,29 @@ def test_an_image_is_edited_where_it_is_painted(visit: Visit) -> None:
     assert decoded(other["mask"]).getchannel("A").getpixel((24, 32)) == 0
     assert moved(one, (0, 44, 64, 64)) == 0
     assert moved(one, (16, 30, 32, 34)) > 5
+
+
+def test_an_image_that_is_described_is_inverted_and_keeps_its_colours(visit: Visit) -> None:
+    page = visit()
+    page.get_by_label("Edit", exact=True).check()
+    page.locator("#image").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": photograph()})
+    page.get_by_label("What it shows").fill("a grey wall")
+    page.get_by_label("Keep its colours").check()
+    make(page)
+    expect(page.locator("#caption-facts")).to_contain_text("Image showsa grey wallColoursof the image")
+    (record,) = kept(page)
+    told = json.loads(decoded(record["picture"]).text["gtl"])  # type: ignore[attr-defined]
+    assert (told["invert"], told["strength"]) == ("a grey wall", 0.8)
+    mean, deviation = palette_of(decoded(record["picture"]))
+    assert (*mean[1:], *deviation[1:]) == pytest.approx((0, 0, 0, 0), abs=1), "grey, as the image is"
+    page.get_by_label("Keep its colours").uncheck()
+    page.get_by_role("button", name="Same again").click()  # as it was made
+    expect(page.locator("#gallery-count")).to_have_text("2 pictures")
+    assert is_same(*kept(page)) and page.get_by_label("Keep its colours").is_checked()
+    page.locator("#mask").press(" ")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert").filter(visible=True)).to_contain_text("invert: keeps by itself what is not said")
+    expect(page.get_by_label("What it shows")).to_have_attribute("aria-invalid", "true")
 
 
 def test_a_mask_is_painted_with_keys_and_erased(visit: Visit) -> None:
