@@ -72,7 +72,9 @@ def index(
     source: Annotated[str, typer.Argument(help="Folder, .parquet, .tar or bucket URL of images.")],
     out: Annotated[Path, typer.Option(help="Folder for the index.")],
     backbone: Annotated[str, typer.Option(
-        help="builtin:backbone, or a folder or hub id of a model that sees; of CLIP words find pictures too.",
+        help="builtin:backbone, or a folder or hub id of a model that sees; of CLIP words find pictures too. Or what "
+        "`gtl heads` made: on a diffusion model's middle, or, for pictures to be found by their captions, on its text "
+        "encoder.",
     )] = "builtin:backbone",
 ) -> None:  # fmt: skip
     """Index pictures by their features."""

@@ -1,15 +1,15 @@
-"""Pictures that are found by a picture, or by words: an index of frozen features in a folder."""
+"""Pictures found by a picture, or by words: an index in a folder, of frozen features of them or of their captions."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gtl.backbones import open_backbone
 from gtl.backbones.base import TextBackbone
 from gtl.backbones.features import features_of
 from gtl.data.captions import CaptionRule
@@ -17,6 +17,7 @@ from gtl.data.check import inspect_here
 from gtl.data.containers import fetch
 from gtl.data.sources import Located, scan
 from gtl.families.files import read_json
+from gtl.features.network import Reader, open_network
 from gtl.images import BrokenImage, decode
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
@@ -51,7 +52,7 @@ def make_index(source: str, out: Path, backbone: str, cache: str, progress: Prog
     Args:
         source: A folder, a Parquet or tar file, a bucket URL of one, or a built-in set.
         out: A folder for the index; an index that is there is replaced.
-        backbone: See `gtl.backbones.open_backbone`.
+        backbone: See `gtl.features.network.open_network`; where it reads, pictures are found by their captions.
         cache: URL of the cache's root.
         progress: Is called as it goes on.
 
@@ -60,15 +61,15 @@ def make_index(source: str, out: Path, backbone: str, cache: str, progress: Prog
     """
     faiss = library()
     store = Store(cache)
-    found = scan(source, CaptionRule("folder"), 1.0, store, inspect_here, progress)
+    network = open_network(backbone)
+    reads = isinstance(network, Reader)
+    found = scan(source, CaptionRule("auto" if reads else "folder"), 1.0, store, inspect_here, progress)
     images = {located.record.sha256: located for located in found.images}
-    extractor = open_backbone(backbone)
-    whole = [located for located in images.values() if readable(located)]
+    whole = [located for located in images.values() if (located.record.captions if reads else readable(located))]
     if not whole:
-        raise UserError(f"{source}: none of {len(found.images) + len(found.broken)} images can be read")
-    hashes = [located.record.sha256 for located in whole]
-    rows, _ = features_of(extractor, hashes, lambda at: decode(fetch(whole[at].place)), store, progress)
-    vectors = units(rows).numpy()
+        lack = "has a caption" if reads else "can be read"
+        raise UserError(f"{source}: none of {len(found.images) + len(found.broken)} images {lack}")
+    vectors = units(vectors_of(network, whole, store, progress)).numpy()
     if len(whole) <= EXACT:
         index = faiss.IndexFlatIP(vectors.shape[1])
     else:
@@ -77,7 +78,7 @@ def make_index(source: str, out: Path, backbone: str, cache: str, progress: Prog
     out.mkdir(parents=True, exist_ok=True)
     faiss.write_index(index, str(out / VECTORS))
     (out / IMAGES).write_text("".join(json.dumps(located.record.uri) + "\n" for located in whole), encoding="utf-8")
-    facts = {"backbone": backbone, "fingerprint": extractor.fingerprint(), "images": len(whole), "source": source}
+    facts = {"backbone": backbone, "fingerprint": network.fingerprint(), "images": len(whole), "source": source}
     (out / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return len(whole)
 
@@ -88,7 +89,7 @@ def find(index: Path, wanted: str, is_text: bool = False, most: int = 10) -> lis
     Args:
         index: The folder.
         wanted: A file, or the words.
-        is_text: Whether it is words; the index has to be of a backbone that reads, which is CLIP.
+        is_text: Whether it is words; the index has to be of a network that reads, which is CLIP or a text encoder.
         most: So many.
 
     Raises:
@@ -98,20 +99,30 @@ def find(index: Path, wanted: str, is_text: bool = False, most: int = 10) -> lis
     if not (index / FACTS).is_file():
         raise UserError(f"{index}: no index; `gtl features index FOLDER --out {index}` makes one")
     facts = read_json(index / FACTS)
-    extractor = open_backbone(str(facts["backbone"]))
-    if extractor.fingerprint() != facts["fingerprint"]:
+    network = open_network(str(facts["backbone"]))
+    if network.fingerprint() != facts["fingerprint"]:
         raise UserError(f"{index}: was made by another {facts['backbone']} than there is now; make the index again")
     if is_text:
-        if not isinstance(extractor, TextBackbone):
+        if not isinstance(network, TextBackbone | Reader):
             raise UserError(f"--text: {facts['backbone']} reads no words; make the index by --backbone of a CLIP model")
-        row = extractor.encode_texts([wanted])
+        row = network.encode_texts([wanted])
+    elif isinstance(network, Reader):
+        raise UserError(f"{wanted}: {facts['backbone']} reads captions, and sees no pictures; give --text")
     else:
-        row = looked_at(extractor, Path(wanted))
+        row = looked_at(network, Path(wanted))
     uris = [json.loads(line) for line in (index / IMAGES).read_text(encoding="utf-8").splitlines()]
     cosines, places = faiss.read_index(str(index / VECTORS)).search(units(row).numpy(), min(most, len(uris)))
     return [
         Match(uris[at], round(float(cosine), 4)) for cosine, at in zip(cosines[0], places[0], strict=True) if at >= 0
     ]
+
+
+def vectors_of(network: Backbone | Reader, whole: Sequence[Located], store: Store, progress: Progress) -> Tensor:
+    """Features of pictures, or of their captions, [N, D]."""
+    if isinstance(network, Reader):
+        return network.encode_texts([located.record.captions[0] for located in whole], progress)
+    hashes = [located.record.sha256 for located in whole]
+    return features_of(network, hashes, lambda at: decode(fetch(whole[at].place)), store, progress)[0]
 
 
 def looked_at(extractor: Backbone, file: Path) -> Tensor:

@@ -328,6 +328,39 @@ def test_pictures_are_found_by_pictures(
     assert status == 2 and "was made by another builtin:backbone than there is now; make the index again" in text
 
 
+def test_pictures_are_found_by_what_heads_stand_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The middle of a diffusion model, and its text encoder, which goes by captions."""
+    monkeypatch.setenv("GTL_CACHE", str(tmp_path / "cache"))
+    source, wanted = "builtin:scenes?count=12", tmp_path / "wanted.png"
+    image, caption = SceneSet().picture(7)
+    image.save(wanted)
+    found: dict[str, list[str]] = {}
+    for name, part, asked in (("middle", [], [str(wanted)]), ("text", ["--part", "text_encoder"], ["--text", caption])):
+        model, index = str(tmp_path / name), str(tmp_path / f"{name}-index")
+        made = ["heads", "builtin:tiny", "--data", source, "--task", "shape", "--out", model, *part]
+        assert command(monkeypatch, capsys, *made)[0] == 0
+        made = ["features", "index", source, "--out", index, "--backbone", model]
+        assert command(monkeypatch, capsys, *made) == (0, f"{index}: 12 images\n")
+        status, text = command(monkeypatch, capsys, "features", "find", index, *asked, "--count", "12", "--json")
+        matches = json.loads(text)
+        assert status == 0 and math.isclose(matches[0]["cosine"], 1, abs_tol=1e-3) and matches[1]["cosine"] < 0.999
+        found[name] = [match["uri"].rpartition("/")[2] for match in matches]
+        assert found[name][0] == "000007.png" and len(set(found[name])) == 12
+    assert found["middle"] != found["text"]
+    for words, line in (
+        (["find", str(tmp_path / "text-index"), str(wanted)], "reads captions, and sees no pictures; give --text"),
+        (["find", str(tmp_path / "middle-index"), "--text", "a"], "reads no words; make the index by --backbone of"),
+        (
+            ["index", source, "--out", "x", "--backbone", "builtin:tiny"],
+            "`gtl heads builtin:tiny --block --time`",
+        ),
+    ):
+        status, text = command(monkeypatch, capsys, "features", *words)
+        assert status == 2 and line in text
+
+
 def test_heads_are_put_on_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
