@@ -83,6 +83,12 @@ WORD = (
     ]),
 )  # fmt: skip
 """Prompts to which the name of a thing is missing."""
+KNOWN_WORD = Arm(
+    "the known word for it that draws best", WORD, is_trained=False,
+    choose=best_wording([f"{{}} {shape}" for shape in SHAPES]),
+)  # fmt: skip
+THINGS = ("data.source=builtin:scenes?concept=blick&count=256&seed=1",)
+"""Pictures of it that nothing was learned from."""
 
 
 def cut(folder: Path) -> None:
@@ -162,10 +168,11 @@ COMPARISONS = (
     ),
     Comparison(
         "words", "word", "kid",
-        Arm("a learned word for a thing", WORD, choose=worded("{} <blick>")),
-        Arm("the known word for it that draws best", WORD, is_trained=False,
-            choose=best_wording([f"{{}} {shape}" for shape in SHAPES])),
-        ("data.source=builtin:scenes?concept=blick&count=256&seed=1",),
+        Arm("a learned word for a thing", WORD, choose=worded("{} <blick>")), KNOWN_WORD, THINGS,
+    ),
+    Comparison(
+        "words-and-weights", "pivotal", "kid",
+        Arm("a word for a thing and a LoRA, learned at once", WORD, choose=worded("{} <blick>")), KNOWN_WORD, THINGS,
     ),
     Comparison(
         "instruct", "instruct", "prompt_accuracy",
