@@ -12,22 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gtl.adapters import Registry, apply
 from gtl.adapters.base import model_parts
 from gtl.config import load_recipe
-from gtl.data.scenes.captions import STYLE_WORDS
 from gtl.data.scenes.sets import SceneSet
-from gtl.data.scenes.vocabulary import CONCEPTS
+from gtl.data.scenes.words import captions, vocabulary
 from gtl.families import denoising, open_family
 from gtl.families.files import INDEX, write_once
 from gtl.families.source import builtin_folder
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
     from gtl.families.base import DiffusionFamily, Family
 
 RECIPES = Path(__file__).parent / "recipes" / "builtin"
-CAPTIONS = 4000
-"""Captions of the training set that together have all its words."""
 MEASURED = 512
 """Pictures whose latents say how the model has to scale them."""
 TELL_SECONDS = 5.0
@@ -97,21 +92,6 @@ def make_cascade(work: Path, out: Path, overrides: Sequence[str], progress: Prog
 
 
 MODELS = {"tiny": make, "gan": make_gan, "cascade": make_cascade}
-
-
-def vocabulary() -> set[str]:
-    """The words of the training captions, and of the concepts and styles that training never shows.
-
-    Those are as much words as any: what has to be learned of them is their meaning.
-    """
-    kept_out = {*CONCEPTS, *chain.from_iterable(words.split() for words in STYLE_WORDS.values())}
-    return {word for text in captions() for word in re.findall("[a-z]+", text.lower())} | kept_out
-
-
-def captions() -> list[str]:
-    """Of the training set, enough to have all its words."""
-    scenes = SceneSet()
-    return [scenes.caption(i) for i in range(CAPTIONS)]
 
 
 def learn_codec(train: Callable[[], Trained], folder: Path) -> None:

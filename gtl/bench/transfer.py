@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from gtl.bench.choosing import Choose, Chosen, best_alone, best_wording, in_one,
 from gtl.bench.editing import BEGUN, INSTRUCTED, INVERTED, Edited, Way, edit_pairs
 from gtl.config import Recipe, load_recipe
 from gtl.data.scenes.vocabulary import SHAPES
+from gtl.data.scenes.words import vocabulary
 from gtl.evaluate.estimate import Difference, Estimate, difference
 from gtl.evaluate.result import Evaluation, Score, compare
 from gtl.evaluate.run import evaluate
 from gtl.families.blank import forget
+from gtl.families.deepfloyd_blank import write_cascade
 from gtl.families.files import write_once
 from gtl.families.shrink import shrink
 from gtl.features.heads import make_heads
@@ -42,6 +45,8 @@ class Arm:
     """`key=value` for the recipe."""
     model: Callable[[Path], None] | None = None
     """Makes what is trained, in a folder; None: what the recipe says."""
+    before: str | None = None
+    """In gtl/recipes/demo: what the model learns first, of the data that stands there."""
     is_trained: bool = True
     """False: the recipe's model as it is."""
     recipes: tuple[str, ...] = ()
@@ -89,6 +94,20 @@ KNOWN_WORD = Arm(
 )  # fmt: skip
 THINGS = ("data.source=builtin:scenes?concept=blick&count=256&seed=1",)
 """Pictures of it that nothing was learned from."""
+
+
+NEON_STAGE = (
+    "data.source=builtin:scenes?style=neon&count=32", "data.validation=0.25", "train.steps=80",
+    "train.checkpoints.every=80", "evaluate.every=80",
+)  # fmt: skip
+"""Of which a quarter is held out."""
+
+
+def first_stage(folder: Path) -> None:
+    """The first stage of the demo's cascade, which has learned nothing."""
+    beside = folder.with_name(f"{folder.name}-cascade")
+    write_cascade(beside, vocabulary())
+    shutil.copytree(beside / "first", folder, dirs_exist_ok=True)
 
 
 def cut(folder: Path) -> None:
@@ -145,6 +164,11 @@ COMPARISONS = (
     Comparison(
         "codec", "codec", "val_loss",
         Arm("a codec taught to keep chalk lines"), Arm("the same one from random weights", ("model.weights=random",)),
+    ),
+    Comparison(
+        "cascade", "cascade", "val_loss",
+        Arm("a cascade's first stage, taught a style of 24 pictures", NEON_STAGE, first_stage, before="cascade"),
+        Arm("the same one from random weights", NEON_STAGE, first_stage),
     ),
     Comparison(
         "gan", "gan", "kid",
@@ -257,7 +281,9 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
         wanted = {recipe: f"apart-{recipe}" for recipe in arm.recipes} or own
         adapters = []
         for recipe, name in wanted.items():
-            asked = open_recipe(replace(one, recipe=recipe), arm, out / one.name / side, out)
+            place = out / one.name / side
+            begun = () if arm.before is None else (f"tuner.init={train_before(one, arm, place, out, progress)}",)
+            asked = open_recipe(replace(one, recipe=recipe), arm, place, out, begun)
             adapters.append(str(train_once(asked, name, progress=progress)))
         judged = open_recipe(one, arm, out / one.name / side, out, one.measured)
         chosen = arm.choose(judged, adapters, progress) if arm.choose else Chosen(adapters)
@@ -275,6 +301,12 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     if edited:
         return edits_row(one, edited[0], edited[1], costs, sizes)
     return make_row(one, found[0], found[1], costs, sizes)
+
+
+def train_before(one: Comparison, arm: Arm, place: Path, out: Path, progress: Progress) -> str:
+    """What an arm's model learns first; NAME@VERSION."""
+    asked = open_recipe(replace(one, recipe=str(arm.before)), replace(arm, overrides=()), place, out)
+    return str(train_once(asked, f"{one.name}-before", progress=progress))
 
 
 def made_of(shelf: Registry, adapters: Sequence[str]) -> list[Card]:

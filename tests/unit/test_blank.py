@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from gtl.builtin import pack, vocabulary
+from gtl.builtin import pack
 from gtl.data.scenes.sets import SceneSet
+from gtl.data.scenes.words import vocabulary
 from gtl.families import open_family
 from gtl.families.blank import START, SUFFIX, TOKENS, learn_merges, write_blank
 from gtl.families.files import write_once

@@ -43,7 +43,7 @@ def test_both_sides_are_measured_alike(one: Comparison, tmp_path: Path) -> None:
     assert method.storage.registry == str(tmp_path / "registry")
     if one.baseline.is_trained:
         assert method.train == baseline.train, "the same steps, batches and rate"
-    known = ("sd", "gan", "classifier", "diffusion_classifier", "text_classifier")
+    known = ("sd", "gan", "classifier", "diffusion_classifier", "text_classifier", "deepfloyd")
     for recipe in (method, baseline):
         assert open_family(recipe.model.source).name in known
     judged = open_recipe(one, one.method, tmp_path / "method", tmp_path, one.measured)
