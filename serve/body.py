@@ -100,7 +100,9 @@ async def read_form(request: Request, files: Iterable[str], max_bytes: int) -> F
                 if not value.filename and not value.size:
                     continue  # what a browser sends for a file that was not chosen
                 if name not in names:
-                    raise invalid(name[:80], f"a file; files go into {' and '.join(names)}", "unknown_parameter")
+                    raise invalid(
+                        name[:80], f"a file; files go into {', '.join(names[:-1])} and {names[-1]}", "unknown_parameter"
+                    )
                 if name in found.files:
                     raise invalid(name, "given twice; one file is taken", "invalid_value")
                 if (value.size or 0) > max_bytes:

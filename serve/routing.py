@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from gtl.generate.edit import looks_of
 from serve.order import Order
 
 STATS_S = 1.0
@@ -48,7 +49,8 @@ class ByAdapter(FIFOMixin, RequestRouter):
         replica, order = self._replicas.get(replica_id), order_of(pending_request)
         if replica is not None and order is not None:
             report = dict(replica.routing_stats)
-            self._sent[replica_id] = report, self._since(replica) + order.steps * report.get("pace_s", 0.0)
+            more = looks_of(order.edit, order.steps) * report.get("pace_s", 0.0)
+            self._sent[replica_id] = report, self._since(replica) + more
         for gone in self._sent.keys() - self._replicas.keys():
             del self._sent[gone]
 

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from gtl.generate.edit import Edit as Start
 from gtl.generate.edit import choose_size, fit, marks
 from gtl.generate.outpaint import filled
-from gtl.images import BrokenImage, decode, decode_canvas, decode_mask
+from gtl.images import BrokenImage, decode_canvas, decode_mask
+from gtl.types import UserError
 from serve.body import read_form
 from serve.errors import ApiError, invalid, too_large
 from serve.schema import Edit, Limits, check_pixels, parse_edit
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from gtl.families.base import DiffusionFamily
+    from gtl.generate.colours import Palette
 
 FILES = ("image", "mask", "colors_of")
 """Fields of an edit that are pictures, of which the first must be there."""
@@ -124,12 +126,8 @@ def begin(
     Raises:
         ApiError: as `decode_uploads`; 400, a long and narrow picture would be drawn at more than `most` pixels.
     """
-    palette = None
-    if uploads.colors_of is not None:
-        from gtl.generate.colours import palette_of
-
-        palette = palette_of(_read(decode, uploads.colors_of, "colors_of", limits))
     canvas = decode_uploads(uploads, limits)
+    palette = None if uploads.colors_of is None else colours(uploads.colors_of, limits)
     start = Start(canvas.image, canvas.mask, asked.strength, shows=asked.invert, palette=palette)
     if asked.pixels is not None:
         size = asked.pixels[1], asked.pixels[0]
@@ -139,6 +137,21 @@ def begin(
         return start, None
     check_pixels(size[1], size[0], most)
     return fit(start, *size), size
+
+
+def colours(data: bytes, limits: Limits) -> Palette:
+    """Those of a picture that was sent for them.
+
+    Raises:
+        ApiError: 400 or 413; it is no picture, too large, damaged or transparent.
+    """
+    from gtl.generate.colours import palette_of
+
+    picture, clear = _read(decode_canvas, data, "colors_of", limits)
+    try:
+        return palette_of(picture, clear)
+    except UserError as error:
+        raise invalid("colors_of", str(error), "invalid_image") from None
 
 
 def _read(

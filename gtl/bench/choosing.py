@@ -6,15 +6,18 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gtl.adapters import Registry
 from gtl.adapters.fuse import fuse
+from gtl.config import parse_study
 from gtl.config.names import parse_reference
 from gtl.config.templates import PLAIN, Templates
 from gtl.search.fusion import at, search_weights
 from gtl.search.prompts import search_prompts
-from gtl.search.study import FRESH
+from gtl.search.record import Record
+from gtl.search.study import FRESH, has_ended, tune
+from gtl.storage import Store
 from gtl.types import Progress
 
 if TYPE_CHECKING:
@@ -27,6 +30,16 @@ TRIES = 8
 """Weights of a sum that are tried."""
 FUSED = "fused"
 """Name of what is made of several."""
+STUDY = "strategy"
+KINDS: dict[str, Any] = {
+    "space": {
+        "tuner.type": {"grid": ["lora", "freeze", "full"]},
+        "tuner.freeze_depth": {"choice": [0, 0.5], "when": {"tuner.type": "freeze"}},
+        "train.learning_rate": {"choice": [5e-4, 2e-3]},
+    },
+    "kinds": "auto", "metric": "prompt_accuracy", "trials": 6, "confirm": {"top": 2}, "publish": {"top": 1},
+}  # fmt: skip
+"""tune_configs/strategy.yaml with a third of its trials; the recipe's own kind and rate are among them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class Chosen:
     """What prompts are drawn as."""
     told: str = ""
     """What was chosen, for the table."""
+    seconds: float | None = None
+    """Of training, times devices, all that it was chosen among; None: what is measured is all."""
 
 
 Choose = Callable[["Recipe", Sequence[str], Progress], Chosen]
@@ -80,6 +95,23 @@ def in_one(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chose
     if version not in shelf.versions(FUSED):
         fuse(shelf, pairs, "svd", name=FUSED, version=version, rank=rank, progress=progress)
     return Chosen([f"{FUSED}@{version}"], told=told)
+
+
+def best_kind(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chosen:
+    """What a study over kinds of transfer publishes, of those kinds that suit the images."""
+    study = parse_study({"recipe": apart(recipe).model_dump(mode="json"), **KINDS})
+    studies = Store(f"{recipe.storage.runs}/{STUDY}")
+    versions = studies.folders()
+    ended = next((version for version in versions if has_ended(studies.sub(version))), None)
+    if ended is None:
+        record = tune(study, STUDY, resume=bool(versions), progress=progress)
+    else:
+        record = Record(studies.sub(ended), STUDY, ended, study)
+    shelf = Registry(recipe.storage.registry)
+    (version,) = shelf.versions(STUDY)
+    kind = shelf.show(f"{STUDY}@{version}").tuner["type"]
+    told = f"{kind}, of {len(record.trials)} trials"
+    return Chosen([f"{STUDY}@{version}"], told=told, seconds=record.device_hours * 3600)
 
 
 def told_of(weights: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gtl.adapters import Card, Registry
 from gtl.adapters.fuse import called
-from gtl.bench.choosing import Choose, Chosen, best_alone, best_wording, in_one, worded
+from gtl.bench.choosing import Choose, Chosen, best_alone, best_kind, best_wording, in_one, worded
 from gtl.bench.editing import BEGUN, INSTRUCTED, INVERTED, Edited, Way, edit_pairs
 from gtl.config import Recipe, load_recipe
 from gtl.data.scenes.vocabulary import SHAPES
@@ -139,8 +139,18 @@ COMPARISONS = (
         Arm("early blocks and text encoder frozen"), Arm("the same network from random weights", FROM_NOTHING),
     ),
     Comparison(
+        "freeze-or-all", "frozen", "prompt_accuracy",
+        Arm("early blocks and text encoder frozen"),
+        Arm("every weight moves", ("tuner={type: full, train: [unet, text_encoder]}",)),
+    ),
+    Comparison(
         "lora", "study", "prompt_accuracy",
         Arm("LoRA of a new concept"), Arm("the same network from random weights", FROM_NOTHING),
+    ),
+    Comparison(
+        "strategy", "study", "prompt_accuracy",
+        Arm("the kind of transfer that a study chooses", is_trained=False, choose=best_kind),
+        Arm("LoRA, as the recipe says"),
     ),
     Comparison(
         "few-steps", "few_steps", "prompt_accuracy",
@@ -295,7 +305,8 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
         else:
             folders = [(shelf.fetch(adapter), 1.0) for adapter in chosen.adapters]
             edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
-        costs.append(sum(map(seconds_of, made_of(shelf, chosen.adapters))))
+        spent = sum(map(seconds_of, made_of(shelf, chosen.adapters)))
+        costs.append(spent if chosen.seconds is None else chosen.seconds)
         sizes.append(sum(file.bytes for name in chosen.adapters for file in shelf.show(name).files.values()))
     one = replace(one, method=arms[0], baseline=arms[1])
     if edited:

@@ -128,10 +128,13 @@ class VariancePreserving:
         return SIGMA_DATA**2 / norm * noisy + scaled / norm.sqrt() * self.denoised(noisy, prediction, t)
 
     def solver_times(self, steps: int) -> Tensor:
-        """Those of LCMScheduler: the last of each of so many equal shares of the steps, and the first of all."""
+        """The last of each of so many equal shares of the steps, and the first of all.
+
+        They are those of LCMScheduler, which leaves out the noisiest where the shares are not whole.
+        """
         import torch
 
-        ends = torch.arange(1, steps + 1) * (self.num_train_timesteps // steps) - 1
+        ends = torch.arange(1, steps + 1) * (self.num_train_timesteps - 1) // steps
         return torch.cat([torch.zeros(1, dtype=torch.long), ends])
 
     def __getstate__(self) -> dict[str, Any]:

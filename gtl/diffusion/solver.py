@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -59,6 +57,8 @@ class Rising:
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """The point at this time from which the model's output leads to where the last one was."""
+        import torch
+
         number, turn = divmod(self._done, PASSES)
         if turn == 0 or self._below is None:
             self._below = latents

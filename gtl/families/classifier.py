@@ -143,6 +143,9 @@ class Classifier(DiffusersLayout):
     def feature_shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Of the features of one picture, by name."""
         head = self.config("head")
+        needed = ("pooled", "channels", "stride") if self.finds else ("pooled",)
+        if lacking := [name for name in needed if name not in head]:
+            raise UserError(f"{self.folder / 'head' / 'config.json'}: not that of heads: {lacking[0]}: missing")
         shapes: dict[str, tuple[int, ...]] = {"pooled": (head["pooled"],)}
         if self.finds:
             shapes["map"] = (head["channels"], height // head["stride"], width // head["stride"])

@@ -41,11 +41,16 @@ class DiffusionClassifier(Classifier):
         from gtl.families import PIPELINES, family_class
 
         kind = PIPELINES.get(str(self.index.get(BASE)))
-        if kind is None:
+        if kind is None or family_class(kind).draws != "by denoising":
             raise UserError(f"{self.folder / INDEX}: {BASE}: {self.index.get(BASE)}: expected a diffusion model's")
         self.base: DiffusionFamily = family_class(kind)(self.folder, self.variant)
         self.classes = {"head": self._class_of("head", {"Heads": "gtl"})}
         self.told = read_json(self.folder / FEATURES)
+        time, block = self.told.get("time"), self.told.get("block")
+        if not isinstance(time, int | float) or not 0 <= time <= 1:
+            raise UserError(f"{self.folder / FEATURES}: time: {time!r}: expected a number from 0 to 1")
+        if not isinstance(block, str):
+            raise UserError(f"{self.folder / FEATURES}: block: {block!r}: expected the name of a block")
 
     @property
     def is_frozen(self) -> bool:
@@ -72,7 +77,7 @@ class DiffusionClassifier(Classifier):
         if part != "backbone":
             return super().build(part)
         codec = self.base.build(self.base.codec) if self.base.codec else None
-        return Midway(self.base, self.base.build(self.base.main), codec, self.told, {})
+        return self._midway(self.base.build(self.base.main), codec, {})
 
     def load(self, part: str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
         """Build and fill a part, frozen and in eval mode; of the backbone with the conditions of the empty prompt."""
@@ -84,7 +89,12 @@ class DiffusionClassifier(Classifier):
             with torch.no_grad():
                 conditions = base.encode_prompts(encoders, [""])[0]
         codec = base.load(base.codec, dtype, device) if base.codec else None
-        return Midway(base, base.load(base.main, dtype, device), codec, self.told, conditions).eval()
+        return self._midway(base.load(base.main, dtype, device), codec, conditions).eval()
+
+    def _midway(self, main: nn.Module, codec: nn.Module | None, conditions: Conditions) -> Midway:
+        if self.told["block"] not in dict(main.named_modules()):
+            raise UserError(f"{self.folder / FEATURES}: block: {self.told['block']!r}: the model has no such block")
+        return Midway(self.base, main, codec, self.told, conditions)
 
     def weights(self, part: str) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors, as the part's module names them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +64,24 @@ def make_index(source: str, out: Path, backbone: str, cache: str, progress: Prog
     store = Store(cache)
     network = open_network(backbone)
     reads = isinstance(network, Reader)
-    found = scan(source, CaptionRule("auto" if reads else "folder"), 1.0, store, inspect_here, progress)
+    found = scan(source, CaptionRule("own" if reads else "folder"), 1.0, store, inspect_here, progress)
     images = {located.record.sha256: located for located in found.images}
-    whole = [located for located in images.values() if (located.record.captions if reads else readable(located))]
+    whole = [located for located in images.values() if (any(captions_of(located)) if reads else readable(located))]
     if not whole:
-        lack = "has a caption" if reads else "can be read"
+        lack = "has a caption of its own" if reads else "can be read"
         raise UserError(f"{source}: none of {len(found.images) + len(found.broken)} images {lack}")
+    uris = [located.record.uri for located in whole for _ in (captions_of(located) if reads else "1")]
     vectors = units(vectors_of(network, whole, store, progress)).numpy()
-    if len(whole) <= EXACT:
+    if len(uris) <= EXACT:
         index = faiss.IndexFlatIP(vectors.shape[1])
     else:
         index = faiss.IndexHNSWFlat(vectors.shape[1], LINKS, faiss.METRIC_INNER_PRODUCT)
     index.add(vectors)
     out.mkdir(parents=True, exist_ok=True)
     faiss.write_index(index, str(out / VECTORS))
-    (out / IMAGES).write_text("".join(json.dumps(located.record.uri) + "\n" for located in whole), encoding="utf-8")
+    (out / IMAGES).write_text("".join(json.dumps(uri) + "\n" for uri in uris), encoding="utf-8")
+    place = Path(backbone).expanduser()
+    backbone = str(place.resolve()) if place.is_dir() else backbone
     facts = {"backbone": backbone, "fingerprint": network.fingerprint(), "images": len(whole), "source": source}
     (out / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return len(whole)
@@ -95,34 +99,60 @@ def find(index: Path, wanted: str, is_text: bool = False, most: int = 10) -> lis
     Raises:
         UserError: there is no such index or file, or the backbone is another one now or does not read.
     """
-    faiss = library()
-    if not (index / FACTS).is_file():
-        raise UserError(f"{index}: no index; `gtl features index FOLDER --out {index}` makes one")
-    facts = read_json(index / FACTS)
+    facts, vectors, uris = opened(index)
     network = open_network(str(facts["backbone"]))
     if network.fingerprint() != facts["fingerprint"]:
         raise UserError(f"{index}: was made by another {facts['backbone']} than there is now; make the index again")
     if is_text:
         if not isinstance(network, TextBackbone | Reader):
-            raise UserError(f"--text: {facts['backbone']} reads no words; make the index by --backbone of a CLIP model")
+            raise UserError(
+                f"--text: {facts['backbone']} reads no words; make the index by --backbone of a CLIP model, or of what "
+                "`gtl heads --part` made"
+            )
         row = network.encode_texts([wanted])
     elif isinstance(network, Reader):
         raise UserError(f"{wanted}: {facts['backbone']} reads captions, and sees no pictures; give --text")
     else:
         row = looked_at(network, Path(wanted))
-    uris = [json.loads(line) for line in (index / IMAGES).read_text(encoding="utf-8").splitlines()]
-    cosines, places = faiss.read_index(str(index / VECTORS)).search(units(row).numpy(), min(most, len(uris)))
-    return [
-        Match(uris[at], round(float(cosine), 4)) for cosine, at in zip(cosines[0], places[0], strict=True) if at >= 0
-    ]
+    each = max(Counter(uris).values())
+    cosines, places = vectors.search(units(row).numpy(), min(most * each, len(uris)))
+    nearest: dict[str, float] = {}
+    for cosine, at in zip(cosines[0].tolist(), places[0].tolist(), strict=True):
+        if at >= 0:
+            nearest.setdefault(uris[at], round(cosine, 4))
+    return [Match(uri, cosine) for uri, cosine in nearest.items()][:most]
+
+
+def opened(index: Path) -> tuple[dict[str, Any], Any, list[str]]:
+    """What an index says of itself, its vectors, and the picture of each.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    faiss = library()
+    if not (index / FACTS).is_file():
+        raise UserError(f"{index}: no index; `gtl features index FOLDER --out {index}` makes one")
+    try:
+        facts, vectors = read_json(index / FACTS), faiss.read_index(str(index / VECTORS))
+        uris = [json.loads(line) for line in (index / IMAGES).read_text(encoding="utf-8").splitlines()]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{index}: damaged; make the index again") from error
+    if not uris or len(uris) != vectors.ntotal or {"backbone", "fingerprint"} - facts.keys():
+        raise UserError(f"{index}: damaged; make the index again")
+    return facts, vectors, uris
 
 
 def vectors_of(network: Backbone | Reader, whole: Sequence[Located], store: Store, progress: Progress) -> Tensor:
-    """Features of pictures, or of their captions, [N, D]."""
+    """Features of pictures, or of all their captions one after the other, [N, D]."""
     if isinstance(network, Reader):
-        return network.encode_texts([located.record.captions[0] for located in whole], progress)
+        return network.encode_texts([text for located in whole for text in captions_of(located)], progress)
     hashes = [located.record.sha256 for located in whole]
     return features_of(network, hashes, lambda at: decode(fetch(whole[at].place)), store, progress)[0]
+
+
+def captions_of(located: Located) -> list[str]:
+    """Its captions that say something."""
+    return [text for text in located.record.captions if text.strip()]
 
 
 def looked_at(extractor: Backbone, file: Path) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gtl.backbones import open_backbone
 from gtl.families import PIPELINES, family_class, open_family, seeing
 from gtl.families.files import INDEX, read_json
-from gtl.features.heads import is_diffusion
+from gtl.families.source import BUILTIN, builtin_folder
 from gtl.features.say import square
 from gtl.types import Progress, UserError, quiet
 
@@ -40,7 +40,7 @@ def open_network(spec: str) -> Backbone | Reader:
     if has_heads(spec):
         family = seeing(open_family(spec))
         return Reader(spec, family) if family.encoders else Seer(spec, family)
-    if is_diffusion(spec):
+    if denoises(spec):
         raise UserError(
             f"{spec}: a diffusion model has features at every block and time; `gtl heads {spec} --block --time` makes "
             "a folder that says which, and that is taken here"
@@ -50,9 +50,22 @@ def open_network(spec: str) -> Backbone | Reader:
 
 def has_heads(spec: str) -> bool:
     """Whether it is the folder of a model that `gtl heads` made."""
-    index = Path(spec).expanduser() / INDEX
+    kind = kind_of(Path(spec).expanduser())
+    return kind is not None and bool(kind.heads)
+
+
+def denoises(spec: str) -> bool:
+    """Whether it is a diffusion model."""
+    is_builtin = spec.startswith(BUILTIN)
+    kind = kind_of(builtin_folder(spec.removeprefix(BUILTIN)) if is_builtin else Path(spec).expanduser())
+    return kind is not None and kind.draws == "by denoising"
+
+
+def kind_of(folder: Path) -> Any:
+    """The family of the model in a folder; None: it holds none."""
+    index = folder / INDEX
     kind = PIPELINES.get(str(read_json(index).get("_class_name"))) if index.is_file() else None
-    return kind is not None and bool(family_class(kind).heads)
+    return None if kind is None else family_class(kind)
 
 
 class Seer:

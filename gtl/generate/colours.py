@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gtl.types import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -36,16 +38,30 @@ class Palette(NamedTuple):
     deviation: tuple[float, ...]
 
 
-def palette_of(image: Image) -> Palette:
-    """The colours of a picture of any size."""
+def palette_of(image: Image, clear: Image | None = None) -> Palette:
+    """The colours of a picture of any size.
+
+    Args:
+        image: The picture.
+        clear: Of its size, light where it is transparent, which has no colour. None: nowhere.
+
+    Raises:
+        UserError: all of it is transparent.
+    """
+    from gtl.generate.edit import HALF
+
     rows = max(1, BAND // image.width)
-    total, squares = np.zeros(3), np.zeros(3)
+    total, squares, number = np.zeros(3), np.zeros(3), 0
     for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(top + rows, image.height)))
-        lab = to_lab(np.asarray(band.convert("RGB")))
-        total, squares = total + lab.sum((0, 1)), squares + (lab**2).sum((0, 1))
-    mean = total / (image.width * image.height)
-    variance = squares / (image.width * image.height) - mean**2
+        box = (0, top, image.width, min(top + rows, image.height))
+        rgb = np.asarray(image.crop(box).convert("RGB"))
+        seen = rgb.reshape(-1, 3) if clear is None else rgb[np.asarray(clear.crop(box).convert("L")) < HALF]
+        lab = to_lab(seen)
+        total, squares, number = total + lab.sum(0), squares + (lab**2).sum(0), number + len(lab)
+    if not number:
+        raise UserError("all of it is transparent, and has no colours")
+    mean = total / number
+    variance = squares / number - mean**2
     return Palette(tuple(mean.tolist()), tuple(np.sqrt(variance.clip(min=0)).tolist()))
 
 

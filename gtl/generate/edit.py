@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gtl.diffusion.solver import PASSES
 from gtl.generate.pixels import pixels_of, to_image
 from gtl.types import UserError
 
@@ -51,13 +52,6 @@ class Edit:
     """Whose colours what is drawn gets, see `match_colours`; None: those that are drawn."""
     moments: Mapping[str, Tensor] | None = None
     """Of the image, by the codec of the model that draws, each [1, C, h, w]; None until they are needed."""
-    inverted: Tensor | None = None
-    """Latents [1, C, h, w] as far up as the strength says, where it `shows` something; None until they are found."""
-
-    @property
-    def rises(self) -> bool:
-        """Whether the noise that draws the image is still to be found."""
-        return self.shows is not None and self.inverted is None
 
 
 def first_step(edit: Edit | None, steps: int, path: NoisePath) -> int:
@@ -67,6 +61,11 @@ def first_step(edit: Edit | None, steps: int, path: NoisePath) -> int:
     if path.prediction == "flow" and edit.shows is None:
         return int(steps - steps * edit.strength)
     return steps - int(steps * edit.strength)
+
+
+def looks_of(edit: Edit | None, steps: int) -> int:
+    """Predictions that so many steps of a request take, those of the way up to its image's noise among them."""
+    return steps if edit is None or edit.shows is None else steps * (1 + PASSES)
 
 
 def check_edit(edit: Edit, request: Request, family: DiffusionFamily) -> None:
@@ -101,7 +100,10 @@ def check_inversion(edit: Edit, request: Request) -> None:
         UserError: names it.
     """
     if edit.mask is not None:
-        raise UserError("invert: keeps by itself what is not said to change; leave the mask out")
+        raise UserError(
+            "invert: keeps by itself what is not said to change; it goes with no mask, and with nothing that is "
+            "transparent or added"
+        )
     if edit.image_guidance is not None:
         raise UserError("invert: an adapter that was taught to edit sees the image itself; take one of the two")
     if request.sampler != "model":
@@ -155,7 +157,7 @@ def fit(edit: Edit, height: int, width: int) -> Edit:
         return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
 
     mask = None if edit.mask is None else cut(edit.mask, Images.Resampling.BILINEAR)
-    return replace(edit, image=cut(edit.image, Images.Resampling.LANCZOS), mask=mask, moments=None, inverted=None)
+    return replace(edit, image=cut(edit.image, Images.Resampling.LANCZOS), mask=mask, moments=None)
 
 
 def encode(edit: Edit, family: DiffusionFamily, codec: Any, device: torch.device) -> dict[str, Tensor]:
@@ -236,8 +238,9 @@ def begin(
     if edit is None:
         return Start(draw() * sigma)
     assert edit.moments is not None
-    if edit.inverted is not None:
-        return Start(edit.inverted, first_step(edit, request.steps, family.path))
+    if edit.shows is not None:  # the way up to the noise that draws it begins here, without any
+        clean = family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
+        return Start(clean, first_step(edit, request.steps, family.path))
     is_shown = edit.image_guidance is not None
     # The mean of the latents, not scaled: so models were trained that others published.
     seen = edit.moments["mean"] if is_shown else None

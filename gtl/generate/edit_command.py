@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from gtl.families.base import DiffusionFamily
+    from gtl.generate.colours import Palette
 
 Decoded = TypeVar("Decoded")
 
@@ -73,9 +74,6 @@ def run(
     Raises:
         UserError: an argument, a file, an adapter or the model is wrong; an argument is named as an option.
     """
-    from gtl.generate.colours import palette_of
-    from gtl.images import decode
-
     if count < 1:
         raise UserError(f"--count: {count}: expected 1 or more")
     if count > 1 and invert is not None:
@@ -88,8 +86,7 @@ def run(
     picture, area, hashes = read_image(image, mask)
     palette = None
     if colors_of is not None:
-        other, hashes["colors_of"] = _read(colors_of, f"--colors-of {colors_of}", decode)
-        palette = palette_of(other)
+        palette, hashes["colors_of"] = read_colours(colors_of)
     chosen = find_adapters(Registry(registry), adapters)
     way = way_of(chosen, strength, image_guidance)
     check_writable(out)
@@ -151,6 +148,23 @@ def read_image(image: str | Path, mask: str | Path | None) -> tuple[Image, Image
     if area.size != picture.size:
         raise UserError(f"--mask {mask}: {size_text(area)}: expected {size_text(picture)}, the size of {image}")
     return picture, area, {"image": picture_hash, "mask": area_hash}
+
+
+def read_colours(file: str | Path) -> tuple[Palette, str]:
+    """The colours of a picture, and the hash of its file.
+
+    Raises:
+        UserError: it is no picture, or nothing but transparent.
+    """
+    from gtl.generate.colours import palette_of
+    from gtl.images import decode_canvas
+
+    where = f"--colors-of {file}"
+    (picture, clear), picture_hash = _read(file, where, decode_canvas)
+    try:
+        return palette_of(picture, clear), picture_hash
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def grow(picture: Image, area: Image | None, border: Border, family: DiffusionFamily) -> tuple[Image, Image, Border]:

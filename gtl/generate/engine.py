@@ -18,7 +18,7 @@ from gtl.adapters.residents import BASE, Adapters, Residents, Seat
 from gtl.diffusion.solver import Rising, Solver
 from gtl.families.wide import is_wide
 from gtl.generate.codec import wearing
-from gtl.generate.edit import Edit, begin, check_shown, encode, finish, first_step
+from gtl.generate.edit import Edit, begin, check_shown, encode, finish
 from gtl.generate.request import Request, check
 from gtl.generate.state import State
 from gtl.types import Geometry
@@ -142,7 +142,7 @@ class Engine:
             UserError: the family cannot draw it; see `check`.
         """
         try:
-            state = self._begin(next(self._handles), request, seat, previews, edit, small)
+            state = self._begin(request, seat, previews, edit, small)
         except BaseException:
             self._leave(seat)
             raise
@@ -168,35 +168,24 @@ class Engine:
         with self._codec_lock, wearing(codec, own):
             return replace(edit, moments=encode(edit, self.family, codec, self.device))
 
-    def _rise(self, handle: int, request: Request, seat: Seat, previews: Sequence[int], edit: Edit) -> State:
-        """On the way to the latents that a `Solver` draws the image from, as far up as its strength says."""
-        assert edit.shows is not None and edit.moments is not None
-        rises = request.steps - first_step(edit, request.steps, self.family.path)
+    def _rise(self, shows: str, down: State) -> State:
+        """On the way to what a request begins at: the latents that a `Solver` draws its image from."""
+        request = down.request
         return State(
-            handle=handle,
+            handle=down.handle,
             request=request,
-            scheduler=Rising(self.family.path, request.steps, rises),
+            scheduler=Rising(self.family.path, request.steps, request.steps - down.first),
             generator=torch.Generator(),
-            latents=self.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"])),
-            conditions=self._completed(self._encoded(edit.shows, seat), replace(request, guidance=1.0)),
+            latents=down.latents,
+            conditions=self._completed(self._encoded(shows, down.seat), replace(request, guidance=1.0)),
             negative=None,
-            seat=seat,
-            previews=previews,
-            edit=edit,
+            seat=down.seat,
+            down=down,
         )
 
-    def _turn(self, state: State) -> State:
-        """The same request on its way down, once what it begins at is found."""
-        assert state.edit is not None
-        found = replace(state.edit, inverted=state.latents)
-        below = self._begin(state.handle, state.request, state.seat, state.previews, found, None)
-        below.risen = state.steps_done
-        return below
-
     def _begin(
-        self, handle: int, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None,
-        small: Small | None,
-    ) -> State:  # fmt: skip
+        self, request: Request, seat: Seat, previews: Sequence[int], edit: Edit | None, small: Small | None
+    ) -> State:
         check(request, self.family, edit, enlarges=small is not None)
         check_shown(edit, self._edits or seat.edits)
         generator = torch.Generator().manual_seed(request.seed) if small is None else small.generator
@@ -204,9 +193,7 @@ class Engine:
         guided = self.family.classifier_free and (request.guidance > 1 or by_image)
         codec = {} if self.residents is None else self.residents.own(seat, self.family.codec)
         edit = None if edit is None else self.encode(edit, request, codec)
-        if edit is not None and edit.rises:
-            return self._rise(handle, request, seat, previews, edit)
-        if edit is not None and edit.inverted is not None:
+        if edit is not None and edit.shows is not None:
             scheduler: Any = Solver(self.family.path, request.steps)
         else:
             scheduler = self.family.sampler(request.steps, request.height, request.width, request.sampler)
@@ -217,8 +204,8 @@ class Engine:
         def completed(conditions: Conditions) -> Conditions:
             return self._completed({**conditions, **given}, request)
 
-        return State(
-            handle=handle,
+        state = State(
+            handle=next(self._handles),
             request=request,
             scheduler=scheduler,
             generator=generator,
@@ -233,6 +220,7 @@ class Engine:
             seen=start.seen,
             codec=codec,
         )
+        return state if edit is None or edit.shows is None else self._rise(edit.shows, state)
 
     def cancel(self, handle: int) -> None:
         """Drop a request between two steps. One that is through is none any more."""
@@ -257,9 +245,9 @@ class Engine:
             return []
         outputs = []
         for state, prediction in zip(batch, self._predict(batch)[: len(batch)].split(1), strict=True):
-            if state.rises:
+            if state.down is not None:
                 if state.advance(prediction):
-                    self._states[state.handle] = self._turn(state)
+                    self._states[state.handle] = state.turned()
                 continue
             wanted = state.steps_done + 1 in state.previews
             estimate = self._estimate(state, prediction) if wanted else None
@@ -285,9 +273,7 @@ class Engine:
         codec = self.parts[self.family.codec] if self.family.codec else None
         dtype = next(codec.parameters()).dtype if codec is not None else torch.float32
         pictures: list[Tensor] = []
-        for _, same in itertools.groupby(
-            outputs, key=lambda item: (item.latents.shape, [*map(id, item.codec.values())])
-        ):
+        for _, same in itertools.groupby(outputs, key=lambda item: item.alike):
             group = list(same)
             for chunk in torch.cat([item.latents for item in group]).split(DECODE_BATCH):
                 with self._codec_lock, wearing(codec, group[0].codec):

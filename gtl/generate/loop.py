@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from gtl.adapters.residents import BASE, Adapters, Loaded
-from gtl.diffusion.solver import PASSES
-from gtl.generate.edit import Edit, first_step
+from gtl.generate.edit import Edit, first_step, looks_of
 from gtl.generate.engine import Engine, Output
 from gtl.generate.pixels import to_image
 from gtl.generate.request import Request, check
@@ -172,8 +171,8 @@ class EngineLoop:
         steps = request.steps - first_step(edit, request.steps, self.engine.family.path)
         after = [round(steps * (number + 1) / (previews + 1)) for number in range(previews)]
         shown = tuple(step for step in dict.fromkeys(after) if 0 < step < steps)
-        rises = steps * PASSES if edit is not None and edit.rises else 0
-        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, rises + steps, alone)
+        looks = looks_of(edit, steps)
+        ticket = Ticket(request, adapters, shown, time.monotonic() + timeout, listener, edit, looks, alone)
         with self._wake:
             if self._is_closed:
                 raise Closed("it is being stopped")

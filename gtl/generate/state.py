@@ -47,6 +47,8 @@ class State:
     """What its adapters put in place of the codec's own weights."""
     risen: int = 0
     """Steps that finding what it begins at took."""
+    down: State | None = None
+    """Of a request that is on its way up from an image to the noise that draws it: its way down."""
     index: int = field(init=False)
     """Where in the schedule it is."""
     key: Hashable = field(init=False)
@@ -62,10 +64,11 @@ class State:
         """Those that it took itself."""
         return self.index - self.first
 
-    @property
-    def rises(self) -> bool:
-        """Whether it is on the way from an image to its noise, and not down yet."""
-        return self.edit is not None and self.edit.rises
+    def turned(self) -> State:
+        """The same request on its way down, from where it has come up to."""
+        assert self.down is not None
+        self.down.latents, self.down.risen = self.latents, self.steps_done
+        return self.down
 
     @property
     def timestep(self) -> Tensor:

@@ -69,7 +69,8 @@ function planRun() {
   const settings = form.read();
   const seed = settings.seed ?? drawSeed();
   if (form.mode !== "compare") {
-    return Array.from({ length: form.count }, (_, index) => ({ settings: { ...settings, seed: seed + index }, label: "" }));
+    const count = settings.mode === "edit" && settings.invert ? 1 : form.count; // no noise is drawn: all would be the same
+  return Array.from({ length: count }, (_, index) => ({ settings: { ...settings, seed: seed + index }, label: "" }));
   }
   return [settings.adapters, form.readOther()].map((adapters, side) => ({
     settings: { ...settings, seed, adapters },

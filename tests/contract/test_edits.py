@@ -18,6 +18,7 @@ from tests.contract.test_flow import SAME, Model, distance, request_of
 from tests.tiny import as_asked, make_pixart, make_sdxl
 from tests.unit.test_edit import picture, right_half
 from tests.unit.test_generate import through
+from tests.unit.test_inversion import up
 
 MODELS: dict[str, Callable[[Path], Path]] = {"sdxl": make_sdxl, **FLOWS, "pixart": make_pixart}
 TWINS = ("sdxl", "sd3", "sd35", "flux-dev", "flux-schnell", "qwen_image", "z_image")
@@ -136,12 +137,11 @@ def test_what_is_kept_is_the_images_own(model: Model) -> None:
 def test_inversion_goes_up_the_path_of_every_model(model: Model) -> None:
     request = request_of(model, (64, 64), 1.0)
     engine = Engine(model.family, model.parts)
-    engine.add(request, edit=Edit(picture(), strength=0.4, shows="a photo of a cat"))
+    handle = engine.add(request, edit=Edit(picture(), strength=0.4, shows="a photo of a cat"))
+    clean, inverted = up(engine, handle)
+    assert inverted.shape == clean.shape and inverted.isfinite().all()
+    assert not torch.equal(inverted, clean)
     (output,) = through(engine)
-    edit = output.edit
-    assert edit is not None and edit.moments is not None and edit.inverted is not None
-    clean = model.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
-    assert edit.inverted.shape == clean.shape and edit.inverted.isfinite().all()
-    assert not torch.equal(edit.inverted, clean)
+    assert output.latents.shape == clean.shape and not torch.equal(output.latents, inverted)
     (drawn,) = engine.decode([output])
     assert drawn.isfinite().all()

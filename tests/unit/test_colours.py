@@ -1,5 +1,6 @@
 """Colours of one picture brought to another's."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from gtl.generate.colours import from_lab, match_colours, palette_of, to_lab
 from gtl.generate.edit_command import run
-from gtl.images import read_recipe
+from gtl.images import decode_canvas, read_recipe
 from gtl.types import UserError
 from tests.tiny import make_sd
 from tests.unit.test_edit import picture, right_half
@@ -48,6 +49,25 @@ def test_the_colours_of_a_photograph_are_taken_band_by_band(monkeypatch: pytest.
     for found, wanted in zip(palette_of(image), statistics(image), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
     assert palette_of(image.resize((500, 1)))[0] != palette_of(image)[0], "wider than a band"
+
+
+def test_what_is_transparent_has_no_colour(tmp_path: Path) -> None:
+    photo = picture().convert("RGBA")
+    photo.paste((200, 30, 30, 0), (0, 0, 32, 64))
+    image, clear = decode_canvas(png(photo))
+    assert clear is not None and palette_of(image, clear) == palette_of(picture().crop((32, 0, 64, 64)))
+    nothing = tmp_path / "nothing.png"
+    Image.new("RGBA", (3, 3), (9, 9, 9, 0)).save(nothing)
+    picture().save(tmp_path / "photo.png")
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "photo.png", out=tmp_path / "a", prompt="a dog", model="builtin:tiny", colors_of=nothing)
+    assert str(error.value) == f"--colors-of {nothing}: all of it is transparent, and has no colours"
+
+
+def png(image: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    return sink.getvalue()
 
 
 def test_one_colour_takes_the_mean_and_black_has_a_place() -> None:

@@ -352,13 +352,57 @@ def test_pictures_are_found_by_what_heads_stand_on(
     for words, line in (
         (["find", str(tmp_path / "text-index"), str(wanted)], "reads captions, and sees no pictures; give --text"),
         (["find", str(tmp_path / "middle-index"), "--text", "a"], "reads no words; make the index by --backbone of"),
-        (
-            ["index", source, "--out", "x", "--backbone", "builtin:tiny"],
-            "`gtl heads builtin:tiny --block --time`",
-        ),
+        (["index", source, "--out", "x", "--backbone", "builtin:tiny"], "gtl heads builtin:tiny --block --time"),
+        (["index", source, "--out", "x", "--backbone", "builtin:nope"], "no such built-in backbone; there is"),
+        (["index", source, "--out", "x", "--backbone", "builtin:gan"], "no such built-in backbone; there is"),
     ):
         status, text = command(monkeypatch, capsys, "features", *words)
-        assert status == 2 and line in text
+        assert status == 2 and line in text, text
+    told = tmp_path / "middle" / "features.json"
+    good = json.loads(told.read_text())
+    for change, line in (
+        ({"time": "late"}, "time: 'late': expected a number from 0 to 1"),
+        ({"time": 9}, "time: 9: expected a number"),
+        ({"block": None}, "block: None: expected the name of a block"),
+        ({"block": "nope"}, "block: 'nope': the model has no such block"),
+    ):
+        told.write_text(json.dumps(good | change))
+        status, text = command(monkeypatch, capsys, "features", "find", str(tmp_path / "middle-index"), str(wanted))
+        assert status == 2 and line in text, text
+
+
+def test_an_index_of_captions_has_all_that_pictures_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture with two is found by either, once; one without, or with an empty one, by none."""
+    monkeypatch.setenv("GTL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rows = [["a red ring", "a large blue star"], ["a green moon"], [" "]]
+    for number in range(4):
+        SceneSet().picture(number)[0].save(photos / f"{number}.png")
+    told = [{"file_name": f"{number}.png", "text": texts} for number, texts in enumerate(rows)]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    made = ["heads", "builtin:tiny", "--data", "builtin:scenes?count=12", "--task", "shape", "--out", "reader"]
+    assert command(monkeypatch, capsys, *made, "--part", "text_encoder")[0] == 0
+    made = ["features", "index", "photos", "--out", "index", "--backbone", "reader"]
+    assert command(monkeypatch, capsys, *made) == (0, "index: 2 images\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for asked, name in (("a red ring", "0.png"), ("a large blue star", "0.png"), ("a green moon", "1.png")):
+        _, text = command(monkeypatch, capsys, "features", "find", "../index", "--text", asked, "--json")
+        matches = json.loads(text)
+        assert [len(matches), matches[0]["uri"].rpartition("/")[2]] == [2, name]
+        assert math.isclose(matches[0]["cosine"], 1, abs_tol=1e-3)
+    (photos / "metadata.jsonl").unlink()
+    asked = ["index", str(photos), "--out", "x", "--backbone", "../reader"]
+    status, text = command(monkeypatch, capsys, "features", *asked)
+    assert status == 2 and text.endswith("none of 4 images has a caption of its own")
+    vectors = tmp_path / "index" / "vectors.faiss"
+    vectors.write_bytes(vectors.read_bytes()[:-9])
+    status, text = command(monkeypatch, capsys, "features", "find", "../index", "--text", "a cat")
+    assert (status, text) == (2, "error: ../index: damaged; make the index again")
 
 
 def test_heads_are_put_on_networks(

@@ -71,6 +71,14 @@ def test_a_step_to_the_same_time_stays() -> None:
     torch.testing.assert_close(step(path, x, torch.randn_like(x), t, t), x, rtol=1e-4, atol=1e-4)
 
 
+def up(engine: Engine, handle: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of the image of an engine's only request, and those that it begins at on its way down."""
+    clean = engine._states[handle].latents
+    while engine._states[handle].down is not None:
+        assert engine.step() == []
+    return clean, engine._states[handle].latents
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     family: Any = open_family("builtin:tiny")
@@ -81,13 +89,10 @@ def test_the_same_prompt_gives_the_image_back(engine: Engine) -> None:
     """Within 4 % of the latents and 0.01 of the decoded picture, of a model that has learned something."""
     image, caption = SceneSet(seed=5).picture(0)
     request = Request(caption, 64, 64, steps=20, guidance=1.0)
-    engine.add(request, edit=Edit(image, strength=1.0, shows=caption))
-    (output,) = through(engine)
-    edit = output.edit
-    assert edit is not None and edit.moments is not None and edit.inverted is not None
-    clean = engine.family.sample_latents(edit.moments, torch.zeros_like(edit.moments["mean"]))
-    assert (edit.inverted - clean).norm() > 0.5 * clean.norm(), "it went somewhere"
-    (drawn,) = engine.decode([output])
+    edit = Edit(image, strength=1.0, shows=caption)
+    clean, inverted = up(engine, engine.add(request, edit=edit))
+    assert (inverted - clean).norm() > 0.5 * clean.norm(), "it went somewhere"
+    (drawn,) = engine.decode(through(engine))
     decoded = (engine.family.decode(engine.parts["vae"], clean)[0] / 2 + 0.5).clamp(0, 1)
     assert (drawn - decoded).abs().mean() < 0.01
     other = engine.add(replace(request, seed=1), edit=edit)
@@ -109,6 +114,32 @@ def test_less_strength_takes_fewer_steps_up_and_down(engine: Engine) -> None:
     shown = [output.preview for output in through(engine)]
     handle.remove()
     assert shown == [0, 1, None] and len(looks) == 3 * PASSES + 3
+
+
+@pytest.mark.parametrize("steps", [3, 30, 334, 600, 999])
+def test_all_numbers_of_steps_begin_at_noise_and_are_steps(steps: int) -> None:
+    for path in PATHS.values():
+        times = path.solver_times(steps)
+        assert len(times) == steps + 1 and (times.diff() > 0).all()
+        assert (times[0], times[-1]) == (0, 1000 if path.prediction == "flow" else 999)
+
+
+def test_a_prompt_that_cannot_be_read_is_refused_before_its_image_rises(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """What others draw with is not at stake: no step reads a prompt."""
+    image, caption = SceneSet(seed=5).picture(2)
+    request = Request(caption, 64, 64, steps=4, guidance=3.0, negative_prompt="a dog of no colour")
+    engine.add(request, edit=Edit(image, strength=0.5, shows=caption))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine.family, "encode_prompts", fail)
+    assert len(through(engine)) == 1
+    with pytest.raises(RuntimeError):
+        engine.add(replace(request, prompt="a cat nobody has seen"), edit=Edit(image, strength=0.5, shows=caption))
+    assert len(engine) == 0
 
 
 def test_an_inversion_shares_its_steps_with_others(engine: Engine) -> None:
@@ -165,12 +196,18 @@ def test_what_both_prompts_say_stays(tmp_path: Path) -> None:
     assert "invert" not in read_recipe(begun)["edit"]
 
 
+KEEPS = (
+    "--invert: keeps by itself what is not said to change; it goes with no mask, and with nothing that is transparent "
+    "or added"
+)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"count": 3}, "--count: 3: an edit by --invert draws no noise: all would be one picture; expected 1"),
-        ({"mask": "mask.png"}, "--invert: keeps by itself what is not said to change; leave the mask out"),
-        ({"extend": "16"}, "--invert: keeps by itself what is not said to change; leave the mask out"),
+        ({"mask": "mask.png"}, KEEPS),
+        ({"extend": "16"}, KEEPS),
         ({"strength": 0.0}, "--strength: 0: expected a number above 0 and up to 1"),
     ],
 )

@@ -92,6 +92,7 @@ def test_of_a_picture_of_colours_only_these_are_kept() -> None:
     for data, status, reason in (
         (b"text", 400, "no image in a known format (PNG, JPEG, WEBP)"), (encoded(NOISE)[:-40], 400, "damaged or cut"),
         (b"x" * (LIMITS.max_upload_bytes + 1), 413, "more than 20971520 bytes"),
+        (encoded(Image.new("RGBA", (2, 2), (0, 0, 0, 0))), 400, "all of it is transparent, and has no colours"),
     ):  # fmt: skip
         with pytest.raises(ApiError) as caught:
             begin(Edit(prompt="a dog"), sent._replace(colors_of=data), LIMITS, None)
