@@ -70,7 +70,8 @@ def make_index(source: str, out: Path, backbone: str, cache: str, progress: Prog
     if not whole:
         lack = "has a caption of its own" if reads else "can be read"
         raise UserError(f"{source}: none of {len(found.images) + len(found.broken)} images {lack}")
-    uris = [located.record.uri for located in whole for _ in (captions_of(located) if reads else "1")]
+    each = [len(captions_of(located)) if reads else 1 for located in whole]
+    uris = [located.record.uri for located, number in zip(whole, each, strict=True) for _ in range(number)]
     vectors = units(vectors_of(network, whole, store, progress)).numpy()
     if len(uris) <= EXACT:
         index = faiss.IndexFlatIP(vectors.shape[1])
