@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,9 +106,9 @@ NEON_STAGE = (
 
 def first_stage(folder: Path) -> None:
     """The first stage of the demo's cascade, which has learned nothing."""
-    beside = folder.with_name(f"{folder.name}-cascade")
-    write_cascade(beside, vocabulary())
-    shutil.copytree(beside / "first", folder, dirs_exist_ok=True)
+    with tempfile.TemporaryDirectory() as both:
+        write_cascade(Path(both), vocabulary())
+        shutil.copytree(Path(both) / "first", folder, dirs_exist_ok=True)
 
 
 def cut(folder: Path) -> None:
