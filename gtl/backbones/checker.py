@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 from gtl.backbones.extractor import exact
-from gtl.backbones.pretrained import HUB_ID, pillow
+from gtl.backbones.place import explained, find
+from gtl.backbones.pretrained import pillow
 from gtl.imports import light, quieted
 from gtl.types import UserError
 
@@ -70,15 +69,13 @@ def open_checker(spec: str, threshold: float = 0.0) -> Checker:
     Raises:
         UserError: there is none, or its files are damaged or incomplete.
     """
-    path = Path(spec).expanduser()
-    if not path.is_dir() and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
-        raise UserError(f"{spec}: no such folder; expected a folder or hub id with a safety checker")
+    path = find(spec, "expected a folder or hub id with a safety checker")
     source = str(path) if path.is_dir() else spec
     with light():
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import AutoImageProcessor
 
-    with _explained(spec), quieted():
+    with explained(spec, "a safety checker"), quieted():
         inside, beside = INSIDE if _is_pipeline(source) else ("", "")
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, subfolder=beside, **pillow())
         loaded: Any = StableDiffusionSafetyChecker.from_pretrained(
@@ -110,12 +107,3 @@ def _is_pipeline(source: str) -> bool:
     except EntryNotFoundError:
         return False
     return True
-
-
-@contextmanager
-def _explained(spec: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # folders of other things, and damaged files, make transformers raise nearly anything
-        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-        raise UserError(f"{spec}: not usable as a safety checker: {reason}") from error

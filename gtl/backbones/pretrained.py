@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from gtl.backbones.extractor import BATCH, Extractor, exact
+from gtl.backbones.place import explained, find
 from gtl.imports import light, quieted
 from gtl.types import UserError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NEEDED = "a transformers model that sees, with its preprocessor"
 
 
 class Vision(nn.Module):
@@ -85,13 +85,9 @@ def find_pretrained(spec: str) -> Path:
     Raises:
         UserError: there is no such folder, and the hub can have no model of that name.
     """
-    path = Path(spec).expanduser()
-    if not path.is_dir() and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
-        raise UserError(
-            f"{spec}: no such folder; a backbone is builtin:backbone, inception:FILE, or a folder or hub id of a "
-            "transformers model that sees"
-        )
-    return path
+    return find(
+        spec, "a backbone is builtin:backbone, inception:FILE, or a folder or hub id of a transformers model that sees"
+    )
 
 
 def open_pretrained(spec: str) -> Extractor:
@@ -105,7 +101,7 @@ def open_pretrained(spec: str) -> Extractor:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     source = str(path) if path.is_dir() else spec
-    with _explained(spec, path.is_dir()), quieted():
+    with explained(spec, NEEDED), quieted():
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **pillow())
         model, info = AutoModel.from_pretrained(
@@ -129,7 +125,7 @@ def open_pretrained(spec: str) -> Extractor:
     resize = describe(settings)
     known = {"network": _portable(config.to_dict()), "preprocessing": settings}
     if config.model_type == "clip":
-        with _explained(spec, path.is_dir()), quieted():
+        with explained(spec, NEEDED), quieted():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         limit = config.text_config.max_position_embeddings
 
@@ -183,15 +179,3 @@ def _dimensions(network: nn.Module, prepare: Callable[[Any], Tensor]) -> int:
 
     with exact():
         return int(network(prepare(np.zeros((32, 32, 3), np.uint8))[None])[0].shape[1])
-
-
-@contextmanager
-def _explained(spec: str, is_local: bool) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # folders of other things, and damaged files, make transformers raise nearly anything
-        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-        needed = "a transformers model that sees, with its preprocessor"
-        if is_local:
-            raise UserError(f"{spec}: not usable as {needed}: {reason}") from error
-        raise UserError(f"{spec}: neither a folder here nor, in the cache or on the hub, {needed}: {reason}") from error

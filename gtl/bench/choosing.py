@@ -65,12 +65,15 @@ def worded(template: str) -> Choose:
     return lambda _, adapters, __: Chosen(list(adapters), template)
 
 
-def best_wording(templates: Sequence[str]) -> Choose:
-    """Prompts inside the template of these that draws best, on seeds other than those that are measured."""
+def best_wording(templates: Sequence[str], additions: Sequence[str] = (), tries: int | None = None) -> Choose:
+    """Prompts inside the template that a search finds, on seeds other than those that are measured.
+
+    `tries` None: the best of these templates as they are.
+    """
 
     def choose(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chosen:
-        given = Templates(templates=list(templates), additions=[])
-        found = search_prompts(apart(recipe), adapters, given, tries=len(templates) + 1, progress=progress)
+        given = Templates(templates=list(templates), additions=list(additions))
+        found = search_prompts(apart(recipe), adapters, given, tries=tries or len(templates) + 1, progress=progress)
         return Chosen(list(adapters), found.best, found.best)
 
     return choose

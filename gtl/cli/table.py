@@ -195,16 +195,19 @@ def prompts(
     )] = None,
     metric: Annotated[str | None, typer.Option(help="Of pictures; the first of the recipe's when left out.")] = None,
     tries: Annotated[int, typer.Option(help="Templates to draw with.")] = 12,
+    writer: Annotated[str | None, typer.Option(
+        metavar="FOLDER|ID", help="A language model of transformers, which writes more of them from what fails.",
+    )] = None,
     set_: Set = None,
 ) -> None:  # fmt: skip
-    """Find words around a recipe's prompts that draw them better: templates are drawn with, scored and made longer."""
+    """Find words around a recipe's prompts that draw them better: templates are scored, and changed by what fails."""
     from gtl.config import load_recipe
     from gtl.config.templates import read_templates
     from gtl.search.prompts import search_prompts, table
 
     loaded, given = load_recipe(recipe, set_ or ()), read_templates(templates)
     with Bar() as bar:
-        found = search_prompts(loaded, adapter or (), given, metric, tries=tries, progress=bar)
+        found = search_prompts(loaded, adapter or (), given, metric, tries=tries, writer=writer, progress=bar)
     print(table(found))
     print(f"template {found.best}")
 

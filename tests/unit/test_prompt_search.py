@@ -1,5 +1,7 @@
 """Templates of prompts that are searched: what is tried, what is chosen, what is refused."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import torch
 
 from gtl.config import load_recipe
 from gtl.config.templates import Templates, read_templates
-from gtl.evaluate.estimate import Estimate
+from gtl.evaluate.estimate import Estimate, estimate_share
 from gtl.evaluate.result import Evaluation, Sampling, make_score
 from gtl.search import prompts
-from gtl.search.prompts import failing, longer, search_prompts, table
+from gtl.search.analysis import Analysis, analyse, score_on
+from gtl.search.prompts import beside, in_turn, longer, search_prompts, table
+from gtl.search.writing import BEGUN, ask, templates_in
 from gtl.types import UserError
 
 FACTS = {"extractor": "reader", "resize": "none", "dtype": "exact"}
@@ -20,8 +24,7 @@ SUBJECTS = ["a ring", "a moon"]
 
 def evaluation(template: str, right: list[float], seed: int = 0) -> Evaluation:
     rows = torch.tensor(right, dtype=torch.float64)
-    share = float(rows.mean())
-    estimate = Estimate("prompt_accuracy", share, share - 0.1, share + 0.1, rows - share)
+    estimate = estimate_share("prompt_accuracy", float(rows.mean()), rows, len(rows))
     how = Sampling(prompts=SUBJECTS, negative_prompt="", seed=seed, steps=2, guidance=3.0, height=64, width=64,
                    dtype="fp32", template=template)  # fmt: skip
     return Evaluation(
@@ -50,6 +53,7 @@ def test_what_helps_is_added_to_until_nothing_does(recipe: Any, monkeypatch: pyt
                 for t, s in zip(templates, shares, strict=True)]  # fmt: skip
 
     monkeypatch.setattr(prompts, "evaluate", scored)
+    monkeypatch.setattr(prompts, "session", nullcontext)
     given = Templates(templates=["a large {}", "a dull {}"], additions=[", bright", ", dull"])
     found = search_prompts(recipe, ["dog"], given, tries=20)
     assert rounds == [
@@ -67,12 +71,98 @@ def test_what_helps_is_added_to_until_nothing_does(recipe: Any, monkeypatch: pyt
 
 
 def test_an_addition_comes_once_and_no_template_takes_all_tries() -> None:
-    assert longer(["a {}, x", "b {}"], [", x", ", y"], {"b {}, x": 1}) == ["a {}, x, y", "b {}, y"]
+    assert longer(["a {}, x", "b {}"], [", x", ", y"], {"b {}, x": 1}) == [
+        "a b {}, x", "b a {}, x", "a {}, x, y", "b {}, y",
+    ]  # fmt: skip
 
 
-def test_prompts_that_fail_are_named_worst_first() -> None:
-    right = [1.0, 0.0] * 10
-    assert failing(evaluation("{}", right), "prompt_accuracy") == ("a moon",)
+def test_each_of_two_templates_is_put_into_the_other() -> None:
+    assert longer(["a large {}", "{} on white"], [", x"], {}) == [
+        "a large {} on white", "a large {}, x", "{} on white, x",
+    ]  # fmt: skip
+    assert longer(["a photo of {}", "a large {}"], [], {}) == ["a photo of a large {}", "a large a photo of {}"]
+    assert longer(["a large {} on white", "{} on white"], [], {}) == [], "it has those words already"
+    assert longer(["{}", "{}"], [", x"], {}) == ["{}, x"]
+    assert in_turn(["a", "b", "c"], ["d", "a"]) == ["a", "d", "b", "c"]
+
+
+def test_prompts_that_fail_are_known_by_their_pictures() -> None:
+    """Half of the pictures are right: of rings all, of moons none."""
+    found = evaluation("{}", [1.0, 0.0] * 10)
+    assert analyse(found, "prompt_accuracy") == Analysis({"a moon": 0.0}, {})
+    assert score_on(found, "prompt_accuracy", ["a ring"]) == 1.0
+    assert analyse(evaluation("{}", [1.0] * 10), "prompt_accuracy") == Analysis({}, {})
+
+
+def test_words_that_fail_are_known_by_what_several_prompts_have_in_common() -> None:
+    found = evaluation("{}", [1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    subjects = ["a red ring", "a red moon", "a blue ring", "a Blue moon", "a red star", "a blue arrow"]
+    sampling = found.sampling.model_copy(update={"prompts": subjects})
+    told = analyse(found.model_copy(update={"sampling": sampling}), "prompt_accuracy")
+    assert told.words == {"blue": 0.0}, "`ring` and `moon` are as good as all, and `a` says nothing"
+    assert list(told.prompts) == ["a blue ring", "a Blue moon", "a blue arrow"]
+
+
+def test_where_less_is_better_the_worst_have_most() -> None:
+    rows = torch.tensor([0.2, 0.8] * 10, dtype=torch.float64)
+    kid = make_score(Estimate("kid", 0.5, 0.4, 0.6, rows - 0.5), FACTS)
+    found = evaluation("{}", [1.0] * 20).model_copy(update={"scores": {"kid": kid}})
+    told = analyse(found, "kid")
+    assert list(told.prompts) == ["a moon"] and told.prompts["a moon"] == pytest.approx(0.8)
+    whole = replace(Estimate("kid", 0.5, 0.4, 0.6, rows - 0.5), real=rows, num_real=20)
+    of_all = found.model_copy(update={"scores": {"kid": make_score(whole, FACTS)}})
+    assert analyse(of_all, "kid") == Analysis({}, {}), "what real images are part of is of all pictures together"
+
+
+def test_a_search_goes_on_from_what_mends_failures_of_the_best(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White draws moons and large rings; red is the second best of all, but no better at rings than many."""
+    first = {"{}": (0.2, 0.1), "a large {}": (1.0, 0.1), "a red {}": (0.4, 0.8), "{} in white": (0.3, 1.0)}
+    shares = {**first, "a large {} in white": (0.9, 0.9)}
+    rounds: list[list[str]] = []
+
+    def scored(asked: Any, adapters: Any, *, templates: list[str], progress: Any) -> list[Evaluation]:
+        rounds.append(templates)
+        found = []
+        for template in templates:
+            ring, moon = shares.get(template, (0.0, 0.0))
+            right = [float(i // 2 < 10 * (moon if i % 2 else ring)) for i in range(20)]
+            found.append(evaluation(template, right, asked.evaluate.seed))
+        return found
+
+    monkeypatch.setattr(prompts, "evaluate", scored)
+    monkeypatch.setattr(prompts, "session", nullcontext)
+    given = Templates(templates=["a large {}", "a red {}", "{} in white"], additions=[", bright"])
+    found = search_prompts(recipe, [], given, tries=20)
+    assert list(found.tried)[1:4] == ["{} in white", "a red {}", "a large {}"]
+    assert found.fails("{} in white").prompts == {"a ring": pytest.approx(0.3)}
+    assert beside("{} in white", {each: found.tried[each] for each in first}, "prompt_accuracy") == "a large {}"
+    assert rounds[1] == ["a large {} in white", "{} in white, bright", "a large {}, bright"]
+    assert found.best == "a large {} in white" and found.fails(found.best) == Analysis({}, {})
+    assert "prompts drawn worst as they are: a moon 0.1" in table(found).splitlines()
+
+
+def test_a_language_model_is_told_what_fails_and_the_best_last() -> None:
+    scores = {"a large {}": 0.6, "{}": 0.25, "{} in white": 0.7}
+    told = Analysis({"a moon": 0.1, "a ring": 0.5}, {"moon": 0.1})
+    request, begun = ask("a moon", "prompt_accuracy", scores, told, 5)
+    lines = request.splitlines()
+    assert lines[1:3] == ["It fails at the captions: a moon; a ring.", "It fails at the words: moon."]
+    assert "'a moon', and their prompt_accuracy, where more is better" in lines[3]
+    assert lines[4:7] == ["a moon (0.25)", "a large a moon (0.6)", "a moon in white (0.7)"]
+    assert lines[7].startswith("Write 5 other captions") and len(lines) == 8
+    assert begun == "1. a large a moon\n2. a moon in white\n3." and BEGUN == 2
+    falling, _ = ask("a moon", "kid", scores, Analysis({}, {}), 5)
+    assert falling.splitlines()[2:5] == ["a moon in white (0.7)", "a large a moon (0.6)", "a moon (0.25)"]
+
+
+@pytest.mark.parametrize(("line", "template"), [
+    (" a moon at night", "{} at night"), ("4. A moon at night.", "{} at night"), ('- "a moon, in oil" ', "{}, in oil"),
+    ("12) a large a moon (0.7)", "a large {}"), ("* the sky has a moon (white) in it", "the sky has {} (white) in it"),
+    ("a moon", None), ("a sun at night", None), ("a moon and a moon", None), ("a moon " + 80 * "x", None),
+    ("a moon at dusk", None), ("", None),
+])  # fmt: skip
+def test_only_lines_with_the_prompt_are_templates(line: str, template: str | None) -> None:
+    assert templates_in(f"{line}\n{line}", "a moon", {"{} at dusk": 1}) == ([template] if template else [])
 
 
 def test_templates_of_a_file(tmp_path: Path) -> None:

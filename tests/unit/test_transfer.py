@@ -9,11 +9,10 @@ import torch
 from gtl.adapters import Card, Registry
 from gtl.adapters.card import Base, Fusion, Lineage, Training
 from gtl.bench.choosing import Chosen, apart, told_of
+from gtl.bench.comparisons import COMPARISONS, Comparison
 from gtl.bench.editing import BEGUN, PAIRS, Edited, describe, describe_before, distance, edit_pairs
 from gtl.bench.transfer import (
-    COMPARISONS,
     RECIPES,
-    Comparison,
     edits_row,
     made_of,
     make_row,

@@ -1,0 +1,40 @@
+"""Where a network of transformers is: a folder, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gtl.types import UserError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def find(spec: str, expected: str) -> Path:
+    """The folder, if it is none of the hub; `expected` is for people.
+
+    Raises:
+        UserError: there is no such folder, and the hub can have nothing of that name.
+    """
+    path = Path(spec).expanduser()
+    if not path.is_dir() and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
+        raise UserError(f"{spec}: no such folder; {expected}")
+    return path
+
+
+@contextmanager
+def explained(spec: str, needed: str) -> Iterator[None]:
+    """Within it whatever goes wrong while files are read says that they are not what is needed.
+
+    Raises:
+        UserError: so.
+    """
+    try:
+        yield
+    except Exception as error:  # folders of other things, and damaged files, make transformers raise nearly anything
+        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
+        if Path(spec).expanduser().is_dir():
+            raise UserError(f"{spec}: not usable as {needed}: {reason}") from error
+        raise UserError(f"{spec}: neither a folder here nor, in the cache or on the hub, {needed}: {reason}") from error
