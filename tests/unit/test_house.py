@@ -115,6 +115,14 @@ def test_every_recipe_loads_and_says_how_to_run_it(file: Path) -> None:
     assert f"gtl train {file.relative_to(ROOT)}" in file.read_text().split("model:")[0]
 
 
+def test_recipes_of_domains_differ_in_data_alone() -> None:
+    found = {file.stem: load_recipe(file).model_dump() for file in yaml_files("gtl/recipes/domains")}
+    assert found.keys() == {"advertising", "art", "games", "medical", "teaching"}
+    data = [recipe.pop("data") for recipe in found.values()]
+    assert all(recipe == found["art"] for recipe in found.values())
+    assert len({str(one) for one in data}) == 5 and all(one["validation"] > 0 for one in data)
+
+
 def test_all_packaged_yaml_is_a_recipe() -> None:
     assert yaml_files("gtl") == yaml_files("gtl/recipes")
 
