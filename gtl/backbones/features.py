@@ -1,4 +1,4 @@
-"""Features that were computed once are kept, by the backbone's weights and the pictures' bytes."""
+"""Features that were computed once are kept, by the network's weights and the bytes of pictures or texts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from gtl.storage import Store
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
-    from gtl.backbones.base import Backbone
-
+T = TypeVar("T", contravariant=True)
 CHUNK = 256
-"""Pictures that are decoded at a time, and kept in one file."""
+"""Pictures, or texts, that are read at a time, and kept in one file."""
 READERS = 16
 """Files that are read at once."""
 
@@ -26,27 +24,41 @@ Row = tuple["Tensor", ...]
 """A picture's features and, of a classifier, its logits."""
 
 
+class Network(Protocol[T]):
+    """A `Backbone`, or what does to texts as one does to pictures."""
+
+    name: str
+
+    def fingerprint(self) -> str:
+        """See `Backbone`."""
+        ...
+
+    def __call__(self, items: Sequence[T], /) -> tuple[Tensor, Tensor | None]:
+        """See `Backbone`."""
+        ...
+
+
 def features_of(
-    backbone: Backbone,
+    backbone: Network[T],
     hashes: Sequence[str],
-    read: Callable[[int], Image],
+    read: Callable[[int], T],
     cache: Store,
     progress: Progress = quiet,
 ) -> tuple[Tensor, Tensor | None]:
-    """Features [N, dimensions] and logits [N, classes] or None of pictures; computes what the cache lacks.
+    """Features [N, dimensions] and logits [N, classes] or None of pictures or texts; computes what the cache lacks.
 
-    A file of the cache holds up to CHUNK pictures and never changes. Two that compute the same pictures at once write a
-    file each: both mean the same, and either counts.
+    A file of the cache holds up to CHUNK of them and never changes. Two that compute the same ones at once write a file
+    each: both mean the same, and either counts.
 
     Args:
         backbone: Computes them.
-        hashes: SHA-256 of each picture's bytes, in hex.
-        read: The picture at a position; is asked once for each one that is missing.
+        hashes: SHA-256 of the bytes of each, in hex.
+        read: The one at a position; is asked once for each one that is missing.
         cache: The cache's root.
         progress: Is called as it goes on.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: nothing to look at.
         UserError: the cache cannot be reached or written, or a file of it is damaged.
     """
     import torch

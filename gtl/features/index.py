@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ class Match:
 def make_index(source: str, out: Path, backbone: str, cache: str, progress: Progress = quiet) -> int:
     """Index the pictures of a source; how many there are.
 
-    Features are kept in the cache, by the picture's bytes and the backbone's weights: to index a folder again costs
-    what is new in it.
+    Features are kept in the cache, by the backbone's weights and the bytes of the picture or caption: to index a folder
+    again costs what is new in it.
 
     Args:
         source: A folder, a Parquet or tar file, a bucket URL of one, or a built-in set.
@@ -146,7 +147,9 @@ def opened(index: Path) -> tuple[dict[str, Any], Any, list[str]]:
 def vectors_of(network: Backbone | Reader, whole: Sequence[Located], store: Store, progress: Progress) -> Tensor:
     """Features of pictures, or of all their captions one after the other, [N, D]."""
     if isinstance(network, Reader):
-        return network.encode_texts([text for located in whole for text in captions_of(located)], progress)
+        texts = [text for located in whole for text in captions_of(located)]
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        return features_of(network, digests, lambda at: texts[at], store, progress)[0]
     hashes = [located.record.sha256 for located in whole]
     return features_of(network, hashes, lambda at: decode(fetch(whole[at].place)), store, progress)[0]
 

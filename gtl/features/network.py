@@ -14,7 +14,7 @@ from gtl.families import PIPELINES, family_class, open_family, seeing
 from gtl.families.files import INDEX, read_json
 from gtl.families.source import BUILTIN, builtin_folder
 from gtl.features.say import square
-from gtl.types import Progress, UserError, quiet
+from gtl.types import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,12 +115,14 @@ class Reader:
         return self._family.fingerprint(*self._family.encoders)
 
     @torch.inference_mode()
-    def encode_texts(self, texts: Sequence[str], progress: Progress = quiet) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, None]:
         """Features [N, D] of texts, fp32 on the CPU."""
         rows: list[Tensor] = []
         for start in range(0, len(texts), BATCH):
-            progress("features", start, len(texts), self.name)
             found = self._family.encode_prompts(self._encoders, texts[start : start + BATCH])
             rows += [each["pooled"] for each in found]
-        progress("features", len(texts), len(texts), self.name)
-        return torch.stack(rows)
+        return torch.stack(rows), None
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """The same of words that something is looked for by."""
+        return self(texts)[0]

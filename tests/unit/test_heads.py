@@ -29,6 +29,7 @@ from gtl.families import open_family, seeing
 from gtl.families.boxes import Found, decode, losses, matched, overlaps
 from gtl.families.classifier_blank import write_classifier
 from gtl.features.heads import make_heads
+from gtl.features.network import Reader
 from gtl.objectives.classify import boxes_in_crop
 from gtl.storage import Store
 from gtl.types import Geometry, Item, Task, UserError
@@ -388,6 +389,9 @@ def test_an_index_of_captions_has_all_that_pictures_have(
     assert command(monkeypatch, capsys, *made, "--part", "text_encoder")[0] == 0
     made = ["features", "index", "photos", "--out", "index", "--backbone", "reader"]
     assert command(monkeypatch, capsys, *made) == (0, "index: 2 images\n")
+    with monkeypatch.context() as patch:  # captions that were read once are not read again
+        patch.setattr(Reader, "__call__", None)
+        assert command(monkeypatch, capsys, *made) == (0, "index: 2 images\n")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for asked, name in (("a red ring", "0.png"), ("a large blue star", "0.png"), ("a green moon", "1.png")):
