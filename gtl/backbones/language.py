@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gtl.backbones.place import explained, find
+from gtl.backbones.place import explained, find, is_folder
 from gtl.imports import light, quieted
 from gtl.types import UserError
 
@@ -41,38 +41,45 @@ class Language:
         Raises:
             UserError: the model does not read so much.
         """
-        tokens = self._read(request, begun)
+        with explained(self.name, NEEDED):
+            tokens = self._read(request, begun)
         length = tokens["input_ids"].shape[1]
         limit = getattr(self._model.config, "max_position_embeddings", None)
         if limit is not None and length + MOST_TOKENS > limit:
             raise UserError(f"{self.name}: reads {limit} tokens, and {length} with {MOST_TOKENS} of an answer are more")
         device = self._model.device
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.inference_mode():
+        with explained(self.name, NEEDED), torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(seed)
             found = self._model.generate(
-                **{name: rows.to(device) for name, rows in tokens.items()}, do_sample=True, max_new_tokens=MOST_TOKENS,
-                num_return_sequences=number, pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+                **{name: rows.to(device) for name, rows in tokens.items()}, do_sample=True, num_beams=1,
+                max_new_tokens=MOST_TOKENS, num_return_sequences=number,
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
             )  # fmt: skip
         return [self._tokenizer.decode(row[length:], skip_special_tokens=True) for row in found]
 
     def _read(self, request: str, begun: str) -> Mapping[str, Any]:
-        if not self._tokenizer.chat_template:
-            text = f"{request}\n{begun}"
-            return dict(self._tokenizer(text, return_tensors="pt", return_token_type_ids=False))
-        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": begun}]
-        return dict(self._tokenizer.apply_chat_template(
-            turns, continue_final_message=True, return_tensors="pt", return_dict=True,
-        ))  # fmt: skip
+        is_chat = bool(self._tokenizer.chat_template)
+        if is_chat:
+            turn = [{"role": "user", "content": request}]
+            # As text: not every template lets an answer that was begun go on.
+            before = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        else:
+            before = f"{request}\n"
+        # A template has the tokens that a text begins with.
+        tokens = self._tokenizer(before + begun, return_tensors="pt", add_special_tokens=not is_chat)
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
 def find_language(spec: str) -> None:
-    """Refuse what `open_language` would not find here, before anything is computed for it; nothing is read.
+    """Refuse what `open_language` would not find here, before anything is computed for it; no weights are read.
 
     Raises:
-        UserError: there is no such folder, and the hub can have no model of that name.
+        UserError: there is no such folder or no model in it, and the hub can have none of that name.
     """
-    find(spec, EXPECTED)
+    folder = find(spec, EXPECTED)
+    if is_folder(spec) and not (folder / "config.json").is_file():
+        raise UserError(f"{spec}: no config.json there; {EXPECTED}")
 
 
 def open_language(spec: str) -> Language:

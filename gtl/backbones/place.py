@@ -18,10 +18,17 @@ def find(spec: str, expected: str) -> Path:
     Raises:
         UserError: there is no such folder, and the hub can have nothing of that name.
     """
-    path = Path(spec).expanduser()
-    if not path.is_dir() and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
-        raise UserError(f"{spec}: no such folder; {expected}")
-    return path
+    if not is_folder(spec) and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
+        raise UserError(f"{spec or repr(spec)}: no such folder; {expected}")
+    return Path(spec).expanduser()
+
+
+def is_folder(spec: str) -> bool:
+    """Whether there is a folder of that name."""
+    try:
+        return bool(spec) and Path(spec).expanduser().is_dir()
+    except (OSError, RuntimeError):  # a name that is too long, or the home of nobody
+        return False
 
 
 @contextmanager
@@ -35,6 +42,6 @@ def explained(spec: str, needed: str) -> Iterator[None]:
         yield
     except Exception as error:  # folders of other things, and damaged files, make transformers raise nearly anything
         reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
-        if Path(spec).expanduser().is_dir():
+        if is_folder(spec):
             raise UserError(f"{spec}: not usable as {needed}: {reason}") from error
         raise UserError(f"{spec}: neither a folder here nor, in the cache or on the hub, {needed}: {reason}") from error

@@ -75,17 +75,9 @@ WORD = (
     ]),
 )  # fmt: skip
 """Prompts to which the name of a thing is missing."""
-SEEN = (
-    "evaluate.samples=128", "evaluate.steps=6", "evaluate.guidance=3.0",
-    "evaluate.prompts=" + json.dumps([
-        "a red ring", "a blue moon", "a green diamond", "a purple arrow", "an orange star", "a cyan triangle",
-        "a pink circle", "a yellow square",
-    ]),
-)  # fmt: skip
-"""Prompts as somebody writes them who has not seen the captions that the model learned from."""
 FRAMES = ("a large {}", "a small {}", "{} on a white background", "{} in the centre")
 FOUND_WORDS = Arm(
-    "words around prompts, as a search finds them", SEEN, is_trained=False,
+    "words around prompts, as a search finds them", is_trained=False,
     choose=best_wording(FRAMES, [" on a black background", ", centre"], 16),
 )  # fmt: skip
 KNOWN_WORD = Arm(
@@ -201,12 +193,12 @@ COMPARISONS = (
         Arm("the better of the two alone", recipes=("concept", "style"), choose=best_alone), BOTH,
     ),
     Comparison(
-        "wording", "study", "prompt_accuracy",
-        FOUND_WORDS, Arm("the plain prompts", SEEN, is_trained=False),
+        "wording", "wording", "prompt_accuracy",
+        FOUND_WORDS, Arm("the plain prompts", is_trained=False),
     ),
     Comparison(
-        "wording-search", "study", "prompt_accuracy",
-        FOUND_WORDS, Arm("the best words that it began with", SEEN, is_trained=False, choose=best_wording(FRAMES)),
+        "wording-search", "wording", "prompt_accuracy",
+        FOUND_WORDS, Arm("the best words that it began with", is_trained=False, choose=best_wording(FRAMES)),
     ),
     Comparison(
         "words", "word", "kid",
@@ -230,6 +222,11 @@ COMPARISONS = (
         "features", "heads", "accuracy",
         Arm("a head on features of the frozen diffusion model", model=heads_on("builtin:tiny")),
         Arm("a head on the same model with random weights", model=heads_on("builtin:tiny", forgets=True)),
+    ),
+    Comparison(
+        "fine-tuned", "heads", "accuracy",
+        Arm("a network that has learned to see, fine-tuned", ("tuner.type=full",), heads_on("builtin:backbone")),
+        Arm("the same from random weights", ("tuner.type=full", "model.weights=random"), heads_on("builtin:backbone")),
     ),
     Comparison(
         "captions", "text_heads", "accuracy",

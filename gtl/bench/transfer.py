@@ -12,9 +12,11 @@ from gtl.adapters.fuse import called
 from gtl.bench.choosing import Chosen
 from gtl.bench.comparisons import COMPARISONS, Arm, Comparison
 from gtl.bench.editing import Edited, edit_pairs
+from gtl.bench.pace import Drawn, seconds_a_picture
 from gtl.config import Recipe, load_recipe
+from gtl.config.metrics import of_pictures
 from gtl.evaluate.estimate import Difference, Estimate, difference
-from gtl.evaluate.result import Evaluation, Score, compare
+from gtl.evaluate.result import Evaluation, Score, compare_by
 from gtl.evaluate.run import evaluate
 from gtl.families.files import write_once
 from gtl.report.chart import short
@@ -22,7 +24,7 @@ from gtl.report.evaluations import interval
 from gtl.report.text import columns
 from gtl.session import session
 from gtl.train.launch import train_once
-from gtl.types import Progress, UserError, quiet
+from gtl.types import Progress, UserError, quiet, sampler_of
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "demo"
 RESULT = "transfer.json"
@@ -49,6 +51,8 @@ class Row:
     """Bytes that were published; 0 where nothing was."""
     moved: tuple[tuple[float, float, float], ...] = ()
     """Of edits by both: how far what should have stayed is from what it was, see `Edited`."""
+    drawing: tuple[float, float] | None = None
+    """Seconds that a picture takes here, drawn as it was measured; None where none is drawn."""
 
 
 def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = quiet) -> list[Row]:
@@ -77,7 +81,7 @@ def bench_transfer(out: Path, only: Collection[str] = (), progress: Progress = q
 
 def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     """Both sides of one."""
-    found, edited, costs, sizes, arms = [], [], [], [], []
+    found, edited, drawn, costs, sizes, arms = [], [], [], [], [], []
     for number, (side, arm) in enumerate((("method", one.method), ("baseline", one.baseline))):
         own = {one.recipe: f"{one.name}-{side}"} if arm.is_trained else {}
         wanted = {recipe: f"apart-{recipe}" for recipe in arm.recipes} or own
@@ -91,19 +95,26 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
         chosen = arm.choose(judged, adapters, progress) if arm.choose else Chosen(adapters)
         arms.append(replace(arm, title=f"{arm.title}: {chosen.told}" if chosen.told else arm.title))
         shelf = Registry(judged.storage.registry)
+        cards = [shelf.show(name) for name in chosen.adapters]
+        folders = [(shelf.fetch(called(card)), 1.0) for card in cards]
         if one.ways is None:
             templates = [chosen.template]
             found += evaluate(judged, [chosen.adapters or None], templates=templates, progress=progress)
+            sampler = sampler_of(card.sampler for card in cards)
+            drawn.append(Drawn(judged.model.source, folders, found[-1].sampling, sampler))
         else:
-            folders = [(shelf.fetch(adapter), 1.0) for adapter in chosen.adapters]
             edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
         spent = sum(map(seconds_of, made_of(shelf, chosen.adapters)))
         costs.append(spent if chosen.seconds is None else chosen.seconds)
-        sizes.append(sum(file.bytes for name in chosen.adapters for file in shelf.show(name).files.values()))
+        sizes.append(sum(file.bytes for card in cards for file in card.files.values()))
     one = replace(one, method=arms[0], baseline=arms[1])
     if edited:
         return edits_row(one, edited[0], edited[1], costs, sizes)
-    return make_row(one, found[0], found[1], costs, sizes)
+    row = make_row(one, found[0], found[1], costs, sizes)
+    if not of_pictures([one.metric]):
+        return row
+    method, baseline = seconds_a_picture(drawn)
+    return replace(row, drawing=(method, baseline))
 
 
 def train_before(one: Comparison, arm: Arm, place: Path, out: Path, progress: Progress) -> str:
@@ -131,7 +142,7 @@ def make_row(
 ) -> Row:  # fmt: skip
     """The row of two evaluations."""
     scores = [evaluation.scores[one.metric] for evaluation in (method, baseline)]
-    (found,) = (each for each in compare(baseline, method, besides=("template",)) if each.metric == one.metric)
+    found = compare_by(one.metric, baseline, method, besides=("template",))
     return _row(one, scores, found, costs, sizes)
 
 
@@ -168,7 +179,7 @@ def open_recipe(one: Comparison, arm: Arm, model: Path, out: Path, changes: Sequ
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
-    cells = [["kind", "metric", "", "value", "95 % interval", "training", "published"]]
+    cells = [["kind", "metric", "", "value", "95 % interval", "training", "published", "a picture"]]
     for row in rows:
         for i, label in enumerate(("method", "baseline")):
             low, high = row.intervals[i]
@@ -176,10 +187,11 @@ def table(rows: Sequence[Row]) -> str:
                 row.comparison if i == 0 else "", row.metric if i == 0 else "", f"{label}: {row.titles[i]}",
                 short(row.values[i]), interval(low, high), f"{row.seconds[i]:.0f} s" if row.seconds[i] else "none",
                 f"{row.weights[i] / 1e6:.2g} MB" if row.weights[i] else "nothing",
+                f"{row.drawing[i]:.2g} s" if row.drawing else "",
             ])  # fmt: skip
         for i, (away, low, high) in enumerate(row.moved):
             label = ("method", "baseline")[i]
-            cells.append(["", "", f"{label}: moved of what should stay", short(away), interval(low, high), "", ""])
+            cells.append(["", "", f"{label}: moved of what should stay", short(away), interval(low, high), "", "", ""])
         value, low, high = row.difference
-        cells.append(["", "", f"difference; better: {row.better}", f"{value:+.3g}", interval(low, high), "", ""])
+        cells.append(["", "", f"difference; better: {row.better}", f"{value:+.3g}", interval(low, high), "", "", ""])
     return columns(cells)

@@ -25,6 +25,8 @@ class Metric:
     extractor: Literal["backbone", "clip", "reader", "model"] = "backbone"
     """What makes the features: what the recipe's `evaluate` names by that key, or the reader of the built-in scenes;
     model: nothing, since no pictures are drawn."""
+    of_each: bool = False
+    """Whether it is the mean of scores that generated images have each by itself."""
 
 
 REAL = ("real", "train", "held_out")
@@ -40,14 +42,16 @@ METRICS: dict[str, Metric] = {
     "fid": Metric(higher_is_better=False, needs={"real": 100, "fake": 100}),
     "kid": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}),
     "inception_score": Metric(higher_is_better=True, needs={"logits": 100}),
-    "clip_score": Metric(higher_is_better=True, needs={"image_features": 1, "text_features": 1}, extractor="clip"),
+    "clip_score": Metric(
+        higher_is_better=True, needs={"image_features": 1, "text_features": 1}, extractor="clip", of_each=True
+    ),
     "cmmd": Metric(higher_is_better=False, needs={"real": 3, "fake": 3}, extractor="clip"),
     "precision": Metric(higher_is_better=True, needs={"real": 5, "fake": 5}),
     "recall": Metric(higher_is_better=True, needs={"real": 5, "fake": 5}),
     "density": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
     "coverage": Metric(higher_is_better=True, needs={"real": 7, "fake": 7}),
     "diversity": Metric(higher_is_better=True, needs={"fake": 3}),
-    "prompt_accuracy": Metric(higher_is_better=True, needs={"right": 1}, extractor="reader"),
+    "prompt_accuracy": Metric(higher_is_better=True, needs={"right": 1}, extractor="reader", of_each=True),
     "memorization": Metric(higher_is_better=False, needs={"samples": 1, "train": 1, "held_out": 1}),
 }
 

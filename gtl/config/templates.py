@@ -19,14 +19,18 @@ def check_template(text: str) -> str:
     return text
 
 
+Words = Annotated[str, Field(max_length=1000)]
+Template = Annotated[Words, AfterValidator(check_template)]
+
+
 class Templates(Section):
     """What a search begins with, and what it changes."""
 
-    templates: Annotated[list[Annotated[str, AfterValidator(check_template)]], Field(min_length=1)] = [
+    templates: Annotated[list[Template], Field(min_length=1)] = [
         PLAIN, f"a photo of {PLAIN}", f"a high quality picture of {PLAIN}", f"{PLAIN}, plain background",
     ]  # fmt: skip
     """What a prompt is drawn as, in place of the braces."""
-    additions: list[str] = [", in detail", ", sharp focus", ", centred", ", bright colours"]
+    additions: list[Words] = [", in detail", ", sharp focus", ", centred", ", bright colours"]
     """Put behind the best of them, one at a time, as long as that helps."""
 
 

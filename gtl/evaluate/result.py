@@ -160,6 +160,17 @@ def compare(first: Evaluation, second: Evaluation, besides: Collection[str] = ()
     return found
 
 
+def compare_by(
+    metric: str, first: Evaluation, second: Evaluation, besides: Collection[str] = ()
+) -> Difference:  # fmt: skip
+    """`compare` by one metric that both have, of which others may have been measured beside it.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    return next(found for found in compare(first, second, besides) if found.metric == metric)
+
+
 def table(evaluations: Sequence[Evaluation]) -> str:
     """The scores for a terminal, then how the other models differ from the first."""
     parts = [scores_table(evaluation) for evaluation in evaluations]

@@ -23,7 +23,7 @@ class Analysis:
     prompts: Mapping[str, float]
     """Prompts drawn worse than the mean -> the score of their pictures."""
     words: Mapping[str, float]
-    """The same of words that several prompts have and others have not."""
+    """The same of words that several prompts have, and no more than half of them."""
 
 
 def analyse(evaluation: Evaluation, metric: str) -> Analysis:
@@ -43,7 +43,7 @@ def analyse(evaluation: Evaluation, metric: str) -> Analysis:
         for word in words_of(prompt):
             of_word.setdefault(word, set()).add(prompt)
     number = len(dict(pictures))
-    telling = {word for word, prompts in of_word.items() if 1 < len(prompts) < number}
+    telling = {word for word, prompts in of_word.items() if 1 < len(prompts) <= number / 2}
     with_word = ((word, value) for prompt, value in pictures for word in words_of(prompt) if word in telling)
     return Analysis(worse(means(pictures)), worse(means(with_word)))
 
@@ -58,7 +58,7 @@ def score_on(evaluation: Evaluation, metric: str, prompts: Iterable[str]) -> flo
 def scores_of(evaluation: Evaluation, metric: str) -> list[tuple[str, float]]:
     """(prompt, score) of each picture, whose mean is the metric; [] where it is of all of them together."""
     score = evaluation.scores[metric]
-    if score.real is not None:
+    if not METRICS[metric].of_each:
         return []
     prompts, middle = evaluation.sampling.prompts_of(len(score.fake)), sum(score.fake) / len(score.fake)
     return [(prompt, score.value + influence - middle) for prompt, influence in zip(prompts, score.fake, strict=True)]

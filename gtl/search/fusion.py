@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gtl.adapters import Registry
 from gtl.config.metrics import METRICS, of_pictures
 from gtl.config.names import parse_reference
-from gtl.evaluate.result import Evaluation, compare
+from gtl.evaluate.result import Evaluation, compare_by
 from gtl.evaluate.run import evaluate
 from gtl.report.chart import short
 from gtl.report.evaluations import interval
@@ -95,7 +95,7 @@ def search_weights(
     fresh = asked.evaluate.model_copy(update={"seed": asked.evaluate.seed + FRESH})
     both = [at(adapters, weights) for weights in (single, order[0][0])]
     first, second = evaluate(asked.model_copy(update={"evaluate": fresh}), both, progress=progress)
-    (again,) = compare(first, second)
+    again = compare_by(metric, first, second)
     return Found(tuple(adapters), metric, tuple(order), single, again)
 
 

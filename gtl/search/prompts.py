@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gtl.backbones.language import find_language
 from gtl.config.metrics import METRICS, of_pictures
 from gtl.config.templates import PLAIN, Templates
-from gtl.evaluate.result import Evaluation, compare
+from gtl.evaluate.result import Evaluation, compare_by
 from gtl.evaluate.run import evaluate
 from gtl.report.chart import short
 from gtl.report.evaluations import interval
@@ -108,7 +108,7 @@ def search_prompts(
         fresh = asked.evaluate.model_copy(update={"seed": asked.evaluate.seed + FRESH})
         again = asked.model_copy(update={"evaluate": fresh})
         plain, chosen = evaluate(again, [list(adapters)], templates=[PLAIN, order[0]], progress=progress)
-    (difference,) = compare(plain, chosen, besides=("template",))
+    difference = compare_by(metric, plain, chosen, besides=("template",))
     drawn = tuple(each for each in dict.fromkeys(written) if each in tried)
     return Found(metric, {each: tried[each] for each in order}, difference, drawn)
 

@@ -122,8 +122,8 @@ def templates_in(answer: str, prompt: str, known: Collection[str]) -> list[str]:
     """Lines of an answer that have a prompt in them, as templates nobody knows; without a list's numbers and scores."""
     found = []
     for line in answer.splitlines():
-        text = re.sub(r"\s*\([\d.]+\)$", "", LABEL.sub("", line)).strip().strip("\"'`.").strip()
-        text = re.sub(re.escape(prompt), PLAIN, text, flags=re.IGNORECASE)
+        text = re.sub(rf"(?<!\w){re.escape(prompt)}(?!\w)", lambda _: PLAIN, line, flags=re.IGNORECASE)
+        text = re.sub(r"\s*\([\d.]+\)$", "", LABEL.sub("", text)).strip().strip("\"'`.").strip()
         if text.count(PLAIN) == 1 and text != PLAIN and len(text) <= LONGEST and text not in known:
             found.append(text)
     return list(dict.fromkeys(found))

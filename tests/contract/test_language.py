@@ -1,6 +1,8 @@
 """Language models of transformers: what they are asked and answer, and what is refused."""
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,11 +77,46 @@ def test_damaged_files_are_one_line(
         open_language(str(tmp_path))
 
 
+def set_(key: str, value: object) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), key: value})) and None
+
+
+def spoilt(file: Path) -> None:
+    tensors = load_file(file)
+    save_file({name: torch.full_like(value, math.nan) for name, value in tensors.items()}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), [
+    ("generation_config.json", set_("temperature", 0.0), ".*temperature"),
+    ("tokenizer_config.json", set_("chat_template", "{% for"), ".*"),
+    ("model.safetensors", spoilt, ".*(inf|nan)"),
+])  # fmt: skip
+def test_what_cannot_answer_is_one_line(
+    plain: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], said: str
+) -> None:
+    damage(copy(plain, tmp_path) / name)
+    with pytest.raises(UserError, match=f"^{tmp_path}: not usable as a language model of transformers.*: {said}"):
+        open_language(str(tmp_path)).answers(REQUEST, "1.", 2)
+
+
+def test_beams_of_a_models_settings_do_not_count(plain: Path, tmp_path: Path) -> None:
+    set_("num_beams", 2)(copy(plain, tmp_path) / "generation_config.json")
+    assert open_language(str(tmp_path)).answers(REQUEST, "\n2.", 2) == [" a ring in the snow"] * 2
+
+
+@pytest.mark.parametrize(("spec", "said"), [
+    ("./nowhere", "./nowhere: no such folder"), ("", "'': no such folder"), ("~nobody/x", "~nobody/x: no such folder"),
+    (f"/{300 * 'a'}", f"/{300 * 'a'}: no such folder"), ("{empty}", "{empty}: no config.json there"),
+])  # fmt: skip
+def test_what_is_not_there_is_known_at_once(tmp_path: Path, spec: str, said: str) -> None:
+    given, expected = (text.replace("{empty}", str(tmp_path)) for text in (spec, said))
+    with pytest.raises(UserError, match=f"^{re.escape(expected)}.*; expected a folder or hub id of a language model"):
+        find_language(given)
+
+
 def test_what_does_not_write_is_refused(tmp_path: Path, plain: Path) -> None:
     with pytest.raises(UserError, match="not usable as a language model of transformers"):
         open_language(str(make_vision(tmp_path / "vit", "vit")))
-    with pytest.raises(UserError, match=r"^\./nowhere: no such folder; expected a folder or hub id of a lang"):
-        find_language("./nowhere")
     with pytest.raises(UserError, match="^nobody/nothing: neither a folder here nor, in the cache or on the hub, a"):
         open_language("nobody/nothing")
     with pytest.raises(UserError, match=f"reads 1024 tokens, and [0-9]+ with {MOST_TOKENS} of an answer are more$"):

@@ -20,7 +20,7 @@ TOP_LEVEL = {
 }  # fmt: skip
 
 # How many YAML files there are: raise a number with every file you add.
-NUM_YAML = {"gtl": 36, "tune_configs": 9, "serve": 2, "cluster": 25}
+NUM_YAML = {"gtl": 37, "tune_configs": 9, "serve": 2, "cluster": 25}
 
 
 def yaml_files(folder: str) -> list[Path]:
@@ -112,7 +112,8 @@ def test_every_yaml_is_counted_and_parses() -> None:
 @pytest.mark.parametrize("file", yaml_files("gtl/recipes"), ids=lambda file: file.stem)
 def test_every_recipe_loads_and_says_how_to_run_it(file: Path) -> None:
     load_recipe(file)
-    assert f"gtl train {file.relative_to(ROOT)}" in file.read_text().split("model:")[0]
+    command = "prompts" if file.stem == "wording" else "train"  # which has nothing to train
+    assert f"gtl {command} {file.relative_to(ROOT)}" in file.read_text().split("model:")[0]
 
 
 def test_recipes_of_domains_differ_in_data_alone() -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from gtl.config import load_recipe
+from gtl.config.metrics import METRICS
 from gtl.config.templates import Templates, read_templates
+from gtl.evaluate import scores
 from gtl.evaluate.estimate import Estimate, estimate_share
 from gtl.evaluate.result import Evaluation, Sampling, make_score
 from gtl.search import prompts
-from gtl.search.analysis import Analysis, analyse, score_on
+from gtl.search.analysis import Analysis, analyse, score_on, scores_of
 from gtl.search.prompts import beside, in_turn, longer, search_prompts, table
 from gtl.search.writing import BEGUN, ask, templates_in
 from gtl.types import UserError
@@ -103,15 +105,27 @@ def test_words_that_fail_are_known_by_what_several_prompts_have_in_common() -> N
     assert list(told.prompts) == ["a blue ring", "a Blue moon", "a blue arrow"]
 
 
-def test_where_less_is_better_the_worst_have_most() -> None:
+def test_where_less_is_better_the_worst_have_most(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.tensor([0.2, 0.8] * 10, dtype=torch.float64)
-    kid = make_score(Estimate("kid", 0.5, 0.4, 0.6, rows - 0.5), FACTS)
-    found = evaluation("{}", [1.0] * 20).model_copy(update={"scores": {"kid": kid}})
+    score = make_score(Estimate("kid", 0.5, 0.4, 0.6, rows - 0.5), FACTS)
+    found = evaluation("{}", [1.0] * 20).model_copy(update={"scores": {"kid": score}})
+    assert analyse(found, "kid") == Analysis({}, {}), "of all pictures together"
+    monkeypatch.setitem(METRICS, "kid", replace(METRICS["kid"], of_each=True))
     told = analyse(found, "kid")
     assert list(told.prompts) == ["a moon"] and told.prompts["a moon"] == pytest.approx(0.8)
-    whole = replace(Estimate("kid", 0.5, 0.4, 0.6, rows - 0.5), real=rows, num_real=20)
-    of_all = found.model_copy(update={"scores": {"kid": make_score(whole, FACTS)}})
-    assert analyse(of_all, "kid") == Analysis({}, {}), "what real images are part of is of all pictures together"
+
+
+def test_scores_of_each_picture_are_what_their_metrics_are_the_means_of() -> None:
+    right, images, texts = (torch.rand(12, width, dtype=torch.float64) for width in (1, 4, 4))
+    known = {
+        "prompt_accuracy": scores.prompt_accuracy((right > 0.5).double()),
+        "clip_score": scores.clip_score(images, texts),
+    }
+    assert known.keys() == {name for name, one in METRICS.items() if one.of_each}
+    for name, estimate in known.items():
+        found = evaluation("{}", [1.0]).model_copy(update={"scores": {name: make_score(estimate, FACTS)}})
+        values = [value for _, value in scores_of(found, name)]
+        assert len(values) == 12 and sum(values) / 12 == pytest.approx(estimate.value)
 
 
 def test_a_search_goes_on_from_what_mends_failures_of_the_best(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +140,9 @@ def test_a_search_goes_on_from_what_mends_failures_of_the_best(recipe: Any, monk
         for template in templates:
             ring, moon = shares.get(template, (0.0, 0.0))
             right = [float(i // 2 < 10 * (moon if i % 2 else ring)) for i in range(20)]
-            found.append(evaluation(template, right, asked.evaluate.seed))
+            one = evaluation(template, right, asked.evaluate.seed)  # with what few pictures have beside the metric
+            beside = {"kid": make_score(Estimate("kid", 1.0, 0.9, 1.1, torch.zeros(20)), FACTS)}
+            found.append(one.model_copy(update={"scores": {**beside, **one.scores}}))
         return found
 
     monkeypatch.setattr(prompts, "evaluate", scored)
@@ -159,7 +175,7 @@ def test_a_language_model_is_told_what_fails_and_the_best_last() -> None:
     (" a moon at night", "{} at night"), ("4. A moon at night.", "{} at night"), ('- "a moon, in oil" ', "{}, in oil"),
     ("12) a large a moon (0.7)", "a large {}"), ("* the sky has a moon (white) in it", "the sky has {} (white) in it"),
     ("a moon", None), ("a sun at night", None), ("a moon and a moon", None), ("a moon " + 80 * "x", None),
-    ("a moon at dusk", None), ("", None),
+    ("a moon at dusk", None), ("", None), ("llama moon at night", None), ("a moonlit night", None),
 ])  # fmt: skip
 def test_only_lines_with_the_prompt_are_templates(line: str, template: str | None) -> None:
     assert templates_in(f"{line}\n{line}", "a moon", {"{} at dusk": 1}) == ([template] if template else [])
@@ -177,6 +193,8 @@ def test_templates_of_a_file(tmp_path: Path) -> None:
     [
         ("templates: [a photo]", r"templates.0: 'a photo': should have \{\}, where the prompt goes"),
         ("templates: []", "templates: .*should have at least 1 in its list"),
+        ('templates: ["{} \\ud800"]', "templates.0: .*should be text; half of a surrogate pair is none"),
+        (f"templates: ['{{}}{1000 * 'x'}']", "templates.0: .*should have at most 1000 characters"),
         ("words: [a]", "words: unknown key; known keys: templates, additions"),
         ("- a", "templates .*: expected"),
     ],

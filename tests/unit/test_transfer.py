@@ -1,5 +1,6 @@
 """The table of what each kind of transfer is worth: every row can be made, and says what was measured."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gtl.adapters.card import Base, Fusion, Lineage, Training
 from gtl.bench.choosing import Chosen, apart, told_of
 from gtl.bench.comparisons import COMPARISONS, Comparison
 from gtl.bench.editing import BEGUN, PAIRS, Edited, describe, describe_before, distance, edit_pairs
+from gtl.bench.pace import Drawn, seconds_a_picture
 from gtl.bench.transfer import (
     RECIPES,
     edits_row,
@@ -73,6 +75,19 @@ def test_a_row_is_the_method_less_its_baseline() -> None:
     assert [line.split()[0] for line in lines[:2]] == ["kind", one.name]
     assert "60 s" in lines[1] and "2 MB" in lines[1] and "none" in lines[2] and "nothing" in lines[2]
     assert "better: the method" in lines[3] and "+0.4" in lines[3]
+
+
+def test_a_picture_of_a_row_has_its_time() -> None:
+    """Drawn as it was measured: in as many steps, from the same seeds."""
+    shown = evaluation(None, [1.0] * 10)
+    side = Drawn("builtin:tiny", [], shown.sampling.model_copy(update={"template": "a large {}"}))
+    _, asked = side.open()
+    assert [(one.prompt, one.steps, one.seed) for one in asked] == [("a large a", 2, seed) for seed in range(8)]
+    seconds = seconds_a_picture([side, side])
+    assert len(seconds) == 2 and 0 < min(seconds) <= max(seconds) < math.inf
+    row = replace(make_row(COMPARISONS[1], shown, shown, (0.0, 0.0), (0, 0)), drawing=(0.25, 1.5))
+    lines = table([row]).splitlines()
+    assert lines[0].endswith("a picture") and lines[1].endswith("0.25 s") and lines[2].endswith("1.5 s")
 
 
 def test_a_row_of_edits_says_what_moved() -> None:
