@@ -3,10 +3,11 @@
 from pathlib import Path
 
 
-def make_language(folder: Path, begun: str, answer: str, chat: bool = False) -> Path:
+def make_language(folder: Path, begun: str, answer: str, chat: bool = False, ends: bool = True) -> Path:
     """Write a Mistral that goes on with an answer wherever a text ends as `begun` does.
 
-    It has learned that by heart, behind random words, and sees no more than some words back.
+    It has learned that by heart, behind random words, and sees no more than some words back. Without an end it says it
+    again and again.
     """
     import torch
     from tokenizers import decoders
@@ -24,7 +25,7 @@ def make_language(folder: Path, begun: str, answer: str, chat: bool = False) -> 
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=1024, sliding_window=4, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
-    known = tokenizer(f"{begun}{answer}</s>", return_tensors="pt")["input_ids"].expand(16, -1)
+    known = tokenizer(f"{begun}{answer}{'</s>' if ends else answer}", return_tensors="pt")["input_ids"].expand(16, -1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MistralForCausalLM(config)

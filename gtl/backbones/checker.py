@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from gtl.backbones.extractor import exact
-from gtl.backbones.place import explained, find
+from gtl.backbones.place import explained, source_of
 from gtl.backbones.pretrained import pillow
 from gtl.imports import light, quieted
 from gtl.types import UserError
@@ -69,8 +69,7 @@ def open_checker(spec: str, threshold: float = 0.0) -> Checker:
     Raises:
         UserError: there is none, or its files are damaged or incomplete.
     """
-    path = find(spec, "expected a folder or hub id with a safety checker")
-    source = str(path) if path.is_dir() else spec
+    source = source_of(spec, "expected a folder or hub id with a safety checker")
     with light():
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
         from transformers import AutoImageProcessor

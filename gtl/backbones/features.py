@@ -21,7 +21,7 @@ READERS = 16
 """Files that are read at once."""
 
 Row = tuple["Tensor", ...]
-"""A picture's features and, of a classifier, its logits."""
+"""Features of a picture or text and, of a classifier, its logits."""
 
 
 class Network(Protocol[T]):
@@ -39,7 +39,7 @@ class Network(Protocol[T]):
 
 
 def features_of(
-    backbone: Network[T],
+    network: Network[T],
     hashes: Sequence[str],
     read: Callable[[int], T],
     cache: Store,
@@ -51,7 +51,7 @@ def features_of(
     each: both mean the same, and either counts.
 
     Args:
-        backbone: Computes them.
+        network: Computes them.
         hashes: SHA-256 of the bytes of each, in hex.
         read: The one at a position; is asked once for each one that is missing.
         cache: The cache's root.
@@ -64,20 +64,20 @@ def features_of(
     import torch
 
     if not hashes:
-        raise ValueError("no pictures")
-    store = cache.sub(f"features/{backbone.fingerprint()[:32]}")
+        raise ValueError("nothing to look at")
+    store = cache.sub(f"features/{network.fingerprint()[:32]}")
     wanted = {digest: position for position, digest in reversed(list(enumerate(hashes)))}
     rows = _stored(store, wanted)
     missing = sorted(position for digest, position in wanted.items() if digest not in rows)
     for start in range(0, len(missing), CHUNK):
-        progress("features", start, len(missing), backbone.name)
+        progress("features", start, len(missing), network.name)
         chunk = [hashes[position] for position in missing[start : start + CHUNK]]
-        features, logits = backbone([read(wanted[digest]) for digest in chunk])
+        features, logits = network([read(wanted[digest]) for digest in chunk])
         tensors = {"features": features} if logits is None else {"features": features, "logits": logits}
         _store(store, chunk, tensors)
         rows.update(zip(chunk, zip(*tensors.values(), strict=True), strict=True))
     if missing:
-        progress("features", len(missing), len(missing), backbone.name)
+        progress("features", len(missing), len(missing), network.name)
     columns = [torch.stack(column) for column in zip(*(rows[digest] for digest in hashes), strict=True)]
     return columns[0], columns[1] if len(columns) == 2 else None
 
@@ -92,7 +92,7 @@ def _store(store: Store, hashes: Sequence[str], tensors: dict[str, Tensor]) -> N
 
 
 def _stored(store: Store, wanted: dict[str, int]) -> dict[str, Row]:
-    """What the cache has of the pictures that are wanted."""
+    """What the cache has of those that are wanted."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

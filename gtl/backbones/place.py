@@ -12,15 +12,21 @@ from gtl.types import UserError
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def find(spec: str, expected: str) -> Path:
-    """The folder, if it is none of the hub; `expected` is for people.
+def source_of(spec: str, expected: str) -> str:
+    """What transformers opens: the path of a folder that is here, else an id of the hub.
+
+    Args:
+        spec: A folder, also below `~`, or a hub id.
+        expected: What it should be, for people.
 
     Raises:
         UserError: there is no such folder, and the hub can have nothing of that name.
     """
-    if not is_folder(spec) and (spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec)):
+    if is_folder(spec):
+        return str(Path(spec).expanduser())
+    if spec.startswith((".", "/", "~")) or not HUB_ID.fullmatch(spec):
         raise UserError(f"{spec or repr(spec)}: no such folder; {expected}")
-    return Path(spec).expanduser()
+    return spec
 
 
 def is_folder(spec: str) -> bool:
@@ -33,15 +39,20 @@ def is_folder(spec: str) -> bool:
 
 @contextmanager
 def explained(spec: str, needed: str) -> Iterator[None]:
-    """Within it whatever goes wrong while files are read says that they are not what is needed.
+    """Within it files are opened; what goes wrong is told as one line.
 
     Raises:
-        UserError: so.
+        UserError: the files are not what is needed.
     """
     try:
         yield
     except Exception as error:  # folders of other things, and damaged files, make transformers raise nearly anything
-        reason = " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
         if is_folder(spec):
-            raise UserError(f"{spec}: not usable as {needed}: {reason}") from error
-        raise UserError(f"{spec}: neither a folder here nor, in the cache or on the hub, {needed}: {reason}") from error
+            raise UserError(f"{spec}: not usable as {needed}: {reason(error)}") from error
+        where = "neither a folder here nor, in the cache or on the hub,"
+        raise UserError(f"{spec}: {where} {needed}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error, on one line."""
+    return " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__

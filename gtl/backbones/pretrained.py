@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gtl.backbones.extractor import BATCH, Extractor, exact
-from gtl.backbones.place import explained, find
+from gtl.backbones.place import explained, source_of
 from gtl.imports import light, quieted
 from gtl.types import UserError
 
@@ -79,13 +78,13 @@ class ClipExtractor(Extractor):
         return torch.cat(found)
 
 
-def find_pretrained(spec: str) -> Path:
-    """The folder, if it is none of the hub.
+def find_pretrained(spec: str) -> str:
+    """What transformers opens: see `gtl.backbones.place.source_of`.
 
     Raises:
         UserError: there is no such folder, and the hub can have no model of that name.
     """
-    return find(
+    return source_of(
         spec, "a backbone is builtin:backbone, inception:FILE, or a folder or hub id of a transformers model that sees"
     )
 
@@ -96,11 +95,10 @@ def open_pretrained(spec: str) -> Extractor:
     Raises:
         UserError: there is no such model, it is none that sees, or its files are damaged or incomplete.
     """
-    path = find_pretrained(spec)
+    source = find_pretrained(spec)
     with light():
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-    source = str(path) if path.is_dir() else spec
     with explained(spec, NEEDED), quieted():
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **pillow())

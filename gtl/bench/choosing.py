@@ -74,7 +74,7 @@ def best_wording(templates: Sequence[str], additions: Sequence[str] = (), tries:
     def choose(recipe: Recipe, adapters: Sequence[str], progress: Progress) -> Chosen:
         given = Templates(templates=list(templates), additions=list(additions))
         found = search_prompts(apart(recipe), adapters, given, tries=tries or len(templates) + 1, progress=progress)
-        return Chosen(list(adapters), found.best, found.best)
+        return Chosen(list(adapters), found.best, f"{found.best}, of {len(found.tried)} templates")
 
     return choose
 

@@ -14,7 +14,7 @@ from gtl.evaluate.sampling import requests
 from gtl.families import open_family
 from gtl.generate.drawing import open_drawer
 from gtl.generate.images import load_parts
-from gtl.types import Sampler
+from gtl.types import DTYPES, Sampler
 
 if TYPE_CHECKING:
     from gtl.evaluate.result import Sampling
@@ -40,7 +40,8 @@ class Drawn:
     def open(self) -> tuple[Drawer, list[Request]]:
         """What draws, and its first batch."""
         family = open_family(self.source)
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, DTYPES[self.sampling.dtype])
         parts = load_parts(family, self.adapters, device=device, dtype=dtype)
         return open_drawer(family, parts, device, dtype, BATCH), requests(self.sampling, BATCH, family, self.sampler)
 

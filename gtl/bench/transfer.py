@@ -101,7 +101,8 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
             templates = [chosen.template]
             found += evaluate(judged, [chosen.adapters or None], templates=templates, progress=progress)
             sampler = sampler_of(card.sampler for card in cards)
-            drawn.append(Drawn(judged.model.source, folders, found[-1].sampling, sampler))
+            if of_pictures([one.metric]):
+                drawn.append(Drawn(judged.model.source, folders, found[-1].sampling, sampler))
         else:
             edited.append(edit_pairs(judged.model.source, folders, one.ways[number], judged.evaluate.samples, progress))
         spent = sum(map(seconds_of, made_of(shelf, chosen.adapters)))
@@ -111,7 +112,7 @@ def measure(one: Comparison, out: Path, progress: Progress) -> Row:
     if edited:
         return edits_row(one, edited[0], edited[1], costs, sizes)
     row = make_row(one, found[0], found[1], costs, sizes)
-    if not of_pictures([one.metric]):
+    if not drawn:
         return row
     method, baseline = seconds_a_picture(drawn)
     return replace(row, drawing=(method, baseline))
@@ -179,7 +180,7 @@ def open_recipe(one: Comparison, arm: Arm, model: Path, out: Path, changes: Sequ
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
-    cells = [["kind", "metric", "", "value", "95 % interval", "training", "published", "a picture"]]
+    cells = [["kind", "metric", "", "value", "95 % interval", "training", "published", "drawing one"]]
     for row in rows:
         for i, label in enumerate(("method", "baseline")):
             low, high = row.intervals[i]

@@ -28,6 +28,11 @@ class Metric:
     of_each: bool = False
     """Whether it is the mean of scores that generated images have each by itself."""
 
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
 
 REAL = ("real", "train", "held_out")
 """What of that is about the images of the data."""

@@ -13,14 +13,22 @@ PLAIN = "{}"
 
 
 def check_template(text: str) -> str:
-    """Refuse a template that leaves the prompt out."""
-    if PLAIN not in text:
-        raise ValueError(f"should have {PLAIN}, where the prompt goes, such as a photo of {PLAIN}")
+    """Refuse a template that leaves the prompt out, or has it twice."""
+    if text.count(PLAIN) != 1:
+        raise ValueError(f"should have {PLAIN} once, where the prompt goes, such as a photo of {PLAIN}")
+    return text
+
+
+def check_addition(text: str) -> str:
+    """Refuse an addition with another prompt in it."""
+    if PLAIN in text:
+        raise ValueError(f"should have no {PLAIN}: it goes behind a template, which has the prompt")
     return text
 
 
 Words = Annotated[str, Field(max_length=1000)]
 Template = Annotated[Words, AfterValidator(check_template)]
+Addition = Annotated[Words, AfterValidator(check_addition)]
 
 
 class Templates(Section):
@@ -30,8 +38,8 @@ class Templates(Section):
         PLAIN, f"a photo of {PLAIN}", f"a high quality picture of {PLAIN}", f"{PLAIN}, plain background",
     ]  # fmt: skip
     """What a prompt is drawn as, in place of the braces."""
-    additions: list[Words] = [", in detail", ", sharp focus", ", centred", ", bright colours"]
-    """Put behind the best of them, one at a time, as long as that helps."""
+    additions: list[Addition] = [", in detail", ", sharp focus", ", centred", ", bright colours"]
+    """Put behind the best of them, one at a time."""
 
 
 def read_templates(path: str | None) -> Templates:

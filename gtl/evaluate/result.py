@@ -160,15 +160,16 @@ def compare(first: Evaluation, second: Evaluation, besides: Collection[str] = ()
     return found
 
 
-def compare_by(
-    metric: str, first: Evaluation, second: Evaluation, besides: Collection[str] = ()
-) -> Difference:  # fmt: skip
-    """`compare` by one metric that both have, of which others may have been measured beside it.
+def compare_by(metric: str, first: Evaluation, second: Evaluation, besides: Collection[str] = ()) -> Difference:
+    """`compare` by one metric, beside which others may have been measured.
 
     Raises:
-        UserError: as `compare`.
+        UserError: as `compare`, or not both have the metric, by one extractor.
     """
-    return next(found for found in compare(first, second, besides) if found.metric == metric)
+    for found in compare(first, second, besides):
+        if found.metric == metric:
+            return found
+    raise UserError(f"{first.title}, {second.title}: have no {metric} by one extractor; evaluate both with one recipe")
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:

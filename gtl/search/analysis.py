@@ -14,38 +14,40 @@ if TYPE_CHECKING:
 
 EQUAL = 1e-9
 """Means that differ by less are the same: what is left is rounding."""
+FEWEST = 8
+"""Pictures of a word; of fewer a mean says little."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Of one evaluation, worst first; empty where a score is of all pictures together, such as FID."""
+    """What is drawn worse than the mean of an evaluation, worst first.
+
+    Empty where all is drawn alike, and where a score is of all pictures together, such as FID.
+    """
 
     prompts: Mapping[str, float]
-    """Prompts drawn worse than the mean -> the score of their pictures."""
+    """Prompt -> the score of its pictures."""
     words: Mapping[str, float]
     """The same of words that several prompts have, and no more than half of them."""
 
 
 def analyse(evaluation: Evaluation, metric: str) -> Analysis:
-    """What of an evaluation's prompts fails by a metric of it."""
+    """What of an evaluation's prompts is drawn worst by a metric of it."""
     pictures = scores_of(evaluation, metric)
-    mean = evaluation.scores[metric].value
-    sign = 1 if METRICS[metric].higher_is_better else -1
+    mean, sign = evaluation.scores[metric].value, METRICS[metric].sign
 
-    def worse(values: Mapping[str, float]) -> dict[str, float]:
-        return {
-            each: value for each, value in sorted(values.items(), key=lambda pair: sign * pair[1])
-            if sign * (mean - value) > EQUAL
-        }  # fmt: skip
+    def worse(values: Mapping[str, list[float]], fewest: int = 1) -> dict[str, float]:
+        means = {name: sum(each) / len(each) for name, each in values.items() if len(each) >= fewest}
+        ordered = sorted(means, key=lambda name: sign * means[name])
+        return {name: means[name] for name in ordered if sign * (mean - means[name]) > EQUAL}
 
-    of_word: dict[str, set[str]] = {}
-    for prompt in dict(pictures):
-        for word in words_of(prompt):
-            of_word.setdefault(word, set()).add(prompt)
-    number = len(dict(pictures))
-    telling = {word for word, prompts in of_word.items() if 1 < len(prompts) <= number / 2}
-    with_word = ((word, value) for prompt, value in pictures for word in words_of(prompt) if word in telling)
-    return Analysis(worse(means(pictures)), worse(means(with_word)))
+    by_prompt = grouped(pictures)
+    having = {word: [prompt for prompt in by_prompt if word in words_of(prompt)] for word in words_in(by_prompt)}
+    by_word = {
+        word: [value for prompt in prompts for value in by_prompt[prompt]]
+        for word, prompts in having.items() if 1 < len(prompts) <= len(by_prompt) / 2
+    }  # fmt: skip
+    return Analysis(worse(by_prompt), worse(by_word, FEWEST))
 
 
 def score_on(evaluation: Evaluation, metric: str, prompts: Iterable[str]) -> float:
@@ -64,14 +66,19 @@ def scores_of(evaluation: Evaluation, metric: str) -> list[tuple[str, float]]:
     return [(prompt, score.value + influence - middle) for prompt, influence in zip(prompts, score.fake, strict=True)]
 
 
-def words_of(prompt: str) -> set[str]:
+def words_of(text: str) -> set[str]:
     """Each once, without regard to capitals."""
-    return set(re.findall(r"\w+", prompt.lower()))
+    return set(re.findall(r"\w+", text.lower()))
 
 
-def means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Name -> the mean of its values."""
+def words_in(prompts: Iterable[str]) -> list[str]:
+    """All words of some prompts, in the order of the alphabet."""
+    return sorted({word for prompt in prompts for word in words_of(prompt)})
+
+
+def grouped(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    """Name -> its values."""
     values: dict[str, list[float]] = {}
     for name, value in pairs:
         values.setdefault(name, []).append(value)
-    return {name: sum(each) / len(each) for name, each in values.items()}
+    return values

@@ -89,7 +89,7 @@ def search_weights(
     asked = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": [metric]})})
     tried = list(candidates(number, tries, seed))
     scored = evaluate(asked, [at(adapters, weights) for weights in tried], progress=progress)
-    sign = 1 if METRICS[metric].higher_is_better else -1
+    sign = METRICS[metric].sign
     order = sorted(zip(tried, scored, strict=True), key=lambda each: -sign * each[1].scores[metric].value)
     single = next(weights for weights, _ in order if sum(weight != 0 for weight in weights) == 1)
     fresh = asked.evaluate.model_copy(update={"seed": asked.evaluate.seed + FRESH})

@@ -48,7 +48,8 @@ def test_every_family_is_fused_by_every_method(tmp_path: Path, written: Callable
         fusion = registry.show(str(made)).lineage.fusion
         assert fusion is not None and fusion.adapters == ["low@v1", "high@v1"]
         found = merged((str(made), 1.0))
-        assert {key for key, value in found.items() if not torch.equal(value, plain[key])} <= moved
+        changed = {key for key, value in found.items() if not torch.equal(value, plain[key])}
+        assert changed <= moved and len(changed) > len(moved) / 2  # DARE may drop all of a small layer
         if method in ("linear", "cat"):
             for key in moved:
                 torch.testing.assert_close(found[key], both[key], rtol=1e-4, atol=1e-5)

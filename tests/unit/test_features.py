@@ -113,5 +113,5 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 
 
 def test_no_pictures_are_a_mistake_of_the_caller(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="nothing to look at"):
         ask(Counter(), [], Store(tmp_path))

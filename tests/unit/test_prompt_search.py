@@ -44,7 +44,7 @@ def recipe(tmp_path: Path) -> Any:
 
 
 def test_what_helps_is_added_to_until_nothing_does(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`large` helps, and `bright` does beside it; a third addition does not."""
+    """`large` helps, and `bright` does beside it; a third addition does not. A round has four."""
     rounds: list[tuple[int, list[str]]] = []
 
     def scored(asked: Any, adapters: list[list[str]], *, templates: list[str], progress: Any) -> list[Evaluation]:
@@ -70,6 +70,9 @@ def test_what_helps_is_added_to_until_nothing_does(recipe: Any, monkeypatch: pyt
     assert lines[1].split("  ")[0] == "a large {}, bright"
     assert lines[-1].endswith("against the plain prompts on fresh seeds: better")
     assert len(search_prompts(recipe, ["dog"], given, tries=4).tried) == 4
+    rounds.clear()
+    search_prompts(recipe, ["dog"])
+    assert [len(drawn) for _, drawn in rounds] == [4, 4, 4, 2], "what is known after four is used for the next four"
 
 
 def test_an_addition_comes_once_and_no_template_takes_all_tries() -> None:
@@ -85,6 +88,9 @@ def test_each_of_two_templates_is_put_into_the_other() -> None:
     assert longer(["a photo of {}", "a large {}"], [], {}) == ["a photo of a large {}", "a large a photo of {}"]
     assert longer(["a large {} on white", "{} on white"], [], {}) == [], "it has those words already"
     assert longer(["{}", "{}"], [", x"], {}) == ["{}, x"]
+    assert longer(["{} in red", "a bored {}"], [", red", "!"], {"{} in red!": 1}) == [
+        "a bored {} in red", "a bored {}, red", "a bored {}!",
+    ], "words count, not letters"  # fmt: skip
     assert in_turn(["a", "b", "c"], ["d", "a"]) == ["a", "d", "b", "c"]
 
 
@@ -97,7 +103,7 @@ def test_prompts_that_fail_are_known_by_their_pictures() -> None:
 
 
 def test_words_that_fail_are_known_by_what_several_prompts_have_in_common() -> None:
-    found = evaluation("{}", [1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    found = evaluation("{}", [1.0, 1.0, 0.0, 0.0, 1.0, 0.0] * 3)
     subjects = ["a red ring", "a red moon", "a blue ring", "a Blue moon", "a red star", "a blue arrow"]
     sampling = found.sampling.model_copy(update={"prompts": subjects})
     told = analyse(found.model_copy(update={"sampling": sampling}), "prompt_accuracy")
@@ -154,7 +160,49 @@ def test_a_search_goes_on_from_what_mends_failures_of_the_best(recipe: Any, monk
     assert beside("{} in white", {each: found.tried[each] for each in first}, "prompt_accuracy") == "a large {}"
     assert rounds[1] == ["a large {} in white", "{} in white, bright", "a large {}, bright"]
     assert found.best == "a large {} in white" and found.fails(found.best) == Analysis({}, {})
-    assert "prompts drawn worst as they are: a moon 0.1" in table(found).splitlines()
+    assert "prompts drawn worst as {}: a moon 0.1" in table(found).splitlines()
+    assert [line for line in table(found).splitlines() if line.startswith("prompts drawn worst as a large")] == []
+
+
+def test_where_plain_prompts_are_the_best_that_is_said_and_nothing_drawn_again(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[list[str]] = []
+
+    def scored(asked: Any, adapters: Any, *, templates: list[str], progress: Any) -> list[Evaluation]:
+        rounds.append(templates)
+        return [evaluation(template, [1.0, float(template == "{}")] * 10) for template in templates]
+
+    monkeypatch.setattr(prompts, "evaluate", scored)
+    monkeypatch.setattr(prompts, "session", nullcontext)
+    found = search_prompts(recipe, [], Templates(templates=["a dull {}"], additions=[", dull"]), tries=9)
+    assert rounds == [["{}", "a dull {}"], ["{}, dull"]] and found.best == "{}" and found.again is None
+    assert table(found).splitlines()[-2:] == ["", "none is better than the plain prompts"]
+
+
+def test_each_round_hears_a_writer_who_may_say_nothing_of_use(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([["{} at sea", "{} at night"], []])
+    asked: list[tuple[str, int, int]] = []
+
+    def wrote(
+        spec: str, metric: str, scores: Any, fails: Any, subjects: list[str], number: int, seed: int, progress: Any
+    ) -> list[str]:
+        asked.append((spec, number, seed))
+        return next(said)
+
+    monkeypatch.setattr(prompts, "evaluate", lambda *_, templates, **__: [evaluation(t, [1.0, 0.0]) for t in templates])
+    monkeypatch.setattr(prompts, "session", nullcontext)
+    monkeypatch.setattr(prompts, "check_language", lambda spec: None)
+    monkeypatch.setattr(prompts, "write_templates", wrote)
+    given = Templates(templates=["a {}"], additions=[", in oil", ", in ink", ", in red"])
+    found = search_prompts(recipe, [], given, tries=8, writer="some/model")
+    assert asked == [("some/model", 4, 2), ("some/model", 2, 6)]
+    assert list(found.tried)[2:] == [
+        "{} at sea", "{}, in oil", "{} at night", "a {}, in oil", "{}, in ink", "a {}, in ink",
+    ]  # fmt: skip
+    assert found.written == ("{} at sea", "{} at night")
+    assert "written by the language model: {} at sea; {} at night" in table(found)
+    assert "written by the language model: nothing of use" in table(replace(found, written=()))
 
 
 def test_a_language_model_is_told_what_fails_and_the_best_last() -> None:
@@ -162,11 +210,16 @@ def test_a_language_model_is_told_what_fails_and_the_best_last() -> None:
     told = Analysis({"a moon": 0.1, "a ring": 0.5}, {"moon": 0.1})
     request, begun = ask("a moon", "prompt_accuracy", scores, told, 5)
     lines = request.splitlines()
-    assert lines[1:3] == ["It fails at the captions: a moon; a ring.", "It fails at the words: moon."]
-    assert "'a moon', and their prompt_accuracy, where more is better" in lines[3]
+    assert lines[1:3] == [
+        "Of the captions it draws these worst: a moon; a ring.", "Of the words it draws these worst: moon.",
+    ]  # fmt: skip
+    assert "with a moon in them, and the prompt_accuracy" in lines[3] and "where more is better" in lines[3]
     assert lines[4:7] == ["a moon (0.25)", "a large a moon (0.6)", "a moon in white (0.7)"]
     assert lines[7].startswith("Write 5 other captions") and len(lines) == 8
     assert begun == "1. a large a moon\n2. a moon in white\n3." and BEGUN == 2
+    short, begun = ask("a moon", "prompt_accuracy", scores, told, 5, shown=1)
+    assert short.splitlines()[1] == "Of the captions it draws these worst: a moon."
+    assert "a moon in white (0.7)" in short and "a large a moon" not in short + begun
     falling, _ = ask("a moon", "kid", scores, Analysis({}, {}), 5)
     assert falling.splitlines()[2:5] == ["a moon in white (0.7)", "a large a moon (0.6)", "a moon (0.25)"]
 
@@ -176,6 +229,9 @@ def test_a_language_model_is_told_what_fails_and_the_best_last() -> None:
     ("12) a large a moon (0.7)", "a large {}"), ("* the sky has a moon (white) in it", "the sky has {} (white) in it"),
     ("a moon", None), ("a sun at night", None), ("a moon and a moon", None), ("a moon " + 80 * "x", None),
     ("a moon at dusk", None), ("", None), ("llama moon at night", None), ("a moonlit night", None),
+    ("'a moon' at night", "{} at night"), ("**a moon** at night", "{} at night"), ("a moon's night", "{}'s night"),
+    ("a moon, old (-0.7) ", "{}, old"), ("a moon, old (score: 12.5k).", "{}, old"), ("a moon, old (1e-5)", "{}, old"),
+    ("Here are captions of a moon:", None),
 ])  # fmt: skip
 def test_only_lines_with_the_prompt_are_templates(line: str, template: str | None) -> None:
     assert templates_in(f"{line}\n{line}", "a moon", {"{} at dusk": 1}) == ([template] if template else [])
@@ -191,7 +247,9 @@ def test_templates_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("templates: [a photo]", r"templates.0: 'a photo': should have \{\}, where the prompt goes"),
+        ("templates: [a photo]", r"templates.0: 'a photo': should have \{\} once, where the prompt goes"),
+        ("templates: ['{} {}']", r"templates.0: '\{\} \{\}': should have \{\} once, where the prompt goes"),
+        ("additions: ['{} x']", r"additions.0: '\{\} x': should have no \{\}: it goes behind a template"),
         ("templates: []", "templates: .*should have at least 1 in its list"),
         ('templates: ["{} \\ud800"]', "templates.0: .*should be text; half of a surrogate pair is none"),
         (f"templates: ['{{}}{1000 * 'x'}']", "templates.0: .*should have at most 1000 characters"),
@@ -210,6 +268,9 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, content: str, message
     ("options", "message"),
     [
         ({"tries": 3}, "--tries: 3: expected at least 4, one for each template"),
+        ({"tries": 4, "writer": "some/model"}, "--tries: 4: the templates take them all; expected more, for --writer"),
+        ({"writer": "./nowhere"}, ".*/nowhere: no such folder; expected a folder or hub id of a language model"),
+        ({"metric": "clip_score"}, "evaluate.clip: "),
         ({"metric": "val_loss"}, "--metric: val_loss: is not of pictures; expected one of "),
     ],
 )

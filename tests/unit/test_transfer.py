@@ -87,7 +87,7 @@ def test_a_picture_of_a_row_has_its_time() -> None:
     assert len(seconds) == 2 and 0 < min(seconds) <= max(seconds) < math.inf
     row = replace(make_row(COMPARISONS[1], shown, shown, (0.0, 0.0), (0, 0)), drawing=(0.25, 1.5))
     lines = table([row]).splitlines()
-    assert lines[0].endswith("a picture") and lines[1].endswith("0.25 s") and lines[2].endswith("1.5 s")
+    assert lines[0].endswith("drawing one") and lines[1].endswith("0.25 s") and lines[2].endswith("1.5 s")
 
 
 def test_a_row_of_edits_says_what_moved() -> None:
