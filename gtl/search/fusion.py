@@ -11,11 +11,12 @@ from gtl.adapters import Registry
 from gtl.config.metrics import METRICS, of_pictures
 from gtl.config.names import parse_reference
 from gtl.evaluate.result import Evaluation, compare_by
-from gtl.evaluate.run import evaluate
+from gtl.evaluate.run import check, evaluate
 from gtl.report.chart import short
 from gtl.report.evaluations import interval
 from gtl.report.text import columns
 from gtl.search.study import FRESH
+from gtl.session import session
 from gtl.types import Progress, UserError, quiet
 
 if TYPE_CHECKING:
@@ -87,14 +88,16 @@ def search_weights(
         if (kind := shelf.show(reference).kind) != "lora":
             raise UserError(f"adapter {reference}: is a {kind}; --search is for LoRAs, which draw as their sum")
     asked = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": [metric]})})
+    check(asked)
     tried = list(candidates(number, tries, seed))
-    scored = evaluate(asked, [at(adapters, weights) for weights in tried], progress=progress)
-    sign = METRICS[metric].sign
-    order = sorted(zip(tried, scored, strict=True), key=lambda each: -sign * each[1].scores[metric].value)
-    single = next(weights for weights, _ in order if sum(weight != 0 for weight in weights) == 1)
-    fresh = asked.evaluate.model_copy(update={"seed": asked.evaluate.seed + FRESH})
-    both = [at(adapters, weights) for weights in (single, order[0][0])]
-    first, second = evaluate(asked.model_copy(update={"evaluate": fresh}), both, progress=progress)
+    with session():
+        scored = evaluate(asked, [at(adapters, weights) for weights in tried], progress=progress)
+        sign = METRICS[metric].sign
+        order = sorted(zip(tried, scored, strict=True), key=lambda each: -sign * each[1].scores[metric].value)
+        single = next(weights for weights, _ in order if sum(weight != 0 for weight in weights) == 1)
+        fresh = asked.evaluate.model_copy(update={"seed": asked.evaluate.seed + FRESH})
+        both = [at(adapters, weights) for weights in (single, order[0][0])]
+        first, second = evaluate(asked.model_copy(update={"evaluate": fresh}), both, progress=progress)
     again = compare_by(metric, first, second)
     return Found(tuple(adapters), metric, tuple(order), single, again)
 

@@ -1,5 +1,6 @@
 """Weights of a fusion that are searched: what is tried, what is chosen, what is refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def test_the_best_is_drawn_again_beside_the_best_alone(recipe: Any, monkeypatch:
         return found
 
     monkeypatch.setattr(fusion, "evaluate", scored)
+    monkeypatch.setattr(fusion, "session", nullcontext)
     found = search_weights(recipe, ["dog", "neon"], tries=24, seed=3)
     assert len(found.tried) == 24 and len(calls) == 2
     assert abs(found.best[1] - 0.6) <= 0.1 and found.best[0] > 0
