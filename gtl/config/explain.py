@@ -25,8 +25,6 @@ WORDINGS = {
     "bool_type": "should be true or false",
     "string_type": "should be text",
     "string_too_short": "should not be empty",
-    "string_unicode": "should be text; half of a surrogate pair is none",
-    "string_too_long": "should have at most {max_length} characters",
     "list_type": "should be a list",
     "tuple_type": "should be a list",
     "dict_type": "should be a section with keys",
