@@ -44,8 +44,7 @@ class Language:
         Raises:
             UserError: its tokenizer fails.
         """
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        return limit is None or self._read(request, begun)["input_ids"].shape[1] + MOST_TOKENS <= limit
+        return self._has_room(self._read(request, begun))
 
     def answers(self, request: str, begun: str, number: int, seed: int = 0) -> list[str]:
         """Some answers that go on where one was begun, sampled as the model's own settings say.
@@ -56,9 +55,9 @@ class Language:
         Raises:
             UserError: the model does not read so much, or cannot answer with its settings, weights or memory.
         """
-        if not self.reads(request, begun):
-            raise UserError(f"{self.name}: reads too few tokens for what it is asked")
         tokens = self._read(request, begun)
+        if not self._has_room(tokens):
+            raise UserError(f"{self.name}: reads too few tokens for what it is asked")
         device, pad = self._model.device, self._tokenizer.pad_token_id
         devices = [device] if device.type == "cuda" else []
         with self._answering(), torch.random.fork_rng(devices), torch.inference_mode():
@@ -87,6 +86,10 @@ class Language:
             # A template has the tokens that a text begins with.
             tokens = self._tokenizer(before + begun, return_tensors="pt", add_special_tokens=not is_chat)
         return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def _has_room(self, tokens: Mapping[str, Any]) -> bool:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        return limit is None or tokens["input_ids"].shape[1] + MOST_TOKENS <= limit
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

@@ -61,7 +61,7 @@ class Best:
 
     @property
     def _sign(self) -> int:
-        return 1 if metric(self.metric).higher_is_better else -1
+        return metric(self.metric).sign
 
 
 def best_of(recipe: Recipe) -> Best | None:
